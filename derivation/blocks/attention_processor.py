@@ -1,0 +1,94 @@
+"""diffusers/models/attention_processor.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from derivation.attention import EAGER, attention_scores, scaled_dot_product_attention
+from derivation.ops import GroupNorm, Linear, add, bmm, div, floor_div, reshape
+from derivation.tape import SymTensor, block, tape
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """The constructor arguments of ``Attention`` that matter for memory."""
+
+    query_dim: int
+    heads: int
+    dim_head: int
+    bias: bool = False
+    upcast_attention: bool = False
+    upcast_softmax: bool = False
+    norm_num_groups: int | None = None
+    residual_connection: bool = False
+
+    @property
+    def inner_dim(self) -> int:
+        """Channels of query, key and value: heads x dim_head."""
+        return self.heads * self.dim_head
+
+
+@block
+def Attention(
+    hidden_states: SymTensor, encoder_hidden_states: SymTensor | None = None, *, spec: AttentionSpec
+) -> SymTensor:
+    """[N, S, C] or [N, C, h, w] -> the same shape; keys and values from ``encoder_hidden_states`` [N, T, K].
+
+    AttnProcessor (explicit scores [N heads, S, T]) where attention is eager, else AttnProcessor2_0.
+    """
+    residual = hidden_states
+    input_shape = hidden_states.shape
+    if hidden_states.ndim == 4:
+        batch, channels, height, width = input_shape
+        hidden_states = hidden_states.view(batch, channels, height * width).transpose(1, 2)
+    if spec.norm_num_groups is not None:
+        hidden_states = GroupNorm("group_norm", hidden_states.transpose(1, 2), spec.norm_num_groups).transpose(1, 2)
+
+    query = Linear("to_q", hidden_states, spec.inner_dim, bias=spec.bias)
+    if encoder_hidden_states is None:
+        encoder_hidden_states = hidden_states
+    key = Linear("to_k", encoder_hidden_states, spec.inner_dim, bias=spec.bias)
+    value = Linear("to_v", encoder_hidden_states, spec.inner_dim, bias=spec.bias)
+
+    if tape().settings.attention == EAGER:
+        query = head_to_batch_dim(query, spec)
+        key = head_to_batch_dim(key, spec)
+        value = head_to_batch_dim(value, spec)
+        attention_probs = attention_scores(
+            query, key, upcast=spec.upcast_attention, upcast_softmax=spec.upcast_softmax
+        )
+        hidden_states = bmm(attention_probs, value)
+        hidden_states = batch_to_head_dim(hidden_states, spec)
+    else:
+        query, key, value = (split_heads(x, spec) for x in (query, key, value))
+        hidden_states = scaled_dot_product_attention(query, key, value)
+        hidden_states = hidden_states.transpose(1, 2)
+        hidden_states = reshape(hidden_states, *hidden_states.shape[:2], spec.inner_dim)
+
+    hidden_states = Linear("to_out.0", hidden_states, spec.query_dim)
+    if len(input_shape) == 4:
+        hidden_states = reshape(hidden_states.transpose(1, 2), *input_shape)
+    if spec.residual_connection:
+        hidden_states = add(hidden_states, residual)
+    hidden_states = div(hidden_states)
+    return hidden_states
+
+
+def split_heads(x: SymTensor, spec: AttentionSpec) -> SymTensor:
+    """[N, S, C] -> a view [N, heads, S, D]."""
+    batch, tokens, _ = x.shape
+    return x.view(batch, tokens, spec.heads, spec.dim_head).transpose(1, 2)
+
+
+def head_to_batch_dim(x: SymTensor, spec: AttentionSpec) -> SymTensor:
+    """[N, S, C] -> [N heads, S, D]."""
+    batch, tokens, _ = x.shape
+    return reshape(split_heads(x, spec), batch * spec.heads, tokens, spec.dim_head)
+
+
+def batch_to_head_dim(x: SymTensor, spec: AttentionSpec) -> SymTensor:
+    """[N heads, S, D] -> [N, S, C]."""
+    rows, tokens, dim_head = x.shape
+    batch = floor_div(rows, spec.heads)
+    x = x.view(batch, spec.heads, tokens, dim_head)
+    return reshape(x.transpose(1, 2), batch, tokens, spec.inner_dim)

@@ -1,0 +1,63 @@
+"""What a derivation assumes beyond the checkpoint, and the sizes that it is evaluated at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from derivation import attention
+from derivation.errors import DerivationError
+
+PIPELINES = ("txt2img", "img2img")
+DTYPES = ("float16", "bfloat16", "float32")
+# diffusers' examples run 50 steps; StableDiffusionImg2ImgPipeline.__call__ defaults to strength 0.8
+DEFAULT_STEPS = 50
+DEFAULT_STRENGTH = 0.8
+MAX_STEPS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The choices of a run, named as diffusers' pipelines name them; raises DerivationError for a bad one."""
+
+    pipeline: str = "img2img"
+    dtype: str = "float16"
+    attention: str = "efficient"
+    gpu: str | None = None
+    safety_checker: bool = True
+    num_images_per_prompt: int = 1
+    num_inference_steps: int = DEFAULT_STEPS
+    strength: float = DEFAULT_STRENGTH
+
+    def __post_init__(self) -> None:
+        one_of("pipeline", self.pipeline, PIPELINES)
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("attention", self.attention, attention.names())
+        positive("num_images_per_prompt", self.num_images_per_prompt)
+        positive("num_inference_steps", self.num_inference_steps)
+        if self.num_inference_steps > MAX_STEPS:
+            raise DerivationError(
+                f"num_inference_steps = {self.num_inference_steps} is above {MAX_STEPS}, the training steps"
+            )
+        if not 0 < self.strength <= 1:
+            raise DerivationError(f"strength = {self.strength} is not in (0, 1]")
+        if self.pipeline == "img2img" and int(self.num_inference_steps * self.strength) < 1:
+            raise DerivationError(
+                f"num_inference_steps = {self.num_inference_steps} with strength = {self.strength} denoises no step"
+            )
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the options by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def one_of(key: str, value: object, supported: tuple[str, ...]) -> None:
+    """Raise DerivationError unless ``value`` is one of ``supported``."""
+    if value not in supported:
+        raise DerivationError(f"{key} = {value!r} is not supported (supported: {', '.join(supported)})")
+
+
+def positive(key: str, value: object) -> int:
+    """Return ``value``; raises DerivationError unless it is an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise DerivationError(f"{key} = {value!r} is not supported (supported: integers from 1)")
+    return value

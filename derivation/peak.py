@@ -1,0 +1,245 @@
+"""The few program points that nothing else dominates, each drop proven.
+
+Exact bytes of a live set are sum(count * ceil512(nbytes)). With g = gcd of a size's coefficients and 512,
+nbytes <= ceil512(nbytes) <= nbytes + 512 - g. So a point B dominates A where
+raw(B - A) - sum over A's surplus of count * (512 - g) >= 0 for all sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, combinations
+from math import gcd
+
+import numpy as np
+from numpy.typing import NDArray
+from sympy.polys.rings import PolyElement
+
+from derivation.liveness import Point
+from derivation.symbols import BLOCK_BYTES, INDEX, MAX_LEVELS, RING, SYMBOLS, Size, as_poly
+
+Monomial = tuple[int, ...]
+Coefficients = dict[Monomial, int]
+Samples = NDArray[np.float64]
+
+# Axes of the shifted domain: batch - 1, length - 1, height - 1, width - 1 (at the base level).
+BATCH, LENGTH, HEIGHT, WIDTH = range(4)
+LENGTH_INDEX = INDEX["L"]
+# Denominators of ceil(x / 2^k) bounds are cleared with 2^SCALE a side.
+SCALE = MAX_LEVELS - 1
+# Convex combinations tried: weights in sixteenths, among the points that win most often.
+MIX, MIX_AMONG = 16, 5
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """The outcome: points kept, points proven dominated, and points kept only for want of a proof."""
+
+    kept: tuple[Point, ...]
+    candidates: int
+    dominated: int
+    unproven: int
+
+
+def slack_bytes(size: Size) -> int:
+    """Return the most that rounding up to 512 bytes can add to ``size``.
+
+    >>> slack_bytes(1024), slack_bytes(640), slack_bytes(7)
+    (0, 384, 505)
+    """
+    if isinstance(size, int):
+        return -size % BLOCK_BYTES
+    return BLOCK_BYTES - gcd(BLOCK_BYTES, *(int(c) for c in size.values()))
+
+
+def margin(uppers: Sequence[tuple[Point, int]], lower: Point) -> PolyElement:
+    """Return a lower bound of sum(weight * bytes(upper)) - sum(weight) * bytes(lower)."""
+    difference: dict[Size, Size] = {}
+    for upper, weight in uppers:
+        for nbytes, count in upper.terms:
+            difference[nbytes] = difference.get(nbytes, 0) + weight * count
+    total_weight = sum(weight for _, weight in uppers)
+    for nbytes, count in lower.terms:
+        difference[nbytes] = difference.get(nbytes, 0) - total_weight * count
+    total = RING(0)
+    for nbytes, count in difference.items():
+        total += as_poly(nbytes) * count
+        total -= _surplus(count) * slack_bytes(nbytes)
+    return total
+
+
+def _surplus(count: Size) -> Size:
+    """Return the part of ``count`` that is below zero, as a positive size."""
+    if isinstance(count, int):
+        return max(-count, 0)
+    return RING({monomial: -c for monomial, c in count.items() if c < 0})
+
+
+def proven_nonnegative(size: Size, max_length: int | None = None) -> bool:
+    """Return True if ``size`` >= 0 is proven for all sizes (L <= ``max_length``), with h_{k+1} = ceil(h_k / 2).
+
+    Theorem: with x the side at one base level, x = 1 + s, every level's side lies between two linear
+    functions of s with coefficients >= 0. Bounding positive terms from below and negative ones from above
+    leaves a polynomial in the shifts; if all its coefficients are >= 0, so is ``size``.
+    """
+    polynomial = as_poly(size)
+    if all(c >= 0 for c in polynomial.values()):
+        return True
+    if max_length is not None:
+        polynomial = _longest(polynomial, max_length)
+    return any(_bounded_below(polynomial, base) for base in sorted(_levels(polynomial)))
+
+
+def _longest(polynomial: PolyElement, max_length: int) -> PolyElement:
+    """Put L = ``max_length`` into the negative terms."""
+    result = RING(0)
+    for monomial, coefficient in polynomial.items():
+        power = monomial[LENGTH_INDEX] if coefficient < 0 else 0
+        rest = (*monomial[:LENGTH_INDEX], monomial[LENGTH_INDEX] - power, *monomial[LENGTH_INDEX + 1 :])
+        result += RING({rest: coefficient * max_length**power})
+    return result
+
+
+def _levels(polynomial: PolyElement) -> set[int]:
+    found = {
+        int(SYMBOLS[i].name[1:])
+        for monomial in polynomial
+        for i, power in enumerate(monomial)
+        if power and SYMBOLS[i].name[0] in "hw"
+    }
+    return found or {0}
+
+
+def _bounded_below(polynomial: PolyElement, base: int) -> bool:
+    total: Coefficients = {}
+    for monomial, coefficient in polynomial.items():
+        for shifted, factor in _bound(tuple(monomial), base, coefficient > 0):
+            total[shifted] = total.get(shifted, 0) + int(coefficient) * factor
+    return all(c >= 0 for c in total.values())
+
+
+@lru_cache(maxsize=65536)
+def _bound(monomial: Monomial, base: int, lower: bool) -> tuple[tuple[Monomial, int], ...]:
+    """Return the lower or upper bound of a monomial in the shifts, times 2^(SCALE * 4) in all."""
+    result: Coefficients = {(0, 0, 0, 0): 1}
+    sides = {HEIGHT: 0, WIDTH: 0}
+    for index, power in enumerate(monomial):
+        name = SYMBOLS[index].name
+        axis = {"B": BATCH, "L": LENGTH, "h": HEIGHT, "w": WIDTH}[name[0]]
+        for _ in range(power):
+            constant, slope = (1, 1) if axis in (BATCH, LENGTH) else _side_bound(int(name[1:]), base, lower)
+            result = _times_linear(result, axis, constant, slope)
+            if axis in sides:
+                sides[axis] += 1
+    missing = 4 - sum(sides.values())
+    if missing < 0:
+        raise ValueError(f"monomial {monomial} has more than 4 side factors")
+    scale = 1 << (SCALE * missing)
+    return tuple((shifted, factor * scale) for shifted, factor in result.items())
+
+
+def _side_bound(level: int, base: int, lower: bool) -> tuple[int, int]:
+    """Return (constant, slope) of 2^SCALE * side(level) >= or <= constant + slope * s, side(base) = 1 + s.
+
+    Deeper levels: x / 2^d <= ceil(x / 2^d) <= (x + 2^d - 1) / 2^d. Shallower: 2^d (x - 1) + 1 <= y <= 2^d x.
+    """
+    depth = level - base
+    if depth >= 0:
+        unit = 1 << (SCALE - depth)
+        return (unit, unit) if lower else (1 << SCALE, unit)
+    factor = 1 << (SCALE - depth)
+    return (1 << SCALE, factor) if lower else (factor, factor)
+
+
+def _times_linear(polynomial: Coefficients, axis: int, constant: int, slope: int) -> Coefficients:
+    result: Coefficients = {}
+    for monomial, coefficient in polynomial.items():
+        raised = tuple(power + (i == axis) for i, power in enumerate(monomial))
+        result[monomial] = result.get(monomial, 0) + coefficient * constant
+        result[raised] = result.get(raised, 0) + coefficient * slope
+    return result
+
+
+def sample_sizes(levels: int) -> dict[str, Samples]:
+    """Return a grid of sizes from tiny to huge, square and narrow, as one array a symbol."""
+    sides = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 127, 256, 1024)
+    grid = [
+        (b, length, h, w)
+        for b in (1, 2, 64)
+        for length in (1, 77, 1001, 100_001)
+        for h in sides
+        for w in (h, 1, 8, 65)
+    ]
+    columns = np.array(grid, dtype=np.float64).T
+    values = {"B": columns[0], "L": columns[1], "h0": columns[2], "w0": columns[3]}
+    for k in range(1, levels):
+        for side in "hw":
+            values[f"{side}{k}"] = np.ceil(values[f"{side}{k - 1}"] / 2)
+    return values
+
+
+def _bytes_at(points: Sequence[Point], values: Mapping[str, Samples]) -> Samples:
+    """Return bytes [points, samples] in floating point; 0 where a point does not occur."""
+    atoms = {term: i for i, term in enumerate(dict.fromkeys(t for p in points for t in p.terms))}
+    table = np.array([_atom(nbytes, values) * _poly(count, values) for nbytes, count in atoms])
+    incidence = np.zeros((len(points), len(atoms)))
+    for row, point in enumerate(points):
+        incidence[row, [atoms[term] for term in point.terms]] = 1
+    result = incidence @ table
+    for row, point in enumerate(points):
+        if point.max_length is not None:
+            result[row, values["L"] > point.max_length] = 0
+    return result
+
+
+def _atom(nbytes: Size, values: Mapping[str, Samples]) -> Samples:
+    return np.ceil(_poly(nbytes, values) / BLOCK_BYTES) * BLOCK_BYTES
+
+
+def _poly(size: Size, values: Mapping[str, Samples]) -> Samples:
+    total = np.zeros_like(values["B"])
+    for monomial, coefficient in as_poly(size).items():
+        term = np.full_like(total, int(coefficient))
+        for index, power in enumerate(monomial):
+            if power:
+                term = term * values[SYMBOLS[index].name] ** power
+        total = total + term
+    return total
+
+
+def reduce_points(points: Sequence[Point]) -> Reduction:
+    """Drop every point that others provably dominate at all sizes.
+
+    Points that win at some sample stay. Any other goes where one kept point, or a convex combination of
+    two, is proven to be at least as large: max(x, y) >= t x + (1 - t) y for 0 <= t <= 1.
+    """
+    table = _bytes_at(points, sample_sizes(MAX_LEVELS))
+    wins = np.bincount(np.argmax(table, axis=0), minlength=len(points))
+    winners = [int(i) for i in np.argsort(-wins, kind="stable") if wins[i]]
+    kept = list(winners)
+    for i in (int(i) for i in np.argsort(-table.max(axis=1), kind="stable") if not wins[i]):
+        if not _dominated(points, table, kept, i):
+            kept.append(i)
+    survivors = tuple(points[i] for i in kept)
+    return Reduction(survivors, len(points), len(points) - len(kept), len(kept) - len(winners))
+
+
+def _dominated(points: Sequence[Point], table: Samples, kept: Sequence[int], lower: int) -> bool:
+    singles = [((k, 1),) for k in kept]
+    pairs = [((a, t), (b, MIX - t)) for a, b in combinations(kept[:MIX_AMONG], 2) for t in range(1, MIX)]
+    return any(_dominates(points, table, uppers, lower) for uppers in chain(singles, pairs))
+
+
+def _dominates(
+    points: Sequence[Point], table: Samples, uppers: Sequence[tuple[int, int]], lower: int
+) -> bool:
+    """Check at the samples first, then prove."""
+    length = points[lower].max_length
+    if any(points[k].max_length is not None and points[k].max_length != length for k, _ in uppers):
+        return False
+    weight = sum(w for _, w in uppers)
+    if (sum(w * table[k] for k, w in uppers) < weight * table[lower]).any():
+        return False
+    return proven_nonnegative(margin([(points[k], w) for k, w in uppers], points[lower]), length)

@@ -1,0 +1,119 @@
+"""Every symbol of an equation with its meaning and bounds, and the size of every dtype in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sympy import ZZ
+from sympy.polys.rings import PolyElement, ring
+
+MAX_LEVELS = 6
+
+# c10/cuda/CUDACachingAllocator.cpp: kMinBlockSize
+BLOCK_BYTES = 512
+
+# c10/core/ScalarType.h
+DTYPE_BYTES: Mapping[str, int] = {
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "int64": 8,
+    "int32": 4,
+    "bool": 1,
+    "uint8": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """One symbol of the equations: a positive integer with a meaning."""
+
+    name: str
+    latex: str
+    meaning: str
+
+
+def _level_symbols() -> tuple[Symbol, ...]:
+    sides = (("h", "height"), ("w", "width"))
+    return tuple(
+        Symbol(f"{side}{k}", f"{side}_{{{k}}}", _level_meaning(word, side, k))
+        for k in range(MAX_LEVELS)
+        for side, word in sides
+    )
+
+
+def _level_meaning(word: str, side: str, level: int) -> str:
+    if level == 0:
+        return f"latent {word}: image {word} / VAE scale factor"
+    return f"{word} at UNet level {level}: ceil({side}{level - 1} / 2)"
+
+
+SYMBOLS: tuple[Symbol, ...] = (
+    Symbol("B", "B", "batch size: prompts (and images) in one call"),
+    Symbol("L", "L", "prompt length in tokens, as the UNet's cross-attention sees it"),
+    *_level_symbols(),
+)
+
+RING, *GENERATORS = ring([symbol.name for symbol in SYMBOLS], ZZ)
+INDEX: Mapping[str, int] = {symbol.name: i for i, symbol in enumerate(SYMBOLS)}
+
+# A tensor dimension, a stride or a number of bytes: an integer polynomial in the symbols.
+Size = int | PolyElement
+
+
+def symbol(name: str) -> PolyElement:
+    """Return the ring generator called ``name``; raises KeyError for an unknown name."""
+    return GENERATORS[INDEX[name]]
+
+
+def ceil512(nbytes: int) -> int:
+    """Round ``nbytes`` up to the allocator's 512-byte block.
+
+    >>> ceil512(0), ceil512(1), ceil512(512), ceil512(513)
+    (0, 512, 512, 1024)
+    """
+    return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def as_poly(size: Size) -> PolyElement:
+    """Return ``size`` as a ring element."""
+    return RING(size) if isinstance(size, int) else size
+
+
+def evaluate(size: Size, values: Mapping[str, int]) -> int:
+    """Return ``size`` at integer ``values`` of its symbols; raises KeyError for a missing symbol.
+
+    >>> evaluate(2 * symbol("h0") * symbol("w0") + 1, {"h0": 3, "w0": 5})
+    31
+    """
+    if isinstance(size, int):
+        return size
+    total = 0
+    for monomial, coefficient in size.items():
+        term = int(coefficient)
+        for index, power in enumerate(monomial):
+            if power:
+                term *= values[SYMBOLS[index].name] ** power
+        total += term
+    return total
+
+
+def free_names(size: Size) -> frozenset[str]:
+    """Return the names of the symbols in ``size``."""
+    if isinstance(size, int):
+        return frozenset()
+    return frozenset(SYMBOLS[i].name for monomial in size for i, power in enumerate(monomial) if power)
+
+
+def nonnegative_from_one(size: Size) -> bool:
+    """Return True if ``size`` >= 0 is proven for all symbols >= 1.
+
+    Theorem: a polynomial whose coefficients are all >= 0 after the shift x -> x + 1 is >= 0 for x >= 1.
+    """
+    if isinstance(size, int):
+        return size >= 0
+    if all(coefficient >= 0 for coefficient in size.values()):
+        return True
+    shifted = size.compose([(generator, generator + 1) for generator in GENERATORS])
+    return all(coefficient >= 0 for coefficient in shifted.values())

@@ -1,0 +1,345 @@
+"""Symbolic tensors and the tape that records when their storages appear and die.
+
+A storage dies when CPython drops the last reference to it, exactly as a PyTorch storage does, so a block
+that keeps its local variables as diffusers' ``forward()`` does has diffusers' memory behaviour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import wraps
+from typing import Any, TypeVar
+
+from derivation.symbols import DTYPE_BYTES, Size, evaluate, nonnegative_from_one, symbol
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Category(Enum):
+    """What an allocation is for."""
+
+    ACTIVATION = "activation"
+    ATTENTION = "attention"
+    STATISTICS = "statistics"
+    PIPELINE = "pipeline"
+    SCRATCH = "scratch"
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """One storage, or ``count`` alike: its module path, operator, shape and size in bytes."""
+
+    index: int
+    path: str
+    op: str
+    shape: tuple[Size, ...]
+    dtype: str
+    nbytes: Size
+    category: Category
+    count: Size = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run assumes: the dtype of weights and activations, and the attention backend."""
+
+    dtype: str
+    attention: str
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """A decision the program took on a size: ``size > bound`` was answered with ``answer``."""
+
+    size: Size
+    bound: int
+    answer: bool
+
+    def holds(self, values: Mapping[str, int]) -> bool:
+        """Return True if the same decision would be taken at ``values``."""
+        return (evaluate(self.size, values) > self.bound) == self.answer
+
+
+@dataclass(slots=True)
+class Mark:
+    """An event index at which a stage begins."""
+
+    event: int
+    stage: str
+
+
+@dataclass(slots=True)
+class Tape:
+    """The record of one symbolic run.
+
+    ``settings`` is what modules read their dtype and attention backend from; ``hint`` holds the sizes that decide guards, ``ones`` the symbols that are 1 in this run; ``events``
+    holds i + 1 where allocation i appears and -(i + 1) where it dies; ``parameters`` maps a
+    parameter's or buffer's module path to its shape and dtype; ``loops`` holds event ranges
+    (start, end, times) that the real program runs ``times`` times in all.
+    """
+
+    settings: Settings
+    hint: Mapping[str, int] | None = None
+    ones: frozenset[str] = frozenset()
+    allocations: list[Allocation] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)
+    parameters: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    guards: dict[tuple[Size, int], Guard] = field(default_factory=dict)
+    marks: list[Mark] = field(default_factory=list)
+    loops: list[tuple[int, int, int]] = field(default_factory=list)
+    path: list[str] = field(default_factory=list)
+
+    def exceeds(self, size: Size, bound: int) -> bool:
+        """Return whether ``size`` > ``bound``, recording the decision where it depends on a symbol.
+
+        Without a hint a size is taken to be above 1 and below every other bound.
+        """
+        if nonnegative_from_one(size - bound - 1):
+            return True
+        if isinstance(size, int):
+            return False
+        if (size, bound) not in self.guards:
+            answer = bound == 1 if self.hint is None else evaluate(size, self.hint) > bound
+            self.guards[size, bound] = Guard(size, bound, answer)
+        return self.guards[size, bound].answer
+
+    def size(self, name: str) -> Size:
+        """Return the symbol called ``name``, or 1 where this run specialises it."""
+        return 1 if name in self.ones else symbol(name)
+
+    def allocate(
+        self, shape: tuple[Size, ...], dtype: str, op: str, category: Category, count: Size = 1
+    ) -> Storage | None:
+        """Record a new storage, or ``count`` alike; returns None where there are no elements."""
+        nbytes: Size = DTYPE_BYTES[dtype]
+        for dim in shape:
+            nbytes = nbytes * dim
+        if nbytes == 0 or count == 0:
+            return None
+        index = len(self.allocations)
+        path = ".".join(self.path)
+        self.allocations.append(Allocation(index, path, op, shape, dtype, nbytes, category, count))
+        self.events.append(index + 1)
+        return Storage(self, index)
+
+    def release(self, index: int) -> None:
+        """Record the death of allocation ``index``."""
+        self.events.append(-index - 1)
+
+    def mark(self, stage: str) -> None:
+        """Begin the stage called ``stage`` at this event."""
+        self.marks.append(Mark(len(self.events), stage))
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Enter the submodule called ``name``."""
+        self.path.append(name)
+        try:
+            yield
+        finally:
+            self.path.pop()
+
+    @contextmanager
+    def running(self) -> Iterator[Tape]:
+        """Make this the tape that operators record on."""
+        _ACTIVE.append(self)
+        try:
+            yield self
+        finally:
+            _ACTIVE.pop()
+
+
+_ACTIVE: list[Tape] = []
+
+
+def tape() -> Tape:
+    """Return the tape that operators record on."""
+    return _ACTIVE[-1]
+
+
+class Storage:
+    """The memory behind one or more tensors; its death is recorded on the tape."""
+
+    __slots__ = ("_index", "_tape")
+
+    def __init__(self, owner: Tape, index: int) -> None:
+        self._tape = owner
+        self._index = index
+
+    def __del__(self) -> None:
+        self._tape.release(self._index)
+
+
+def contiguous_strides(shape: Sequence[Size]) -> tuple[Size, ...]:
+    """Return the row-major strides of ``shape``, in elements.
+
+    >>> contiguous_strides((2, 3, 5))
+    (15, 5, 1)
+    """
+    strides: list[Size] = []
+    step: Size = 1
+    for dim in reversed(shape):
+        strides.append(step)
+        step = step * dim
+    return tuple(reversed(strides))
+
+
+class SymTensor:
+    """A tensor with symbolic shape and strides (in elements) over a storage; None strides are row-major."""
+
+    __slots__ = ("_strides", "dtype", "shape", "storage")
+
+    def __init__(
+        self,
+        storage: Storage | None,
+        shape: tuple[Size, ...],
+        dtype: str,
+        strides: tuple[Size, ...] | None = None,
+    ) -> None:
+        self.storage = storage
+        self.shape = shape
+        self.dtype = dtype
+        self._strides = strides
+
+    @property
+    def strides(self) -> tuple[Size, ...]:
+        """Strides in elements."""
+        return contiguous_strides(self.shape) if self._strides is None else self._strides
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    def numel(self) -> Size:
+        """Number of elements."""
+        count: Size = 1
+        for dim in self.shape:
+            count = count * dim
+        return count
+
+    def is_contiguous(self) -> bool:
+        """Return whether the tensor is row-major, dimensions of size 1 aside (c10/core/Contiguity.h)."""
+        if self._strides is None:
+            return True
+        expected = contiguous_strides(self.shape)
+        odd = [d for d, s, e in zip(self.shape, self._strides, expected, strict=True) if s != e]
+        return not any(is_many(dim) for dim in sorted(odd, key=lambda dim: not isinstance(dim, int)))
+
+    def permute(self, *order: int) -> SymTensor:
+        """Return a view with reordered dimensions."""
+        strides = self.strides
+        return self.view_as(tuple(self.shape[i] for i in order), tuple(strides[i] for i in order))
+
+    def transpose(self, first: int, second: int) -> SymTensor:
+        """Return a view with two dimensions swapped."""
+        order = list(range(self.ndim))
+        order[first], order[second] = order[second], order[first]
+        return self.permute(*order)
+
+    def unsqueeze(self, dim: int) -> SymTensor:
+        """Return a view with a dimension of size 1 at ``dim`` (at most ``ndim``)."""
+        strides = self.strides
+        step: Size = 1 if dim == self.ndim else self.shape[dim] * strides[dim]
+        return self.view_as(
+            (*self.shape[:dim], 1, *self.shape[dim:]), (*strides[:dim], step, *strides[dim:])
+        )
+
+    def narrow(self, dim: int, length: Size) -> SymTensor:
+        """Return a view of ``length`` entries along ``dim``."""
+        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+        return self.view_as(shape, self.strides)
+
+    def select(self, dim: int) -> SymTensor:
+        """Return a view of one entry along ``dim``, without that dimension."""
+        strides = self.strides
+        return self.view_as(
+            self.shape[:dim] + self.shape[dim + 1 :], strides[:dim] + strides[dim + 1 :]
+        )
+
+    def chunk(self, chunks: int, dim: int) -> tuple[SymTensor, ...]:
+        """Return ``chunks`` equal views along ``dim``, whose size must be a multiple of ``chunks``."""
+        length = self.shape[dim] // chunks
+        return tuple(self.narrow(dim, length) for _ in range(chunks))
+
+    def expand(self, *shape: Size) -> SymTensor:
+        """Return a view broadcast to ``shape``: expanded dimensions have stride 0."""
+        lead = len(shape) - self.ndim
+        own = ((0,) * lead + self.strides, (1,) * lead + self.shape)
+        strides = tuple(
+            0 if old != new else stride for stride, old, new in zip(*own, shape, strict=True)
+        )
+        return self.view_as(tuple(shape), strides)
+
+    def view_as(self, shape: tuple[Size, ...], strides: tuple[Size, ...] | None) -> SymTensor:
+        """Return a tensor over the same storage."""
+        return SymTensor(self.storage, shape, self.dtype, strides)
+
+    def viewed(self, *shape: Size) -> SymTensor | None:
+        """Return a view with ``shape``, or None where only a copy can have it (ATen/TensorUtils.cpp)."""
+        if self._strides is None or self.is_contiguous():
+            return self.view_as(tuple(shape), None)
+        strides = _view_strides(self.shape, self._strides, shape)
+        return None if strides is None else self.view_as(tuple(shape), strides)
+
+    def view(self, *shape: Size) -> SymTensor:
+        """Return a view with ``shape``; raises ValueError where PyTorch would."""
+        result = self.viewed(*shape)
+        if result is None:
+            raise ValueError(f"no view of {self.shape} with strides {self.strides} has shape {shape}")
+        return result
+
+
+def is_many(dim: Size) -> bool:
+    """Return whether a dimension is larger than 1, recording the decision on the tape."""
+    return tape().exceeds(dim, 1)
+
+
+def _view_strides(
+    shape: Sequence[Size], strides: Sequence[Size], new_shape: Sequence[Size]
+) -> tuple[Size, ...] | None:
+    """Return the strides of ``new_shape``, or None.
+
+    Each maximal run of dimensions that is one evenly strided block (stride[i] = stride[i+1] * shape[i+1])
+    must be the product of a run of new dimensions.
+    """
+    result: list[Size] = []
+    position = len(new_shape) - 1
+    for block_numel, step in _strided_blocks(shape, strides):
+        covered: Size = 1
+        while position >= 0 and (covered != block_numel or new_shape[position] == 1):
+            result.append(step * covered)
+            covered = covered * new_shape[position]
+            position -= 1
+        if covered != block_numel:
+            return None
+    while position >= 0 and new_shape[position] == 1:
+        result.append(1)
+        position -= 1
+    return tuple(reversed(result)) if position < 0 else None
+
+
+def _strided_blocks(shape: Sequence[Size], strides: Sequence[Size]) -> list[tuple[Size, Size]]:
+    """Return (elements, innermost stride) of each evenly strided block, last dimension first."""
+    blocks: list[tuple[Size, Size]] = []
+    for dim, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if blocks and stride == blocks[-1][0] * blocks[-1][1]:
+            blocks[-1] = (blocks[-1][0] * dim, blocks[-1][1])
+        elif is_many(dim):
+            blocks.append((dim, stride))
+    return blocks
+
+
+def block(forward: F) -> Callable[..., Any]:
+    """Make ``forward`` a module: the first argument of a call is its name, and, as in ``nn.Module.__call__``,
+    the caller's arguments stay referenced until it returns."""
+
+    @wraps(forward)
+    def call(name: str, /, *args: Any, **kwargs: Any) -> Any:
+        with tape().scope(name):
+            return forward(*args, **kwargs)
+
+    return call

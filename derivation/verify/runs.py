@@ -1,0 +1,259 @@
+"""Run the calls of the exactness contract, and whole pipelines, under the tracer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from derivation.verify.modules import (
+    Config,
+    build_pipeline,
+    build_safety_checker,
+    build_text_encoder,
+    build_unet,
+    build_vae,
+)
+from derivation.verify.tracer import SdpaMode, Trace, Tracer
+
+# A module, its inputs and the call to watch.
+Call = tuple[torch.nn.Module, dict[str, torch.Tensor], Callable[..., object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes of one run: pixels, images or prompts, tokens; what follows from them in tensors."""
+
+    height: int
+    width: int
+    batch_size: int
+    prompt_length: int
+    guidance: bool
+    dtype: str
+
+    @property
+    def unet_batch(self) -> int:
+        """Two rows an image with guidance, one without."""
+        return self.batch_size * (2 if self.guidance else 1)
+
+    def image(self, channels: int) -> torch.Tensor:
+        """Return an image batch [B, channels, height, width]."""
+        return self.empty(self.batch_size, channels, self.height, self.width)
+
+    def latents(self, batch_size: int, channels: int) -> torch.Tensor:
+        """Return latents [batch_size, channels, height // 8, width // 8]."""
+        return self.empty(batch_size, channels, self.height // 8, self.width // 8)
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Return a meta tensor in the run's dtype."""
+        return torch.empty(shape, dtype=getattr(torch, self.dtype), device="meta")
+
+
+def trace_component(
+    component: str,
+    config: Config,
+    *,
+    dtype: str = "float16",
+    attention: str = "efficient",
+    height: int = 512,
+    width: int = 512,
+    batch_size: int = 1,
+    prompt_length: int = 77,
+    guidance: bool = True,
+    paths: bool = True,
+) -> Trace:
+    """Trace one call of ``text_encoder``, ``vae_encode``, ``unet``, ``vae_decode`` or ``safety_checker``.
+
+    ``config`` is the component's; ``height`` and ``width`` are the image's, and the latents' are an
+    eighth, rounded down. With guidance the UNet's batch is twice ``batch_size``. Parameters, buffers and
+    inputs are excluded; outputs are included, and alive at the trace's end. Under ``attention="eager"``
+    CLIP's SDPA takes the math path. Raises ValueError for an unknown component.
+    """
+    if component not in _CALLS:
+        raise ValueError(f"component {component!r}: expected one of {', '.join(_CALLS)}")
+    sizes = Sizes(height, width, batch_size, prompt_length, guidance, dtype)
+    module, inputs, call = _CALLS[component](config, attention, sizes)
+    tracer = Tracer({"": module}, inputs.values(), paths=paths, stage=component)
+    with torch.no_grad(), sdpa_mode(attention), tracer:
+        _output = call(**inputs)
+    return tracer.trace
+
+
+def trace_pipeline(
+    checkpoint_folder: str | Path,
+    pipeline: str = "img2img",
+    *,
+    dtype: str = "float16",
+    attention: str = "efficient",
+    height: int = 512,
+    width: int = 512,
+    batch_size: int = 1,
+    num_images_per_prompt: int = 1,
+    prompt_length: int = 77,
+    guidance_scale: float = 7.5,
+    num_inference_steps: int = 6,
+    strength: float = 1.0,
+    safety_checker: bool = True,
+    paths: bool = True,
+) -> Trace:
+    """Trace the whole ``__call__`` of a real pipeline, every event marked with its stage.
+
+    Stages are contiguous, in this order, and each begins where the one before ends:
+
+    - ``text_encoder``: from the start until ``prepare_latents`` is called (encode_prompt and the
+      concatenation for guidance)
+    - ``vae_encode`` (img2img) or ``prepare_latents`` (txt2img): that call
+    - ``unet``: the denoising loop, scheduler included, and the division by the scaling factor
+    - ``vae_decode``: the call of ``vae.decode``
+    - ``safety_checker``: until ``run_safety_checker`` returns; no events without one
+    - ``postprocess``: the rest
+
+    An image input is float32 on the CPU, [batch_size, 3, height, width]; the output is PIL. Prompts are
+    ``batch_size`` strings, or embeddings given as (excluded) inputs where ``prompt_length`` is over 77.
+    """
+    pipe = build_pipeline(
+        checkpoint_folder,
+        pipeline,
+        dtype,
+        attention,
+        safety_checker=safety_checker,
+        prompt_length=min(prompt_length, 77),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    sizes = Sizes(height, width, batch_size, prompt_length, guidance_scale > 1, dtype)
+    inputs = _prompt(pipe, sizes) | _image(pipeline, sizes, strength)
+    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    tracer = Tracer(_modules(pipe), tensors, paths=paths, stage="text_encoder")
+    with warnings.catch_warnings(), sdpa_mode(attention), _stages(pipe, pipeline, tracer), tracer:
+        warnings.simplefilter("ignore")
+        pipe(
+            **inputs,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+        )
+    return tracer.trace
+
+
+def sdpa_mode(attention: str) -> SdpaMode:
+    """Return the SDPA routing of an attention option: ``eager`` means the math path."""
+    return SdpaMode("math" if attention == "eager" else attention)
+
+
+def _text_encoder(config: Config, attention: str, sizes: Sizes) -> Call:
+    module = build_text_encoder(config, sizes.dtype)
+    shape = (sizes.batch_size, sizes.prompt_length)
+    return module, {"input_ids": torch.empty(shape, dtype=torch.int64, device="meta")}, module
+
+
+def _vae_encode(config: Config, attention: str, sizes: Sizes) -> Call:
+    vae = build_vae(config, sizes.dtype, attention)
+    return vae, {"x": sizes.image(vae.config.in_channels)}, lambda x: vae.encode(x).latent_dist.sample()
+
+
+def _unet(config: Config, attention: str, sizes: Sizes) -> Call:
+    unet = build_unet(config, sizes.dtype, attention)
+    inputs = {
+        "sample": sizes.latents(sizes.unet_batch, unet.config.in_channels),
+        "timestep": torch.empty(1, dtype=torch.int64, device="meta"),
+        "encoder_hidden_states": sizes.empty(
+            sizes.unet_batch, sizes.prompt_length, unet.config.cross_attention_dim
+        ),
+    }
+    added = _added_conditions(unet.config, sizes)
+
+    def call(**inputs: torch.Tensor) -> object:
+        names = [name for name in inputs if name in added]
+        conditions = {"added_cond_kwargs": {name: inputs.pop(name) for name in names}} if names else {}
+        return unet(**inputs, **conditions, return_dict=False)
+
+    return unet, inputs | added, call
+
+
+def _vae_decode(config: Config, attention: str, sizes: Sizes) -> Call:
+    vae = build_vae(config, sizes.dtype, attention)
+    latents = sizes.latents(sizes.batch_size, vae.config.latent_channels)
+    return vae, {"z": latents}, lambda z: vae.decode(z, return_dict=False)
+
+
+def _safety_checker(config: Config, attention: str, sizes: Sizes) -> Call:
+    module = build_safety_checker(config, sizes.dtype)
+    side = module.config.vision_config.image_size
+    inputs = {"clip_input": sizes.empty(sizes.batch_size, 3, side, side), "images": sizes.image(3)}
+    return module, inputs, module
+
+
+_CALLS: Mapping[str, Callable[[Config, str, Sizes], Call]] = {
+    "text_encoder": _text_encoder,
+    "vae_encode": _vae_encode,
+    "unet": _unet,
+    "vae_decode": _vae_decode,
+    "safety_checker": _safety_checker,
+}
+
+
+def _added_conditions(config: Any, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """Return SDXL's pooled embeddings [2B, width] and time ids: six, five with an aesthetic score."""
+    if config.addition_embed_type != "text_time":
+        return {}
+    inputs, side = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+    time_ids = 5 if inputs == config.cross_attention_dim + 5 * side else 6
+    return {
+        "text_embeds": sizes.empty(sizes.unet_batch, inputs - time_ids * side),
+        "time_ids": sizes.empty(sizes.unet_batch, time_ids),
+    }
+
+
+def _modules(pipe: Any) -> dict[str, torch.nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def _prompt(pipe: Any, sizes: Sizes) -> dict[str, Any]:
+    if sizes.prompt_length <= 77:
+        return {"prompt": [""] * sizes.batch_size}
+    shape = (sizes.batch_size, sizes.prompt_length, pipe.unet.config.cross_attention_dim)
+    names = ["prompt_embeds", "negative_prompt_embeds"][: 2 if sizes.guidance else 1]
+    return {name: sizes.empty(*shape) for name in names}
+
+
+def _image(pipeline: str, sizes: Sizes, strength: float) -> dict[str, Any]:
+    if pipeline == "txt2img":
+        return {"height": sizes.height, "width": sizes.width}
+    image = torch.zeros(sizes.batch_size, 3, sizes.height, sizes.width, device="cpu")
+    return {"image": image, "strength": strength}
+
+
+@contextmanager
+def _stages(pipe: Any, pipeline: str, tracer: Tracer) -> Iterator[None]:
+    marks = [
+        (pipe, "prepare_latents", "prepare_latents" if pipeline == "txt2img" else "vae_encode", "unet"),
+        (pipe.vae, "decode", "vae_decode", "safety_checker"),
+        (pipe, "run_safety_checker", "safety_checker", "postprocess"),
+    ]
+    with ExitStack() as scope:
+        for owner, name, during, after in marks:
+            scope.enter_context(_marked(owner, name, tracer, during, after))
+        yield
+
+
+@contextmanager
+def _marked(owner: Any, name: str, tracer: Tracer, during: str, after: str) -> Iterator[None]:
+    method = getattr(owner, name)
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        tracer.stage = during
+        output = method(*args, **kwargs)
+        del args, kwargs  # the arguments die inside the stage, as in the unwrapped call
+        tracer.stage = after
+        return output
+
+    setattr(owner, name, marked)
+    try:
+        yield
+    finally:
+        delattr(owner, name)

@@ -1,0 +1,220 @@
+"""The oracle's own tests: toy programs with hand-computed peaks, and SD 1.5's orientation numbers."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from derivation.verify import (
+    Alloc,
+    SdpaMode,
+    Trace,
+    Tracer,
+    build_safety_checker,
+    build_text_encoder,
+    build_unet,
+    build_vae,
+    trace_component,
+    trace_pipeline,
+)
+
+CHECKPOINT = Path(__file__).parents[1] / "derivation/configs/stable-diffusion-v1-5/stable-diffusion-v1-5"
+SDXL = CHECKPOINT.parents[1] / "stabilityai/stable-diffusion-xl-base-1.0"
+FOLDERS = {"vae_encode": "vae", "vae_decode": "vae"}
+STAGES = ["text_encoder", "vae_encode", "unet", "vae_decode", "safety_checker", "postprocess"]
+
+
+def config(component: str) -> dict[str, Any]:
+    folder = CHECKPOINT / FOLDERS.get(component, component)
+    return json.loads((folder / "config.json").read_text())
+
+
+def meta(*shape: int, dtype: Any = torch.float32) -> Any:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def steps(trace: Trace) -> list[int]:
+    return [event.id if isinstance(event, Alloc) else -event.id for event in trace.events]
+
+
+def test_sequential_holds_the_input_of_a_layer_while_it_runs() -> None:
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64))
+    x = meta(4, 256)
+    with torch.no_grad(), Tracer({"": model}, [x]) as tracer:
+        y = model(x)
+    trace = tracer.trace
+    # [4, 256] after each of the first two layers, then [4, 256] and [4, 64]
+    assert trace.live_curve() == [0, 4096, 8192, 4096, 5120, 1024]
+    assert trace.peak_bytes == 8192 and tuple(y.shape) == (4, 64)
+    assert [(w.path, w.op) for w in trace.peak_witness()] == [
+        ("0", "aten.addmm.default"),
+        ("1", "aten.relu.default"),
+    ]
+
+
+def test_views_known_storages_and_empty_tensors_count_nothing() -> None:
+    with torch.device("meta"):
+        model = torch.nn.Linear(8, 8)
+    x = meta(8, 8)
+    with torch.no_grad(), Tracer({"": model}, [x]) as tracer:
+        _ = model.weight.t(), x.view(64)[3:], x.mul_(2), meta(0, 8)
+    assert tracer.trace.events == []
+
+
+def test_each_storage_is_rounded_up_to_512_bytes() -> None:
+    with Tracer() as tracer:
+        a, b = meta(1), meta(129)
+        del a, b
+    assert tracer.trace.live_curve() == [0, 512, 1536, 1024, 0]
+
+
+def test_a_resize_allocates_before_it_frees() -> None:
+    with Tracer() as tracer:
+        a = meta(128)
+        a.resize_(256)
+    assert tracer.trace.live_curve() == [0, 512, 1536, 1024]
+
+
+def test_values_read_back_are_zeros_on_the_cpu_and_count_nothing() -> None:
+    x = meta(3, 4, dtype=torch.float16)
+    with Tracer(inputs=[x]) as tracer:
+        on_cpu = x.cpu().float().numpy()
+        values = x[0, 0].item(), bool(x[0, 0])
+        wide = x.to("cpu", torch.float32)
+    assert on_cpu.shape == (3, 4) and not on_cpu.any() and wide.dtype == torch.float32
+    assert values == (0.0, False) and tracer.trace.events == []
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "head_dim", "ops"),
+    [
+        ("flash", "float16", 64, ["flash"]),
+        ("flash", "bfloat16", 20, ["pad", "pad", "pad", "flash"]),
+        ("flash", "float16", 512, ["efficient"]),
+        ("flash", "float32", 64, ["efficient"]),
+        ("efficient", "float16", 20, ["math"]),
+        ("efficient", "float32", 20, ["efficient"]),
+        ("efficient", "float32", 18, ["math"]),
+        ("math", "float16", 64, ["math"]),
+    ],
+)
+def test_sdpa_takes_the_backend_that_cuda_would_take(
+    backend: str, dtype: str, head_dim: int, ops: list[str]
+) -> None:
+    names = {"flash": "flash", "efficient": "efficient", "constant_pad_nd": "pad", "softmax": "math"}
+    q = meta(1, 2, 4, head_dim, dtype=getattr(torch, dtype))
+    with torch.no_grad(), SdpaMode(backend), Tracer(inputs=[q]) as tracer:
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    allocs = {e.id: e.op for e in tracer.trace.events if isinstance(e, Alloc) and len(e.shape) == 4}
+    assert [label for op in allocs.values() for name, label in names.items() if name in op] == ops
+    assert out.shape == q.shape
+
+
+def test_sdpa_refuses_what_it_cannot_route() -> None:
+    with pytest.raises(ValueError, match="'cudnn'"):
+        SdpaMode("cudnn")
+    q = meta(1, 2, 4, 64)
+    with SdpaMode("efficient"), pytest.raises(NotImplementedError, match="mask"):
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=meta(4, 4))
+
+
+def test_parameter_counts_are_the_published_ones() -> None:
+    models = [
+        build_unet(config("unet")),
+        build_vae(config("vae")),
+        build_text_encoder(config("text_encoder")),
+        build_safety_checker(config("safety_checker")),
+    ]
+    assert [sum(p.numel() for p in model.parameters()) for model in models] == [
+        859_520_964,
+        83_653_863,
+        123_060_480,
+        303_981_588,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("component", "attention", "peak_bytes"),
+    [
+        ("unet", "efficient", 136_321_536),
+        ("unet", "eager", 1_131_420_160),
+        ("vae_encode", "efficient", 335_544_320),
+        ("vae_decode", "efficient", 402_685_952),
+    ],
+)
+def test_orientation_numbers(component: str, attention: str, peak_bytes: int) -> None:
+    trace = trace_component(component, config(component), attention=attention)
+    assert trace.peak_bytes == peak_bytes
+    assert sum(-(-w.nbytes // 512) * 512 for w in trace.peak_witness()) == peak_bytes
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "vae_encode", "unet", "vae_decode", "safety_checker"])
+@pytest.mark.parametrize("attention", ["efficient", "flash", "math", "eager"])
+def test_tracking_paths_changes_no_event(component: str, attention: str) -> None:
+    traces = [
+        trace_component(component, config(component), attention=attention, height=72, width=136, paths=paths)
+        for paths in (True, False)
+    ]
+    assert steps(traces[0]) == steps(traces[1])
+    assert traces[0].live_curve() == traces[1].live_curve()
+
+
+def test_no_storage_waits_for_the_cyclic_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
+    without = trace_pipeline(CHECKPOINT, **sizes)
+    monkeypatch.setattr(gc, "disable", lambda: gc.set_threshold(1, 1, 1))
+    monkeypatch.setattr(gc, "enable", lambda: gc.set_threshold(700, 10, 10))
+    assert steps(trace_pipeline(CHECKPOINT, **sizes)) == steps(without)
+
+
+@pytest.mark.parametrize("pipeline", ["img2img", "txt2img"])
+def test_a_pipeline_runs_to_its_end_stage_after_stage(pipeline: str) -> None:
+    trace = trace_pipeline(CHECKPOINT, pipeline, num_inference_steps=2)
+    stages = [s if pipeline == "img2img" else s.replace("vae_encode", "prepare_latents") for s in STAGES]
+    order = [e.stage for e, before in zip(trace.events[1:], trace.events) if e.stage != before.stage]
+    assert [trace.events[0].stage, *order] == stages == list(trace.stage_peaks())
+    assert trace.peak_bytes == max(trace.stage_peaks().values()) == trace.stage_peaks()["vae_decode"]
+
+
+def test_tracing_a_pipeline_twice_gives_the_same_events_with_and_without_paths() -> None:
+    sizes: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
+    first, second = (trace_pipeline(CHECKPOINT, **sizes) for _ in range(2))
+    assert first.events == second.events
+    assert steps(trace_pipeline(CHECKPOINT, **sizes, paths=False)) == steps(first)
+
+
+@pytest.mark.parametrize(("folder", "pipeline"), [(CHECKPOINT, "inpaint"), (SDXL, "txt2img")])
+def test_other_pipelines_are_refused(folder: Path, pipeline: str) -> None:
+    with pytest.raises(NotImplementedError, match=pipeline):
+        trace_pipeline(folder, pipeline)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_scale": 1.0},
+        {"num_images_per_prompt": 2},
+        {"batch_size": 2, "safety_checker": False},
+        {"prompt_length": 154},
+        {"prompt_length": 154, "guidance_scale": 1.0},
+        {"dtype": "float32", "attention": "flash"},
+        {"dtype": "bfloat16", "attention": "eager"},
+        {"height": 72, "width": 136, "strength": 0.5, "num_inference_steps": 4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("pipeline", ["img2img", "txt2img"])
+def test_every_option_of_the_pipelines_runs(pipeline: str, options: dict[str, Any]) -> None:
+    sizes: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
+    trace = trace_pipeline(CHECKPOINT, pipeline, **(sizes | options), paths=False)
+    assert list(trace.stage_peaks())[-1] == "postprocess"
+    assert all(event.stage for event in trace.events)
