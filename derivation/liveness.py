@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from derivation.symbols import RING, Size, as_poly, ceil512, evaluate, free_names, symbol
 from derivation.tape import Allocation, Tape
+
+MAX_INT64 = 2**63 - 1
 
 # A live set: how many storages of each size in bytes are alive.
 Terms = tuple[tuple[Size, Size], ...]
@@ -32,29 +35,28 @@ class Point:
         return sum((as_poly(nbytes) * count for nbytes, count in self.terms), start=RING(0))
 
 
-def stage_of(tape: Tape) -> Iterator[tuple[int, str]]:
-    """Yield (event index, stage) for every event of ``tape``; before the first mark the stage is ""."""
-    marks = {mark.event: mark.stage for mark in tape.marks}
-    stage = ""
-    for index in range(len(tape.events)):
-        stage = marks.get(index, stage)
-        yield index, stage
+def stages(tape: Tape) -> list[tuple[str, int, int]]:
+    """Return (stage, first event, end event) of each stage of ``tape``, in order; "" without marks."""
+    starts = [(mark.stage, mark.event) for mark in tape.marks] or [("", 0)]
+    ends = [event for _, event in starts[1:]] + [len(tape.events)]
+    return [(stage, start, end) for (stage, start), end in zip(starts, ends, strict=True)]
 
 
 def local_maxima(tape: Tape) -> list[Point]:
-    """Return each distinct live set that an allocation reaches just before a storage dies, or at the end."""
+    """Return each distinct live set that a stage starts with, or that a storage's death follows, or the last."""
     alive: dict[Size, Size] = {}
     points: dict[tuple[str, frozenset[tuple[Size, Size]]], Point] = {}
-    last = len(tape.events) - 1
     encoder_limit = _encoder_limit(tape)
-    for index, stage in stage_of(tape):
-        event = tape.events[index]
-        _apply(alive, tape.allocations[abs(event) - 1], 1 if event > 0 else -1)
-        if event > 0 and (index == last or tape.events[index + 1] < 0):
-            key = (stage, frozenset(alive.items()))
-            if key not in points:
-                limit = encoder_limit if stage == "text_encoder" else None
-                points[key] = Point(index, stage, tuple(alive.items()), limit)
+    for stage, start, end in stages(tape):
+        limit = encoder_limit if stage == "text_encoder" else None
+        for index in range(start - 1, end):
+            if index >= start:
+                event = tape.events[index]
+                _apply(alive, tape.allocations[abs(event) - 1], 1 if event > 0 else -1)
+            grows = index + 1 < end and tape.events[index + 1] > 0
+            if not grows and (index < start or tape.events[index] > 0) and alive:
+                key = (stage, frozenset(alive.items()))
+                points.setdefault(key, Point(index, stage, tuple(alive.items()), limit))
     return list(points.values())
 
 
@@ -89,18 +91,24 @@ class Evaluator:
     def __init__(self, tape: Tape) -> None:
         sizes = {(a.nbytes, a.count): None for a in tape.allocations}
         self._sizes = list(sizes)
+        self._stages = stages(tape)
         index = {size: i for i, size in enumerate(self._sizes)}
         kinds = [index[a.nbytes, a.count] for a in tape.allocations]
         self._kind = np.array([kinds[abs(event) - 1] for event in tape.events], dtype=np.int64)
         self._sign = np.where(np.array(tape.events) > 0, 1, -1)
 
-    def live_bytes(self, values: Mapping[str, int]) -> NDArray[np.int64]:
-        """Return the live bytes, 512-byte blocks, after each event; exact below 2^63 bytes."""
+    def live_bytes(self, values: Mapping[str, int]) -> NDArray[Any]:
+        """Return the live bytes in 512-byte blocks before the first event and after each one."""
         sizes = [ceil512(evaluate(n, values)) * evaluate(count, values) for n, count in self._sizes]
-        return np.cumsum(np.array(sizes, dtype=np.int64)[self._kind] * self._sign)
+        exact = np.int64 if max(sizes, default=0) * len(self._kind) < MAX_INT64 else object
+        steps = np.array(sizes, dtype=exact)[self._kind] * self._sign
+        return np.concatenate([np.zeros(1, dtype=exact), np.cumsum(steps)])
 
-    def peak(self, values: Mapping[str, int]) -> tuple[int, int]:
-        """Return (peak bytes, the event that first reaches it)."""
+    def peaks(self, values: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+        """Return, by stage, (peak bytes, the event that first reaches it; -1 before the first event)."""
         live = self.live_bytes(values)
-        event = int(np.argmax(live))
-        return int(live[event]), event
+        found: dict[str, tuple[int, int]] = {}
+        for stage, start, end in self._stages:
+            event = start + int(np.argmax(live[start : end + 1]))
+            found[stage] = (int(live[event]), event - 1)
+        return found

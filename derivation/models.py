@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from derivation.blocks.activations import activation
 from derivation.blocks.embeddings import TimestepEmbedding, get_timestep_embedding
 from derivation.blocks.modeling_clip import CLIPTextModel
 from derivation.blocks.safety_checker import StableDiffusionSafetyChecker
 from derivation.blocks.transformer_2d import TransformerSpec
-from derivation.blocks.activations import activation
 from derivation.blocks.unet_2d_blocks import (
     BlockSpec,
     CrossAttnDownBlock2D,
@@ -22,7 +22,16 @@ from derivation.ops import Conv2d, GroupNorm, add, cat, empty, to
 from derivation.symbols import Size
 from derivation.tape import Category, SymTensor, block
 
-__all__ = ["CLIPTextModel", "StableDiffusionSafetyChecker", "UNet2DConditionModel", "decode", "encode"]
+__all__ = [
+    "CLIP_TEXT_MODELS",
+    "CLIPTextModel",
+    "StableDiffusionSafetyChecker",
+    "UNet2DConditionModel",
+    "decode",
+    "encode",
+]
+
+CLIP_TEXT_MODELS = {"CLIPTextModel": CLIPTextModel}
 
 
 @block
@@ -113,7 +122,8 @@ def _aug_embed(
     """``get_aug_embed`` for addition_embed_type text_time."""
     text_embeds, time_ids = added_cond
     embed_dim, time_embed_dim = config.addition_time_embed_dim, emb.shape[-1]
-    assert isinstance(embed_dim, int) and isinstance(time_embed_dim, int)
+    assert isinstance(embed_dim, int)
+    assert isinstance(time_embed_dim, int)
     batch, count = time_ids.shape
     time_embeds = get_timestep_embedding(
         time_ids.view(batch * count), embed_dim, flip_sin_to_cos=config.flip_sin_to_cos

@@ -187,7 +187,7 @@ def _bytes_at(points: Sequence[Point], values: Mapping[str, Samples]) -> Samples
     incidence = np.zeros((len(points), len(atoms)))
     for row, point in enumerate(points):
         incidence[row, [atoms[term] for term in point.terms]] = 1
-    result = incidence @ table
+    result: Samples = incidence @ table
     for row, point in enumerate(points):
         if point.max_length is not None:
             result[row, values["L"] > point.max_length] = 0
@@ -195,7 +195,8 @@ def _bytes_at(points: Sequence[Point], values: Mapping[str, Samples]) -> Samples
 
 
 def _atom(nbytes: Size, values: Mapping[str, Samples]) -> Samples:
-    return np.ceil(_poly(nbytes, values) / BLOCK_BYTES) * BLOCK_BYTES
+    blocks: Samples = np.ceil(_poly(nbytes, values) / BLOCK_BYTES)
+    return blocks * BLOCK_BYTES
 
 
 def _poly(size: Size, values: Mapping[str, Samples]) -> Samples:
@@ -216,7 +217,8 @@ def reduce_points(points: Sequence[Point]) -> Reduction:
     two, is proven to be at least as large: max(x, y) >= t x + (1 - t) y for 0 <= t <= 1.
     """
     table = _bytes_at(points, sample_sizes(MAX_LEVELS))
-    wins = np.bincount(np.argmax(table, axis=0), minlength=len(points))
+    occurring = table.max(axis=0) > 0
+    wins = np.bincount(np.argmax(table[:, occurring], axis=0), minlength=len(points))
     winners = [int(i) for i in np.argsort(-wins, kind="stable") if wins[i]]
     kept = list(winners)
     for i in (int(i) for i in np.argsort(-table.max(axis=1), kind="stable") if not wins[i]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from sympy import ZZ
 from sympy.polys.rings import PolyElement, ring
@@ -59,7 +60,7 @@ RING, *GENERATORS = ring([symbol.name for symbol in SYMBOLS], ZZ)
 INDEX: Mapping[str, int] = {symbol.name: i for i, symbol in enumerate(SYMBOLS)}
 
 # A tensor dimension, a stride or a number of bytes: an integer polynomial in the symbols.
-Size = int | PolyElement
+Size: TypeAlias = "int | PolyElement"
 
 
 def symbol(name: str) -> PolyElement:

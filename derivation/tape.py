@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from derivation.symbols import DTYPE_BYTES, Size, evaluate, nonnegative_from_one, symbol
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Category(Enum):
@@ -75,10 +76,11 @@ class Mark:
 class Tape:
     """The record of one symbolic run.
 
-    ``settings`` is what modules read their dtype and attention backend from; ``hint`` holds the sizes that decide guards, ``ones`` the symbols that are 1 in this run; ``events``
-    holds i + 1 where allocation i appears and -(i + 1) where it dies; ``parameters`` maps a
-    parameter's or buffer's module path to its shape and dtype; ``loops`` holds event ranges
-    (start, end, times) that the real program runs ``times`` times in all.
+    ``settings`` is what modules read their dtype and attention backend from; ``hint`` holds the sizes that
+    decide guards, ``ones`` the symbols that are 1 in this run; ``events`` holds i + 1 where allocation i
+    appears and -(i + 1) where it dies; ``parameters`` maps a parameter's or buffer's module path to its
+    shape and dtype; ``loops`` holds event ranges (start, end, times) that the real program runs ``times``
+    times in all.
     """
 
     settings: Settings
@@ -333,12 +335,13 @@ def _strided_blocks(shape: Sequence[Size], strides: Sequence[Size]) -> list[tupl
     return blocks
 
 
-def block(forward: F) -> Callable[..., Any]:
+def block(forward: Callable[P, R]) -> Callable[Concatenate[str, P], R]:
     """Make ``forward`` a module: the first argument of a call is its name, and, as in ``nn.Module.__call__``,
-    the caller's arguments stay referenced until it returns."""
+    the caller's arguments stay referenced until it returns.
+    """
 
     @wraps(forward)
-    def call(name: str, /, *args: Any, **kwargs: Any) -> Any:
+    def call(name: str, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with tape().scope(name):
             return forward(*args, **kwargs)
 

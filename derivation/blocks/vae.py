@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from derivation.blocks.activations import activation
 from derivation.blocks.attention_processor import AttentionSpec
 from derivation.blocks.unet_2d_blocks import BlockSpec, DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
 from derivation.config import AutoencoderKLConfig
 from derivation.ops import Conv2d, GroupNorm, add, elementwise, empty, mul
-from derivation.blocks.activations import activation
 from derivation.tape import SymTensor, block
 
 

@@ -1,0 +1,331 @@
+"""The public API: ``derive`` and the ``Derivation`` it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sympy
+
+from derivation.components import Component, components, parameter_count, parameters, weights_bytes
+from derivation.config import Checkpoint, load
+from derivation.errors import DerivationError
+from derivation.liveness import alive_at
+from derivation.options import Options, positive
+from derivation.pipelines import Pipeline, required
+from derivation.program import Program, Variant
+from derivation.simplify import Grid, Term, maximum
+from derivation.spine import Record, StageRecord, derive_record
+from derivation.symbols import Size, evaluate
+from derivation.tape import Allocation, Settings
+
+DEFAULT_PROMPT_LENGTH = 77
+MIB_SIDE_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class WitnessTensor:
+    """One tensor alive at a peak: where it was made, its shape and its bytes (sizes are symbolic or int)."""
+
+    module: str
+    op: str
+    shape: tuple[Size, ...]
+    dtype: str
+    nbytes: Size
+    count: Size
+    category: str
+
+    @classmethod
+    def of(cls, allocation: Allocation) -> WitnessTensor:
+        """Return the witness entry of an allocation."""
+        a = allocation
+        return cls(a.path, a.op, a.shape, a.dtype, a.nbytes, a.count, a.category.value)
+
+    def at(self, values: Mapping[str, int]) -> dict[str, Any]:
+        """Return the entry at integer sizes."""
+        return {
+            "module": self.module,
+            "op": self.op,
+            "shape": [evaluate(dim, values) for dim in self.shape],
+            "dtype": self.dtype,
+            "bytes": evaluate(self.nbytes, values),
+            "count": evaluate(self.count, values),
+            "category": self.category,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """The program point of a peak: stage, module path, operator, and every tensor alive, oldest first."""
+
+    stage: str
+    module: str
+    op: str
+    tensors: tuple[WitnessTensor, ...]
+
+    def at(self, values: Mapping[str, int]) -> dict[str, Any]:
+        """Return the witness at integer sizes, ready for JSON."""
+        tensors = [tensor.at(values) for tensor in self.tensors]
+        return {"stage": self.stage, "module": self.module, "op": self.op, "tensors": tensors}
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The closed form of one stage: its bytes beyond the weights, and where they peak."""
+
+    name: str
+    record: StageRecord
+    witnesses: tuple[Witness, ...]
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The polynomials of the headline Max, one witness each."""
+        return self.record.terms
+
+    @property
+    def peak(self) -> sympy.Expr:
+        """Bytes in H, W, L and B for sides that are multiples of the grid's unit."""
+        return maximum(term.expression for term in self.record.terms)
+
+    @property
+    def witness(self) -> Witness:
+        """The witness of the first polynomial, the one that wins most often."""
+        return self.witnesses[0]
+
+
+def _witness(stage: str, variant: Variant, event: int) -> Witness:
+    alive = alive_at(variant.tape, event)
+    newest = alive[-1] if alive else None
+    module, op = (newest.path, newest.op) if newest else ("", "")
+    return Witness(stage, module, op, tuple(WitnessTensor.of(a) for a in alive))
+
+
+class Derivation:
+    """The peak GPU memory of one checkpoint's pipeline, in closed form and exact at any size."""
+
+    def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
+        self.checkpoint = checkpoint
+        self.options = options
+        self._pipelines: dict[bool, Program] = {}
+        self._components: dict[tuple[str, bool], Program] = {}
+        self._records: dict[bool, Record] = {}
+
+    def __repr__(self) -> str:
+        o = self.options
+        return f"Derivation({self.checkpoint.name!r}, {o.pipeline}, {o.dtype}, attention={o.attention})"
+
+    def _repr_latex_(self) -> str:
+        return f"$\\displaystyle {sympy.latex(self.peak)}$"
+
+    @property
+    def settings(self) -> Settings:
+        """What the symbolic modules read."""
+        return Settings(self.options.dtype, self.options.attention)
+
+    @cached_property
+    def grid(self) -> Grid:
+        """How image sides map to level sides."""
+        vae = required(self.checkpoint.vae, "vae")
+        levels = 1 if self.checkpoint.unet is None else len(self.checkpoint.unet.block_out_channels)
+        return Grid(2 ** (len(vae.block_out_channels) - 1), levels)
+
+    @cached_property
+    def calls(self) -> dict[str, Component]:
+        """The component calls, in pipeline order."""
+        return components(self.checkpoint, self.options)
+
+    @cached_property
+    def parameters(self) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
+        """Parameters and buffers of each model: path -> (shape, dtype)."""
+        return parameters(self.checkpoint, self.options)
+
+    @cached_property
+    def weights(self) -> dict[str, int]:
+        """Bytes of each model's parameters and buffers, each tensor in 512-byte blocks."""
+        return {model: weights_bytes(entries) for model, entries in self.parameters.items()}
+
+    @property
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters of each model."""
+        return {model: parameter_count(entries) for model, entries in self.parameters.items()}
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all weights on the GPU."""
+        return sum(self.weights.values())
+
+    def program(self, guidance: bool = True) -> Program:
+        """Return the whole pipeline as a recordable run."""
+        if guidance not in self._pipelines:
+            pipeline = Pipeline(self.checkpoint, self.options, guidance)
+            self._pipelines[guidance] = Program(pipeline.__call__, self.settings)
+        return self._pipelines[guidance]
+
+    def component(self, name: str, guidance: bool = True) -> Program:
+        """Return one component call as a recordable run; raises DerivationError for an unknown name."""
+        if name not in self.calls:
+            raise DerivationError(f"component {name!r} is not part of this checkpoint ({', '.join(self.calls)})")
+        key = (name, guidance)
+        if key not in self._components:
+            call = self.calls[name].call
+            self._components[key] = Program(lambda: call(self.options, guidance), self.settings)
+        return self._components[key]
+
+    def record(self, guidance: bool = True) -> Record:
+        """Return every intermediate of the symbolic derivation."""
+        if guidance not in self._records:
+            self._records[guidance] = derive_record(self.program(guidance), self.grid)
+        return self._records[guidance]
+
+    def stages_with(self, guidance: bool) -> dict[str, Stage]:
+        """Return the closed form of every stage, with or without classifier-free guidance."""
+        variant = self.program(guidance).generic
+        return {name: self._stage(stage, variant) for name, stage in self.record(guidance).stages.items()}
+
+    @cached_property
+    def stages(self) -> dict[str, Stage]:
+        """The closed form of every stage under guidance."""
+        return self.stages_with(guidance=True)
+
+    def _stage(self, record: StageRecord, variant: Variant) -> Stage:
+        witnesses = tuple(_witness(term.point.stage, variant, term.point.event) for term in record.terms)
+        return Stage(record.name, record, witnesses)
+
+    def pipeline_stage(self, guidance: bool = True) -> Stage:
+        """Return the Max over all stages as one closed form, without the weights."""
+        return self._stage(self.record(guidance).pipeline, self.program(guidance).generic)
+
+    def peak_with(self, guidance: bool) -> sympy.Expr:
+        """Return weights + Max over stages, in bytes."""
+        return sympy.Add(self.weights_bytes, self.pipeline_stage(guidance).peak, evaluate=False)
+
+    @cached_property
+    def peak(self) -> sympy.Expr:
+        """Peak bytes of the pipeline under guidance, in H, W, L, B: weights + Max over stages."""
+        return self.peak_with(guidance=True)
+
+    def sizes(self, height: int, width: int, batch_size: int, prompt_length: int) -> dict[str, int]:
+        """Return the value of every symbol for a call; raises DerivationError for a size the pipeline rejects."""
+        for key, value in (("height", height), ("width", width)):
+            self._check_side(key, value)
+        positive("batch_size", batch_size)
+        positive("prompt_length", prompt_length)
+        return {"B": batch_size, "L": prompt_length, **self.grid.sizes(height, width)}
+
+    def _check_side(self, key: str, value: int) -> None:
+        factor = self.grid.vae_scale_factor
+        if positive(key, value) < factor:
+            raise DerivationError(f"{key} = {value} is not supported (supported: integers from {factor})")
+        if self.options.pipeline == "txt2img" and value % factor:
+            raise DerivationError(f"{key} = {value} is not supported (supported: multiples of {factor})")
+        if value > MIB_SIDE_LIMIT:
+            raise DerivationError(f"{key} = {value} is not supported (supported: up to {MIB_SIDE_LIMIT})")
+
+    def component_peaks(
+        self,
+        height: int,
+        width: int,
+        batch_size: int = 1,
+        prompt_length: int = DEFAULT_PROMPT_LENGTH,
+        guidance: bool = True,
+    ) -> dict[str, int]:
+        """Return each component call's peak bytes: storages allocated during the call, 512-byte blocks.
+
+        A text encoder takes at most its number of positions; longer prompts reach it in chunks.
+        Raises DerivationError for a size that the pipeline rejects.
+        """
+        values = self.sizes(height, width, batch_size, prompt_length)
+        peaks: dict[str, int] = {}
+        for name in self.calls:
+            at = self._chunked(name, values)
+            [(peak, _)] = self.component(name, guidance).at(at).evaluator.peaks(at).values()
+            peaks[name] = peak
+        return peaks
+
+    def _chunked(self, name: str, values: Mapping[str, int]) -> dict[str, int]:
+        config = getattr(self.checkpoint, name, None) if name.startswith("text_encoder") else None
+        limit = values["L"] if config is None else config.max_position_embeddings
+        return {**values, "L": min(values["L"], limit)}
+
+    def stage_peaks(
+        self,
+        height: int,
+        width: int,
+        batch_size: int = 1,
+        prompt_length: int = DEFAULT_PROMPT_LENGTH,
+        guidance: bool = True,
+    ) -> dict[str, int]:
+        """Return each stage's peak bytes over the whole pipeline call, weights excluded."""
+        values = self.sizes(height, width, batch_size, prompt_length)
+        peaks = self.program(guidance).at(values).evaluator.peaks(values)
+        return {name: peak for name, (peak, _) in peaks.items()}
+
+    def estimate(
+        self,
+        height: int,
+        width: int,
+        batch_size: int = 1,
+        prompt_length: int = DEFAULT_PROMPT_LENGTH,
+        guidance: bool = True,
+    ) -> dict[str, Any]:
+        """Return everything known about one call, in bytes, ready for JSON."""
+        values = self.sizes(height, width, batch_size, prompt_length)
+        variant = self.program(guidance).at(values)
+        peaks = variant.evaluator.peaks(values)
+        peak_stage = max(peaks, key=lambda name: peaks[name][0])
+        stage_bytes, event = peaks[peak_stage]
+        return {
+            "model": self.checkpoint.name,
+            **self.options.as_dict(),
+            "height": height,
+            "width": width,
+            "batch_size": batch_size,
+            "prompt_length": prompt_length,
+            "guidance": guidance,
+            "weights_bytes": self.weights_bytes,
+            "weights": self.weights,
+            "components": self.component_peaks(height, width, batch_size, prompt_length, guidance),
+            "stages": {name: peak for name, (peak, _) in peaks.items()},
+            "peak_stage": peak_stage,
+            "peak_tensor_bytes": self.weights_bytes + stage_bytes,
+            "witness": _witness(peak_stage, variant, event).at(values),
+        }
+
+    def latex(self) -> str:
+        """Return the equation as a LaTeX align environment."""
+        from derivation.export import export
+
+        return export(self, "latex")
+
+    def lambdify(self, target: str = "math") -> Callable[..., Any]:
+        """Return peak_vram(height, width, prompt_length, batch_size, guidance) in bytes, exact at every size.
+
+        ``target`` is "math" (Python integers), "numpy" (broadcasting int64 arrays).
+        """
+        from derivation.export import compiled
+
+        return compiled(self, target)
+
+
+def derive(
+    model: object,
+    pipeline: str = "img2img",
+    dtype: str = "float16",
+    attention: str = "efficient",
+    gpu: str | None = None,
+    **options: Any,
+) -> Derivation:
+    """Derive the peak memory of ``model``: a bundled id, a checkpoint folder or a live pipeline.
+
+    Raises DerivationError, with one line, for a config or an option that is not supported.
+    """
+    checkpoint = load(model)
+    try:
+        chosen = Options(pipeline=pipeline, dtype=dtype, attention=attention, gpu=gpu, **options)
+    except TypeError as error:
+        raise DerivationError(str(error).replace("Options.__init__() ", "")) from None
+    return Derivation(checkpoint, chosen)
+
+

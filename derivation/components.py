@@ -1,0 +1,139 @@
+"""The calls of the exactness contract, each on a tape of its own, and the parameters they touch.
+
+A call's inputs exist before it, its outputs are alive at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from derivation import models
+from derivation.config import (
+    AutoencoderKLConfig,
+    Checkpoint,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    UNet2DConditionConfig,
+)
+from derivation.ops import given
+from derivation.options import Options
+from derivation.symbols import DTYPE_BYTES, Size, ceil512
+from derivation.tape import Settings, SymTensor, Tape, tape
+
+# SDXL's added time ids: original size, crop, target size (pipeline_stable_diffusion_xl.py)
+TIME_IDS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One call on the active tape; ``model`` is the pipeline attribute that holds its parameters."""
+
+    name: str
+    model: str
+    call: Callable[[Options, bool], object]
+
+
+def components(checkpoint: Checkpoint, options: Options) -> dict[str, Component]:
+    """Return the calls that ``checkpoint`` supports, in pipeline order."""
+    found: list[Component] = []
+    if (text := checkpoint.text_encoder) is not None:
+        found.append(Component("text_encoder", "text_encoder", lambda o, g: _text(text, "text_encoder")))
+    if (text_2 := checkpoint.text_encoder_2) is not None:
+        found.append(Component("text_encoder_2", "text_encoder_2", lambda o, g: _text(text_2, "text_encoder_2")))
+    if (vae := checkpoint.vae) is not None:
+        found.append(Component("vae_encode", "vae", lambda o, g: _encode(vae)))
+    if (unet := checkpoint.unet) is not None:
+        pooled = None if checkpoint.text_encoder_2 is None else checkpoint.text_encoder_2.projection_dim
+        found.append(Component("unet", "unet", lambda o, g: _unet(unet, o, g, pooled)))
+    if vae is not None:
+        found.append(Component("vae_decode", "vae", lambda o, g: _decode(vae, o)))
+    if checkpoint.safety_checker is not None and options.safety_checker:
+        checker = checkpoint.safety_checker
+        found.append(Component("safety_checker", "safety_checker", lambda o, g: _check(checker, o)))
+    return {component.name: component for component in found}
+
+
+def images(options: Options) -> Size:
+    """Return the images of one call: B prompts times num_images_per_prompt."""
+    return tape().size("B") * options.num_images_per_prompt
+
+
+def _input(*shape: Size) -> SymTensor:
+    return given(shape, tape().settings.dtype)
+
+
+def _text(config: CLIPTextConfig, name: str) -> object:
+    """``text_encoder(input_ids)``: input_ids [B, L]."""
+    input_ids = given((tape().size("B"), tape().size("L")), "int64")
+    model = models.CLIP_TEXT_MODELS[config.class_name]
+    return model(name, input_ids, config=config)
+
+
+def _encode(config: AutoencoderKLConfig) -> object:
+    """``vae.encode(x).latent_dist.sample()``: x [B, 3, H, W]."""
+    factor = vae_scale_factor(config)
+    x = _input(tape().size("B"), config.in_channels, factor * tape().size("h0"), factor * tape().size("w0"))
+    with tape().scope("vae"):
+        return models.encode(x, config).sample()
+
+
+def _decode(config: AutoencoderKLConfig, options: Options) -> object:
+    """``vae.decode(z, return_dict=False)``: z [images, C, h0, w0]."""
+    z = _input(images(options), config.latent_channels, tape().size("h0"), tape().size("w0"))
+    with tape().scope("vae"):
+        return models.decode(z, config)
+
+
+def _unet(config: UNet2DConditionConfig, options: Options, guidance: bool, pooled: int | None) -> object:
+    """``unet(sample, timestep, encoder_hidden_states, return_dict=False)``: two rows an image with guidance."""
+    rows = images(options) * (2 if guidance else 1)
+    sample = _input(rows, config.in_channels, tape().size("h0"), tape().size("w0"))
+    embeds = _input(rows, tape().size("L"), config.cross_attention_dim[0])
+    added = None
+    if config.addition_embed_type == "text_time":
+        added = _added_cond(config, rows, pooled)
+    return models.UNet2DConditionModel("unet", sample, given((1,), "int64"), embeds, added, config=config)
+
+
+def _added_cond(config: UNet2DConditionConfig, rows: Size, pooled: int | None) -> tuple[SymTensor, SymTensor]:
+    """text_embeds [rows, P] and time_ids [rows, T]: P + T addition_time_embed_dim is what the projection takes."""
+    width, time = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+    assert width is not None
+    assert time is not None
+    pooled = width - TIME_IDS * time if pooled is None else pooled
+    return _input(rows, pooled), _input(rows, (width - pooled) // time)
+
+
+def _check(config: CLIPVisionConfig, options: Options) -> object:
+    """``safety_checker(clip_input, images)``: clip_input [images, 3, S, S]."""
+    side = config.image_size
+    clip_input = _input(images(options), config.num_channels, side, side)
+    return models.StableDiffusionSafetyChecker("safety_checker", clip_input, clip_input, config=config)
+
+
+def vae_scale_factor(config: AutoencoderKLConfig) -> int:
+    """Return image pixels per latent, along a side."""
+    return 1 << (len(config.block_out_channels) - 1)
+
+
+def parameters(checkpoint: Checkpoint, options: Options) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
+    """Return the parameters and buffers of each model: path -> (shape, dtype)."""
+    found: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {}
+    for component in components(checkpoint, options).values():
+        recorded = Tape(Settings(options.dtype, "efficient"))
+        with recorded.running():
+            component.call(options, False)
+        found.setdefault(component.model, {}).update(recorded.parameters)
+    return found
+
+
+def weights_bytes(entries: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
+    """Return the bytes of parameters and buffers, each in 512-byte blocks."""
+    return sum(ceil512(prod(shape) * DTYPE_BYTES[dtype]) for shape, dtype in entries.values())
+
+
+def parameter_count(entries: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
+    """Return the number of floating-point parameters (buffers are int64)."""
+    return sum(prod(shape) for shape, dtype in entries.values() if dtype != "int64")

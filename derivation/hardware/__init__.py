@@ -1,0 +1,1 @@
+"""What hardware and the allocator add to tensors: scratch profiles, allocator replay, GPU table."""

@@ -1,0 +1,111 @@
+"""From surviving program points to what a paper prints: polynomials in H, W, L and B.
+
+For sides that are multiples of ``unit`` = f 2^n (f the VAE's scale factor, n the UNet's downsamplings) every
+level's side is exact: h_k = 2^(n - k) h_n, H = f 2^n h_n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import sympy
+from sympy.polys.rings import PolyElement
+
+from derivation.liveness import Point
+from derivation.peak import reduce_points, slack_bytes
+from derivation.symbols import SYMBOLS, Size, as_poly, evaluate, symbol
+
+# The symbols of a headline equation: image height and width in pixels, prompt length, batch size.
+H, W, L, B = sympy.symbols("H W L B", integer=True, positive=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How image sides map to level sides: the VAE's scale factor and the UNet's number of levels."""
+
+    vae_scale_factor: int
+    levels: int
+
+    @property
+    def unit(self) -> int:
+        """Image sides for which every level is exact are multiples of this many pixels."""
+        return self.vae_scale_factor << (self.levels - 1)
+
+    def sizes(self, height: int, width: int) -> dict[str, int]:
+        """Return every level's sides for an image of ``height`` x ``width`` pixels."""
+        values = {"h0": height // self.vae_scale_factor, "w0": width // self.vae_scale_factor}
+        for k in range(1, self.levels):
+            for side in "hw":
+                values[f"{side}{k}"] = -(-values[f"{side}{k - 1}"] // 2)
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One polynomial of a headline Max: bytes as a sympy expression, and the program point behind it."""
+
+    expression: sympy.Expr
+    polynomial: PolyElement
+    point: Point
+
+    @property
+    def rounding_bytes(self) -> int:
+        """The most that 512-byte rounding adds to the expression at B = 1."""
+        at_one = {s.name: 1 for s in SYMBOLS}
+        return sum(slack_bytes(n) * evaluate(count, at_one) for n, count in self.point.terms)
+
+
+def headline(points: Sequence[Point], grid: Grid) -> tuple[Term, ...]:
+    """Return the undominated polynomials for sides that are multiples of ``grid.unit``."""
+    exact = [_on_grid(point, grid) for point in points]
+    kept = reduce_points(exact).kept
+    origin = {id(moved): point for moved, point in zip(exact, points, strict=True)}
+    return tuple(
+        Term(in_pixels(moved.raw(), grid), as_poly(moved.raw()), replace(moved, event=origin[id(moved)].event))
+        for moved in kept
+    )
+
+
+def _on_grid(point: Point, grid: Grid) -> Point:
+    """Express every level's sides in those of the deepest level, merging sizes that become equal."""
+    terms: dict[Size, Size] = {}
+    for nbytes, count in point.terms:
+        moved = _deepest(nbytes, grid)
+        terms[moved] = terms.get(moved, 0) + count
+    return replace(point, terms=tuple(terms.items()))
+
+
+def _deepest(size: Size, grid: Grid) -> Size:
+    if isinstance(size, int):
+        return size
+    last = grid.levels - 1
+    pairs = [
+        (symbol(f"{side}{k}"), symbol(f"{side}{last}") * (1 << (last - k))) for k in range(last) for side in "hw"
+    ]
+    return size.compose(pairs)
+
+
+def in_pixels(size: Size, grid: Grid) -> sympy.Expr:
+    """Return a polynomial in the deepest level's sides as an expression in H, W, L, B.
+
+    >>> from derivation.symbols import symbol
+    >>> in_pixels(1536 * symbol("B") * symbol("h0") * symbol("w0"), Grid(8, 1))
+    24*B*H*W
+    """
+    last = grid.levels - 1
+    meaning = {"B": B, "L": L, f"h{last}": H / grid.unit, f"w{last}": W / grid.unit}
+    return sympy.Add(
+        *(
+            sympy.Mul(int(c), *(meaning[SYMBOLS[i].name] ** p for i, p in enumerate(monomial) if p))
+            for monomial, c in as_poly(size).items()
+        )
+    )
+
+
+def maximum(expressions: Iterable[sympy.Expr]) -> sympy.Expr:
+    """Return the Max of the expressions, unevaluated; one expression is returned as it is."""
+    distinct = list(dict.fromkeys(expressions))
+    return distinct[0] if len(distinct) == 1 else sympy.Max(*distinct, evaluate=False)
+
+
