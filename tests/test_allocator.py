@@ -10,14 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from derivation.errors import DerivationError
-from derivation.hardware.allocator import (
-    AllocatorConfig,
-    CachingAllocator,
-    OutOfMemoryError,
-    format_size,
-    round_size,
-    segment_size,
-)
+from derivation.hardware.allocator import CachingAllocator
+from derivation.hardware.allocator_config import AllocatorConfig
+from derivation.hardware.allocator_report import OutOfMemoryError, format_size, round_size, segment_size
 from derivation.hardware.replay import Loop, Peak, Replay, load_weights
 
 KIB, MIB = 1 << 10, 1 << 20

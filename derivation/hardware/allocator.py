@@ -1,266 +1,30 @@
 """PyTorch's CUDA caching allocator on one stream, numerically.
 
-Facts: c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.{h,cpp} of torch 2.13 (option
-checks tried against the installed torch 2.13). The one liberty: cudaMalloc addresses only ever grow.
+Facts: c10/cuda/CUDACachingAllocator.cpp of torch 2.13. The one liberty: cudaMalloc addresses only ever grow.
 """
 
-import re
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from typing import Self
+from collections.abc import Iterator
 
 from derivation.errors import DerivationError
+from derivation.hardware.allocator_config import AllocatorConfig
+from derivation.hardware.allocator_report import (
+    MIB,
+    MIN_BLOCK_BYTES,
+    ROUND_LARGE_BYTES,
+    SMALL_BYTES,
+    SMALL_SEGMENT_BYTES,
+    BlockInfo,
+    Fragmentation,
+    OutOfMemory,
+    OutOfMemoryError,
+    SegmentInfo,
+    Stat,
+    round_size,
+    segment_size,
+)
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-MIN_BLOCK_BYTES = 512  # kMinBlockSize
-SMALL_BYTES = 1 * MIB  # kSmallSize: the largest request of the small pool
-SMALL_SEGMENT_BYTES = 2 * MIB  # kSmallBuffer
-MIN_LARGE_BYTES = 10 * MIB  # kMinLargeAlloc: from here on a request gets its own segment
-ROUND_LARGE_BYTES = 2 * MIB  # kRoundLarge
-ROUNDUP_INTERVALS = 16  # powers of two from 1 MiB to 64 GiB
 _UNLIMITED = 1 << 62
-_Value = bool | int | float | tuple[int, ...]
-_HOST_ONLY = re.compile(r"pinned_\w+|release_lock_on_(cuda|hip)malloc|graph_capture_record_stream_reuse")
-
-
-@dataclass(frozen=True, slots=True)
-class AllocatorConfig:
-    """The options of PYTORCH_CUDA_ALLOC_CONF that move device memory, with torch's names and defaults."""
-
-    expandable_segments: bool = False
-    max_split_size_mb: int | None = None
-    max_non_split_rounding_mb: int = 20
-    garbage_collection_threshold: float = 0.0
-    roundup_power2_divisions: tuple[int, ...] = (0,) * ROUNDUP_INTERVALS
-    large_segment_size_mb: int = 20
-    per_process_memory_fraction: float = 1.0
-
-    def __post_init__(self) -> None:
-        large = self.large_segment_size_mb
-        split = self.max_split_size_mb
-        _check(large > 10, "large_segment_size_mb", large, "more than 10")
-        _check(split is None or split >= large, "max_split_size_mb", split, f"{large} or more")
-        rounding = self.max_non_split_rounding_mb
-        _check(rounding == 20 or rounding >= large, "max_non_split_rounding_mb", rounding, f"{large} or more")
-        threshold = self.garbage_collection_threshold
-        _check(0 <= threshold < 1, "garbage_collection_threshold", threshold, "in (0.0, 1.0)")
-        fraction = self.per_process_memory_fraction
-        _check(0 <= fraction <= 1, "per_process_memory_fraction", fraction, "in [0.0, 1.0]")
-        divisions = self.roundup_power2_divisions
-        _check(
-            len(divisions) == ROUNDUP_INTERVALS and all(d >= 0 and d & (d - 1) == 0 for d in divisions),
-            "roundup_power2_divisions",
-            divisions,
-            f"{ROUNDUP_INTERVALS} powers of two (0: off)",
-        )
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read a PYTORCH_CUDA_ALLOC_CONF string; options of host memory are accepted without effect.
-
-        >>> AllocatorConfig.parse("expandable_segments:True,max_split_size_mb:128").max_split_size_mb
-        128
-        """
-        values: dict[str, _Value] = {}
-        for key, value in _options(text):
-            if key == "backend":
-                _check(value == "native", key, value, "native (cudaMallocAsync is the driver's allocator)")
-            elif key in _READERS:
-                values[key] = _READERS[key](key, value)
-            elif not _HOST_ONLY.fullmatch(key):
-                known = ", ".join(field.name for field in fields(cls))
-                raise DerivationError(f"PYTORCH_CUDA_ALLOC_CONF: unsupported option {key!r}; supported: {known}")
-        threshold = values.get("garbage_collection_threshold", 0.5)
-        _check(threshold != 0, "garbage_collection_threshold", threshold, "in (0.0, 1.0)")
-        return cls(**values)  # type: ignore[arg-type]
-
-
-def _check(valid: bool, key: str, value: object, expected: str) -> None:
-    if not valid:
-        raise DerivationError(f"PYTORCH_CUDA_ALLOC_CONF: {key} is {value!r}, expected {expected}")
-
-
-def _options(text: str) -> Iterator[tuple[str, str]]:
-    for item in re.split(r",(?![^\[]*\])", "".join(text.split())):
-        if item:
-            key, colon, value = item.partition(":")
-            _check(bool(colon and value), key, value, "a value, as in key:value")
-            yield key, value
-
-
-def _read_bool(key: str, value: str) -> bool:
-    _check(value in ("True", "False"), key, value, "'True' or 'False'")
-    return value == "True"
-
-
-def _read_int(key: str, value: str) -> int:
-    _check(value.isdecimal(), key, value, "a whole number")
-    return int(value)
-
-
-def _read_float(key: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise DerivationError(f"PYTORCH_CUDA_ALLOC_CONF: {key} is {value!r}, expected a number") from None
-
-
-def _read_divisions(key: str, value: str) -> tuple[int, ...]:
-    """Divisions of the 16 intervals from `4` or `[64:8,256:4,>:1]` (interval starts in MiB)."""
-    if not value.startswith("["):
-        _check(_read_int(key, value) > 0, key, value, "a power of two")
-        return (int(value),) * ROUNDUP_INTERVALS
-    _check(value.endswith("]"), key, value, "a closing ]")
-    divisions, last = [0] * ROUNDUP_INTERVALS, 0
-    for first, item in enumerate(value.strip("[]").split(",")):
-        start, _, count = item.partition(":")
-        division = _read_int(key, count)
-        if start == ">":
-            divisions[last + 1 :] = [division] * (ROUNDUP_INTERVALS - last - 1)
-            continue
-        mib = _read_int(key, start)
-        _check(mib > 0 and mib & (mib - 1) == 0, key, start, "an interval that is a power of two")
-        last = min(mib.bit_length() - 1, ROUNDUP_INTERVALS - 1)
-        if first == 0:
-            divisions[:last] = [division] * last
-        divisions[last] = division
-    return tuple(divisions)
-
-
-_READERS: dict[str, Callable[[str, str], _Value]] = {
-    "expandable_segments": _read_bool,
-    "max_split_size_mb": _read_int,
-    "max_non_split_rounding_mb": _read_int,
-    "garbage_collection_threshold": _read_float,
-    "roundup_power2_divisions": _read_divisions,
-    "large_segment_size_mb": _read_int,
-    "per_process_memory_fraction": _read_float,
-}
-
-
-def round_size(nbytes: int, divisions: tuple[int, ...] = (0,) * ROUNDUP_INTERVALS) -> int:
-    """Bytes of the block a request is rounded to: 512s, or a fraction of its power of two.
-
-    >>> round_size(1), round_size(1200, (4,) * 16), round_size(5 * 1048576, (4,) * 16) // 1048576
-    (512, 1536, 5)
-    """
-    if nbytes < MIN_BLOCK_BYTES:
-        return MIN_BLOCK_BYTES
-    interval = min(max(nbytes.bit_length() - 21, 0), ROUNDUP_INTERVALS - 1)
-    division = divisions[interval]
-    step = MIN_BLOCK_BYTES
-    if division > 1 and nbytes > MIN_BLOCK_BYTES * division:
-        step = (1 << (nbytes.bit_length() - 1)) // division
-    return -(-nbytes // step) * step
-
-
-def segment_size(size: int, large_segment_bytes: int = 20 * MIB) -> int:
-    """Bytes asked of cudaMalloc for a block of `size` rounded bytes (get_allocation_size)."""
-    if size <= SMALL_BYTES:
-        return SMALL_SEGMENT_BYTES
-    if size < MIN_LARGE_BYTES:
-        return large_segment_bytes
-    return -(-size // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
-
-
-def format_size(nbytes: int) -> str:
-    """`nbytes` as torch's messages print it.
-
-    >>> format_size(20 << 20)
-    '20.00 MiB'
-    """
-    for unit, name in ((KIB, "bytes"), (MIB, "KiB"), (GIB, "MiB")):
-        if nbytes <= unit:
-            return f"{nbytes} bytes" if name == "bytes" else f"{nbytes / (unit >> 10):.2f} {name}"
-    return f"{nbytes / GIB:.2f} GiB"
-
-
-@dataclass(frozen=True, slots=True)
-class OutOfMemory:
-    """What torch's out-of-memory message carries, in bytes; `tried_bytes` is the segment, not the request."""
-
-    requested_bytes: int
-    tried_bytes: int
-    total_bytes: int
-    free_bytes: int
-    allowed_bytes: int | None
-    allocated_bytes: int
-    reserved_bytes: int
-
-    @property
-    def message(self) -> str:
-        """One line in torch's words."""
-        allowed = "" if self.allowed_bytes is None else f"{format_size(self.allowed_bytes)} allowed; "
-        return (
-            f"CUDA out of memory. Tried to allocate {format_size(self.tried_bytes)}. GPU 0 has a total "
-            f"capacity of {format_size(self.total_bytes)} of which {format_size(self.free_bytes)} is free. "
-            f"{allowed}Of the allocated memory {format_size(self.allocated_bytes)} is allocated by PyTorch, "
-            f"and {format_size(self.reserved_bytes - self.allocated_bytes)} is reserved by PyTorch but "
-            "unallocated."
-        )
-
-
-class OutOfMemoryError(RuntimeError):
-    """Raised by `malloc` where torch raises torch.OutOfMemoryError; `report` holds the figures."""
-
-    def __init__(self, report: OutOfMemory) -> None:
-        super().__init__(report.message)
-        self.report = report
-
-
-class Stat:
-    """A counter in bytes with its peak since the last `reset_peak_memory_stats`."""
-
-    __slots__ = ("current", "peak")
-
-    def __init__(self) -> None:
-        self.current = self.peak = 0
-
-    def add(self, nbytes: int) -> None:
-        """Change the counter, keeping the peak."""
-        self.current = current = self.current + nbytes
-        self.peak = max(self.peak, current)
-
-
-@dataclass(frozen=True, slots=True)
-class Fragmentation:
-    """Reserved, allocated and largest free block, in bytes, at one moment."""
-
-    reserved_bytes: int
-    allocated_bytes: int
-    largest_free_bytes: int
-
-    @property
-    def free_bytes(self) -> int:
-        """Bytes reserved but not allocated."""
-        return self.reserved_bytes - self.allocated_bytes
-
-    @property
-    def ratio(self) -> float:
-        """Share of the free bytes outside the largest free block: 0 is one piece, towards 1 is dust."""
-        return 1 - self.largest_free_bytes / self.free_bytes if self.free_bytes else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class BlockInfo:
-    """A block in `snapshot`, in bytes; an inactive one has no requested size."""
-
-    address: int
-    size: int
-    requested_size: int
-    allocated: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentInfo:
-    """A segment, or a mapped run of an expandable one, in `snapshot`, with its blocks by address."""
-
-    address: int
-    total_size: int
-    segment_type: str
-    is_expandable: bool
-    blocks: tuple[BlockInfo, ...]
 
 
 class _Block:

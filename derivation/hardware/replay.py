@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from derivation.errors import DerivationError
-from derivation.hardware.allocator import CachingAllocator, Fragmentation, OutOfMemory, OutOfMemoryError
+from derivation.hardware.allocator import CachingAllocator
+from derivation.hardware.allocator_report import Fragmentation, OutOfMemory, OutOfMemoryError
 
 
 @dataclass(frozen=True, slots=True)
