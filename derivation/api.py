@@ -239,12 +239,13 @@ class Derivation:
         values = self.sizes(height, width, batch_size, prompt_length)
         peaks: dict[str, int] = {}
         for name in self.calls:
-            at = self._chunked(name, values)
+            at = self.chunked(name, values)
             [(peak, _)] = self.component(name, guidance).at(at).evaluator.peaks(at).values()
             peaks[name] = peak
         return peaks
 
-    def _chunked(self, name: str, values: Mapping[str, int]) -> dict[str, int]:
+    def chunked(self, name: str, values: Mapping[str, int]) -> dict[str, int]:
+        """Return ``values`` with the prompt length that one call of component ``name`` can take."""
         config = getattr(self.checkpoint, name, None) if name.startswith("text_encoder") else None
         limit = values["L"] if config is None else config.max_position_embeddings
         return {**values, "L": min(values["L"], limit)}

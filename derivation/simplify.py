@@ -1,6 +1,6 @@
 """From surviving program points to what a paper prints: polynomials in H, W, L and B.
 
-For sides that are multiples of ``unit`` = f 2^n (f the VAE's scale factor, n the UNet's downsamplings) every
+For L > 1 and sides that are multiples of ``unit`` = f 2^n (f the VAE's scale factor, n the UNet's downsamplings) every
 level's side is exact: h_k = 2^(n - k) h_n, H = f 2^n h_n.
 """
 

@@ -1,0 +1,198 @@
+"""Compare derivations with traces of the real modules: peaks, and the whole streams of allocations and deaths."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from derivation.api import Derivation
+from derivation.config.checkpoint import BUNDLED
+from derivation.errors import DerivationError
+from derivation.pipelines import POSTPROCESS
+from derivation.program import Variant
+from derivation.symbols import evaluate
+from derivation.verify.runs import trace_component, trace_pipeline
+from derivation.verify.tracer import Alloc, Trace
+
+CONFIG_FILES = {
+    "text_encoder": "text_encoder/config.json",
+    "text_encoder_2": "text_encoder_2/config.json",
+    "vae_encode": "vae/config.json",
+    "unet": "unet/config.json",
+    "vae_decode": "vae/config.json",
+    "safety_checker": "safety_checker/config.json",
+}
+# trace_component takes latents an eighth of the image's sides.
+TRACE_FACTOR = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One allocation: its bytes, the bytes of the storages that died since the one before, and where it is."""
+
+    nbytes: int
+    died: tuple[int, ...]
+    where: str
+
+    def same(self, other: Step) -> bool:
+        """Return True if both steps allocate and free the same sizes."""
+        return (self.nbytes, self.died) == (other.nbytes, other.died)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One component or stage: derived and traced peak bytes, and where the event streams part, if they do."""
+
+    name: str
+    derived_bytes: int
+    traced_bytes: int
+    parting: str | None
+
+    @property
+    def match(self) -> bool:
+        """Whether both peaks are equal to the byte and no event differs."""
+        return self.derived_bytes == self.traced_bytes and self.parting is None
+
+
+def unrolled(variant: Variant) -> Iterator[int]:
+    """Yield the tape's events in program order, loops repeated."""
+    tape, position = variant.tape, 0
+    for start, end, times in tape.loops:
+        yield from tape.events[position:start]
+        for _ in range(times):
+            yield from tape.events[start:end]
+        position = end
+    yield from tape.events[position:]
+
+
+def derived_steps(variant: Variant, values: Mapping[str, int]) -> list[Step]:
+    """Return the steps of a tape at ``values``."""
+    steps: list[Step] = []
+    died: list[int] = []
+    for event in unrolled(variant):
+        allocation = variant.tape.allocations[abs(event) - 1]
+        nbytes = evaluate(allocation.nbytes, values)
+        for _ in range(evaluate(allocation.count, values)):
+            if event > 0:
+                steps.append(Step(nbytes, tuple(sorted(died)), f"{allocation.path} {allocation.op}"))
+                died = []
+            else:
+                died.append(nbytes)
+    return steps
+
+
+def traced_steps(trace: Trace) -> list[Step]:
+    """Return the steps of a trace."""
+    steps: list[Step] = []
+    died: list[int] = []
+    sizes = {event.id: event.nbytes for event in trace.events if isinstance(event, Alloc)}
+    for event in trace.events:
+        if isinstance(event, Alloc):
+            steps.append(Step(event.nbytes, tuple(sorted(died)), f"{event.path} {event.op} {list(event.shape)}"))
+            died = []
+        else:
+            died.append(sizes[event.id])
+    return steps
+
+
+def parting(derived: list[Step], traced: list[Step]) -> str | None:
+    """Return where two streams part, in one sentence, or None where they are the same."""
+    for i, (ours, theirs) in enumerate(zip(derived, traced, strict=False)):
+        if not ours.same(theirs):
+            return (
+                f"allocation {i}: derived {ours.nbytes} B at {ours.where} after deaths {list(ours.died)}, "
+                f"traced {theirs.nbytes} B at {theirs.where} after deaths {list(theirs.died)}"
+            )
+    if len(derived) != len(traced):
+        return f"derived {len(derived)} allocations, traced {len(traced)}"
+    return None
+
+
+def compare_component(
+    derivation: Derivation, name: str, config: Mapping[str, Any], values: Mapping[str, int], guidance: bool
+) -> Comparison:
+    """Compare one component call at the symbols' ``values`` with the real module built from ``config``."""
+    variant = derivation.component(name, guidance).at(values)
+    [(peak, _)] = variant.evaluator.peaks(values).values()
+    factor = derivation.grid.vae_scale_factor if name == "vae_encode" else TRACE_FACTOR
+    images = 1 if name in ("text_encoder", "text_encoder_2", "vae_encode") else derivation.options.num_images_per_prompt
+    trace = trace_component(
+        "text_encoder" if name == "text_encoder_2" else name,
+        config,
+        dtype=derivation.options.dtype,
+        attention=derivation.options.attention,
+        height=factor * values["h0"],
+        width=factor * values["w0"],
+        batch_size=values["B"] * images,
+        prompt_length=values["L"],
+        guidance=guidance,
+    )
+    return Comparison(name, peak, trace.peak_bytes, parting(derived_steps(variant, values), traced_steps(trace)))
+
+
+def compare_components(
+    derivation: Derivation, height: int, width: int, batch_size: int = 1, prompt_length: int = 77, guidance: bool = True
+) -> list[Comparison]:
+    """Compare every component call of a checkpoint at one size."""
+    folder = checkpoint_folder(derivation)
+    values = derivation.sizes(height, width, batch_size, prompt_length)
+    return [
+        compare_component(derivation, name, read_config(folder, name), derivation.chunked(name, values), guidance)
+        for name in derivation.calls
+    ]
+
+
+def compare_pipeline(
+    derivation: Derivation, height: int, width: int, batch_size: int = 1, prompt_length: int = 77, guidance: bool = True
+) -> list[Comparison]:
+    """Compare every stage of the whole pipeline call at one size.
+
+    The streams are compared event by event up to the postprocessing of more than one image, whose
+    per-image loop is recorded as one group.
+    """
+    values = derivation.sizes(height, width, batch_size, prompt_length)
+    variant = derivation.program(guidance).at(values)
+    trace = trace_pipeline(
+        checkpoint_folder(derivation),
+        height=height,
+        width=width,
+        batch_size=batch_size,
+        prompt_length=prompt_length,
+        guidance_scale=7.5 if guidance else 1.0,
+        **_trace_options(derivation),
+    )
+    derived, traced = variant.evaluator.peaks(values), trace.stage_peaks()
+    ours, theirs = derived_steps(variant, values), traced_steps(trace)
+    if batch_size * derivation.options.num_images_per_prompt > 1:
+        keep = sum(isinstance(e, Alloc) and e.stage != POSTPROCESS for e in trace.events)
+        ours, theirs = ours[:keep], theirs[:keep]
+    where = parting(ours, theirs)
+    names = list(dict.fromkeys([*derived, *traced]))
+    return [
+        Comparison(name, derived.get(name, (0, 0))[0], traced.get(name, 0), where if i == 0 else None)
+        for i, name in enumerate(names)
+    ]
+
+
+def _trace_options(derivation: Derivation) -> dict[str, Any]:
+    """Return the options that trace_pipeline takes by the same name."""
+    chosen = derivation.options.as_dict()
+    return {name: value for name, value in chosen.items() if name != "gpu"}
+
+
+def checkpoint_folder(derivation: Derivation) -> Path:
+    """Return the folder of a derivation's checkpoint; raises DerivationError for a live pipeline."""
+    checkpoint = derivation.checkpoint
+    folder = BUNDLED / checkpoint.name if checkpoint.source == "bundled" else Path(checkpoint.source)
+    if not folder.is_dir():
+        raise DerivationError(f"{checkpoint.name}: verify needs a checkpoint folder or a bundled id")
+    return folder
+
+
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """Return the config dict of a component of a checkpoint folder."""
+    loaded: dict[str, Any] = json.loads((folder / CONFIG_FILES[name]).read_text())
+    return loaded
