@@ -86,9 +86,10 @@ def test_the_reduced_max_is_the_replayed_tape(attention, guidance):
 def test_headlines_hold_on_their_grid_within_their_stated_bound(attention):
     derivation = derive(SD15, attention=attention)
     symbols = {s.name: s for s in derivation.peak.free_symbols}
+    smallest = 1 if attention in ("efficient", "flash") else 2
     rng = random.Random(7)
     for _ in range(40):
-        call = {"height": 64 * rng.randint(1, 40), "width": 64 * rng.randint(1, 40), "batch_size": rng.randint(1, 5)}
+        call = {"height": 64 * rng.randint(1, 40), "width": 64 * rng.randint(1, 40), "batch_size": rng.randint(smallest, 5)}
         call["prompt_length"] = rng.choice((40, 77))
         numbers = {"H": call["height"], "W": call["width"], "B": call["batch_size"], "L": call["prompt_length"]}
         point = {symbols[name]: value for name, value in numbers.items() if name in symbols}

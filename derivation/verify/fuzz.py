@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from derivation import attention
 from derivation.api import Derivation
 from derivation.config import clip_text_config, clip_vision_config, load, unet_config, vae_config
 from derivation.options import DTYPES, Options
@@ -16,6 +15,7 @@ from derivation.verify.compare import Comparison, compare_component
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 GROUPS = (1, 2, 4, 8)
+ATTENTION = ("eager", "math", "efficient", "flash")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def random_case(seed: int, component: str | None = None) -> Case:
     names = ("unet", "unet", "unet", "vae_encode", "vae_decode", "text_encoder", "safety_checker")
     component = component or rng.choice(names)
     config = RANDOM[component](rng)
-    options = Options(dtype=rng.choice(DTYPES), attention=rng.choice(attention.names()))
+    options = Options(dtype=rng.choice(DTYPES), attention=rng.choice(ATTENTION))
     side = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 24, 31)
     sizes = {
         "B": rng.choice((1, 1, 2, 3, 5)),
@@ -159,3 +159,10 @@ def compare_case(case: Case) -> Comparison:
     derivation = Derivation(checkpoint, case.options)
     sides = Grid(1, 4).sizes(case.sizes["h0"], case.sizes["w0"])
     return compare_component(derivation, case.component, case.config, {**sides, **case.sizes}, case.guidance)
+
+
+def run_fuzz(count: int, seed: int = 0) -> Iterator[tuple[Case, Comparison]]:
+    """Derive and trace ``count`` cases from ``seed`` on, one after the other."""
+    for each in range(seed, seed + count):
+        case = random_case(each)
+        yield case, compare_case(case)

@@ -1,0 +1,92 @@
+"""A verification run: every component and stage of a checkpoint at one or more sizes, and its record."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation, derive
+from derivation.verify.compare import Comparison, compare_components, compare_pipeline
+
+RECORD = Path(__file__).resolve().parent.parent / "evidence" / "verification.json"
+VERSIONS = ("torch", "diffusers", "transformers")
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """The sizes of one verified call."""
+
+    height: int = 512
+    width: int = 512
+    batch_size: int = 1
+    prompt_length: int = DEFAULT_PROMPT_LENGTH
+    guidance: bool = True
+
+    def values(self) -> tuple[int, int, int, int, bool]:
+        """Return the sizes in the order in which comparisons take them."""
+        return (self.height, self.width, self.batch_size, self.prompt_length, self.guidance)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One comparison and what it was made for; ``scope`` is component or stage."""
+
+    model: str
+    options: dict[str, object]
+    size: Size
+    scope: str
+    comparison: Comparison
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row ready for JSON."""
+        c, s = self.comparison, self.size
+        return {
+            "model": self.model,
+            **self.options,
+            **{name: getattr(s, name) for name in ("height", "width", "batch_size", "prompt_length", "guidance")},
+            "scope": self.scope,
+            "name": c.name,
+            "derived_bytes": c.derived_bytes,
+            "traced_bytes": c.traced_bytes,
+            "match": c.match,
+            "parting": c.parting,
+        }
+
+
+def run_verification(
+    model: object, sizes: Sequence[Size] = (Size(),), pipeline: str = "img2img", **options: Any
+) -> Iterator[Row]:
+    """Yield a row for every component and every stage of ``model`` at each size.
+
+    Raises DerivationError as derive does.
+    """
+    derivation = derive(model, pipeline=pipeline, **options)
+    for size in sizes:
+        yield from _rows(derivation, size, "component", compare_components(derivation, *size.values()))
+        yield from _rows(derivation, size, "stage", compare_pipeline(derivation, *size.values()))
+
+
+def _rows(derivation: Derivation, size: Size, scope: str, comparisons: Iterable[Comparison]) -> Iterator[Row]:
+    for comparison in comparisons:
+        yield Row(derivation.checkpoint.name, derivation.options.as_dict(), size, scope, comparison)
+
+
+def record(rows: Iterable[Row], path: Path = RECORD) -> None:
+    """Write the rows with versions and date to ``path``, through a temporary file."""
+    content = {
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in VERSIONS},
+        "rows": [row.as_dict() for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
