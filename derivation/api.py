@@ -105,9 +105,10 @@ def _witness(stage: str, variant: Variant, event: int) -> Witness:
 class Derivation:
     """The peak GPU memory of one checkpoint's pipeline, in closed form and exact at any size."""
 
-    def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
+    def __init__(self, checkpoint: Checkpoint, options: Options, fixed: Mapping[str, int] | None = None) -> None:
         self.checkpoint = checkpoint
         self.options = options
+        self.fixed = dict(fixed or {})
         self._pipelines: dict[bool, Program] = {}
         self._components: dict[tuple[str, bool], Program] = {}
         self._records: dict[bool, Record] = {}
@@ -160,7 +161,7 @@ class Derivation:
         """Return the whole pipeline as a recordable run."""
         if guidance not in self._pipelines:
             pipeline = Pipeline(self.checkpoint, self.options, guidance)
-            self._pipelines[guidance] = Program(pipeline.__call__, self.settings)
+            self._pipelines[guidance] = Program(pipeline.__call__, self.settings, self.fixed)
         return self._pipelines[guidance]
 
     def component(self, name: str, guidance: bool = True) -> Program:
@@ -170,7 +171,7 @@ class Derivation:
         key = (name, guidance)
         if key not in self._components:
             call = self.calls[name].call
-            self._components[key] = Program(lambda: call(self.options, guidance), self.settings)
+            self._components[key] = Program(lambda: call(self.options, guidance), self.settings, self.fixed)
         return self._components[key]
 
     def record(self, guidance: bool = True) -> Record:
@@ -205,6 +206,22 @@ class Derivation:
     def peak(self) -> sympy.Expr:
         """Peak bytes of the pipeline under guidance, in H, W, L, B: weights + Max over stages."""
         return self.peak_with(guidance=True)
+
+    def at(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
+        prompt_length: int | None = None,
+    ) -> Derivation:
+        """Return the derivation with some sizes fixed: its closed forms have fewer symbols.
+
+        Raises DerivationError for a size that the pipeline rejects.
+        """
+        given = {"h": height, "w": width, "B": batch_size, "L": prompt_length}
+        values = self.sizes(height or self.grid.unit, width or self.grid.unit, batch_size or 1, prompt_length or 1)
+        fixed = {name: value for name, value in values.items() if given[name[0]] is not None}
+        return Derivation(self.checkpoint, self.options, {**self.fixed, **fixed})
 
     def sizes(self, height: int, width: int, batch_size: int, prompt_length: int) -> dict[str, int]:
         """Return the value of every symbol for a call; raises DerivationError for a size the pipeline rejects."""

@@ -20,22 +20,26 @@ class Variant:
 
     def holds(self, values: Mapping[str, int]) -> bool:
         """Return True if the tape's decisions are those at ``values``."""
+        fixed = all(values[name] == value for name, value in self.tape.fixed.items())
         ones = all(values[name] == 1 for name in self.tape.ones)
-        return ones and all(guard.holds(values) for guard in self.tape.guards.values())
+        return fixed and ones and all(guard.holds(values) for guard in self.tape.guards.values())
 
 
 class Program:
-    """Records ``run`` symbolically, and again for sizes at which it decides otherwise."""
+    """Records ``run`` symbolically (``fixed`` symbols as numbers), and again for sizes at which it decides otherwise."""
 
-    def __init__(self, run: Callable[[], object], settings: Settings) -> None:
+    def __init__(
+        self, run: Callable[[], object], settings: Settings, fixed: Mapping[str, int] | None = None
+    ) -> None:
         self._run = run
         self._settings = settings
+        self._fixed = dict(fixed or {})
         self._variants: list[Variant] = []
 
     @property
     def generic(self) -> Variant:
         """The variant for sizes where every symbol is above 1 and below every threshold."""
-        return self._variants[0] if self._variants else self._record(Tape(self._settings))
+        return self._variants[0] if self._variants else self._record(Tape(self._settings, fixed=self._fixed))
 
     def at(self, values: Mapping[str, int]) -> Variant:
         """Return the variant that holds at ``values``, recording it first if there is none."""
@@ -43,7 +47,7 @@ class Program:
             if variant.holds(values):
                 return variant
         ones = frozenset(name for name, value in values.items() if value == 1)
-        return self._record(Tape(self._settings, hint=dict(values), ones=ones))
+        return self._record(Tape(self._settings, hint=dict(values), ones=ones, fixed=self._fixed))
 
     def _record(self, tape: Tape) -> Variant:
         with tape.running():
