@@ -12,6 +12,8 @@ import sympy
 from derivation.components import Component, components, parameter_count, parameters, weights_bytes
 from derivation.config import Checkpoint, load
 from derivation.errors import DerivationError
+from derivation.hardware.memory import device_memory
+from derivation.hardware.profile import hardware
 from derivation.liveness import alive_at
 from derivation.options import Options, positive
 from derivation.pipelines import Pipeline, required
@@ -120,10 +122,12 @@ class Derivation:
     def _repr_latex_(self) -> str:
         return f"$\\displaystyle {sympy.latex(self.peak)}$"
 
-    @property
+    @cached_property
     def settings(self) -> Settings:
-        """What the symbolic modules read."""
-        return Settings(self.options.dtype, self.options.attention)
+        """What the symbolic modules read; raises DerivationError for an unknown GPU or version."""
+        o = self.options
+        card = None if o.gpu is None else hardware(o.gpu, torch=o.torch, diffusers=o.diffusers, scratch=o.scratch)
+        return Settings(o.dtype, o.attention, card, o.vae_slicing, o.vae_tiling, o.attention_slicing)
 
     @cached_property
     def grid(self) -> Grid:
@@ -309,7 +313,14 @@ class Derivation:
             "peak_stage": peak_stage,
             "peak_tensor_bytes": self.weights_bytes + stage_bytes,
             "witness": _witness(peak_stage, variant, event).at(values),
+            **self._device_memory(variant, values),
         }
+
+    def _device_memory(self, variant: Variant, values: Mapping[str, int]) -> dict[str, Any]:
+        """Return what the allocator and nvidia-smi would say on the GPU, if one is named."""
+        if self.options.gpu is None:
+            return {}
+        return device_memory(self.options.gpu, self.parameters, variant.tape, values).as_dict()
 
     def latex(self) -> str:
         """Return the equation as a LaTeX align environment."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from derivation.hardware import kernels
 from derivation.ops import elementwise, empty, matmul, pad_last, softmax, to
 from derivation.symbols import Size
 from derivation.tape import Category, SymTensor, tape
@@ -16,15 +17,26 @@ from derivation.tape import Category, SymTensor, tape
 HALF = ("float16", "bfloat16")
 FLASH_MAX_HEAD_DIM = 256
 EAGER = "eager"
+# What PyTorch picks on the GPU of the run; without a GPU that is "efficient".
+SDPA = "sdpa"
+# Taken by that choice alone, never asked for.
+CUDNN = "cudnn"
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One SDPA backend: its kernel's allocations, when it can run, and what PyTorch tries next."""
+    """One SDPA backend: its kernel's allocations, when it can run without a GPU, and what PyTorch tries next."""
 
     run: Callable[[SymTensor, SymTensor, SymTensor, bool], SymTensor]
     usable: Callable[[int, str], bool]
     fallback: str | None
+
+    def can_run(self, name: str, head_dim: int, dtype: str) -> bool:
+        """Return whether it runs, on the run's GPU where there is one."""
+        hardware = tape().settings.hardware
+        if hardware is None or self.fallback is None:
+            return self.usable(head_dim, dtype)
+        return hardware.runs(name, dtype, head_dim)
 
 
 BACKENDS: dict[str, Backend] = {}
@@ -46,20 +58,27 @@ def backend(
 
 def names() -> tuple[str, ...]:
     """Return every value that the ``attention`` option takes."""
-    return (EAGER, *BACKENDS)
+    return (EAGER, SDPA, *(name for name in BACKENDS if name != CUDNN))
 
 
 def scaled_dot_product_attention(
     query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool = False
 ) -> SymTensor:
     """``F.scaled_dot_product_attention`` on the chosen backend, or the next one that can run."""
-    chosen = tape().settings.attention
-    name = "math" if chosen == EAGER else chosen
     head_dim = query.shape[-1]
     assert isinstance(head_dim, int)
-    while not BACKENDS[name].usable(head_dim, query.dtype):
+    name = first_tried(tape().settings.attention)
+    while not BACKENDS[name].can_run(name, head_dim, query.dtype):
         name = BACKENDS[name].fallback or "math"
     return BACKENDS[name].run(query, key, value, is_causal)
+
+
+def first_tried(attention: str) -> str:
+    """Return the backend that an ``attention`` option tries first (sdp_utils.cpp: priority_order)."""
+    hardware = tape().settings.hardware
+    if attention == SDPA:
+        return "efficient" if hardware is None else CUDNN if hardware.prefers_cudnn else "flash"
+    return "math" if attention == EAGER else attention
 
 
 @backend("math", usable=lambda head_dim, dtype: True, fallback=None)
@@ -74,6 +93,7 @@ def math(query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool) ->
     if bias is not None:
         scores = elementwise("add", scores, bias, category=Category.ATTENTION)
     probs = softmax(scores, "_safe_softmax")
+    kernels.safe_softmax_masks(probs)
     del scores
     returned = to(probs, dtype, Category.ATTENTION)
     out = to(matmul(probs, value), dtype)
@@ -96,10 +116,20 @@ def _causal_bias(query: SymTensor, key: SymTensor) -> SymTensor:
     fallback="math",
 )
 def efficient(query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool) -> SymTensor:
-    """The result [N, S, heads, D], and two int64 scalars for the dropout seed and offset."""
+    """The result [N, S, heads, D], and int64 scalars for the dropout seed and offset, on CUDA kept on the CPU."""
     out = _by_tokens(query)
-    seed, offset = (empty((), "int64", "efficient_attention", Category.STATISTICS) for _ in range(2))
-    del seed, offset
+    state = None if tape().settings.hardware else _scalars("efficient_attention")
+    kernels.efficient_accumulator(query)
+    del state
+    return out
+
+
+@backend(CUDNN, usable=lambda head_dim, dtype: False, fallback="flash")
+def cudnn(query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool) -> SymTensor:
+    """The result in the query's layout and two int64 scalars; the workspace's size is cuDNN's (cudnn/MHA.cpp)."""
+    out = elementwise("cudnn_attention", query)
+    state = _scalars("cudnn_attention")
+    del state
     return out
 
 
@@ -115,10 +145,22 @@ def flash(query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool) -
         query, key, value = (pad_last(x, -head_dim % 8) for x in (query, key, value))
     out = elementwise("flash_attention", query)
     logsumexp = empty(query.shape[:3], "float32", "flash_attention", Category.STATISTICS)
-    state = empty((2,), "int64", "flash_attention", Category.STATISTICS)
-    unused = empty((), "int64", "flash_attention", Category.STATISTICS)
-    del logsumexp, state, unused
+    kernels.flash_split_buffers(query, key)
+    hardware = tape().settings.hardware
+    state = _flash_state() if hardware is None or hardware.flash_state_on_gpu else None
+    del logsumexp, state
     return out.narrow(3, head_dim) if head_dim % 8 else out
+
+
+def _flash_state() -> tuple[SymTensor, SymTensor]:
+    """rng_state [2] and an unused scalar."""
+    state = empty((2,), "int64", "flash_attention", Category.STATISTICS)
+    return state, empty((), "int64", "flash_attention", Category.STATISTICS)
+
+
+def _scalars(op: str) -> tuple[SymTensor, SymTensor]:
+    """Two int64 scalars on the device."""
+    return empty((), "int64", op, Category.STATISTICS), empty((), "int64", op, Category.STATISTICS)
 
 
 def _by_tokens(query: SymTensor) -> SymTensor:
@@ -136,6 +178,7 @@ def attention_scores(query: SymTensor, key: SymTensor, *, upcast: bool, upcast_s
     shape: tuple[Size, ...] = (query.shape[0], query.shape[1], key.shape[1])
     baddbmm_input = empty(shape, query.dtype, "empty", Category.ATTENTION)
     scores = empty(shape, query.dtype, "baddbmm", Category.ATTENTION)
+    kernels.cublas_workspace()
     del baddbmm_input
     if upcast_softmax:
         scores = to(scores, "float32", Category.ATTENTION)
@@ -143,4 +186,3 @@ def attention_scores(query: SymTensor, key: SymTensor, *, upcast: bool, upcast_s
     del scores
     probs = to(probs, dtype, Category.ATTENTION)
     return probs
-

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from derivation import models
@@ -118,6 +119,7 @@ def vae_scale_factor(config: AutoencoderKLConfig) -> int:
     return 1 << (len(config.block_out_channels) - 1)
 
 
+@lru_cache(maxsize=64)
 def parameters(checkpoint: Checkpoint, options: Options) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
     """Return the parameters and buffers of each model: path -> (shape, dtype)."""
     found: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,14 +75,18 @@ def _apply(alive: dict[Size, Size], allocation: Allocation, sign: int) -> None:
 
 
 def alive_at(tape: Tape, event: int) -> list[Allocation]:
-    """Return the allocations that are alive after event ``event``, oldest first."""
+    """Return the allocations that are alive after event ``event``, oldest first.
+
+    Before them, with count -1, stand the weights that were loaded before the run and have died.
+    """
     alive: dict[int, Allocation] = {}
+    unloaded: list[Allocation] = []
     for entry in tape.events[: event + 1]:
         if entry > 0:
             alive[entry] = tape.allocations[entry - 1]
-        else:
-            del alive[-entry]
-    return list(alive.values())
+        elif alive.pop(-entry, None) is None:
+            unloaded.append(replace(tape.allocations[-entry - 1], count=-1))
+    return [*unloaded, *alive.values()]
 
 
 class Evaluator:

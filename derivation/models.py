@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from derivation.blocks.activations import activation
+from derivation.blocks.autoencoder_kl import decode, encode
 from derivation.blocks.embeddings import TimestepEmbedding, get_timestep_embedding
-from derivation.blocks.modeling_clip import CLIPTextModel
+from derivation.blocks.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from derivation.blocks.safety_checker import StableDiffusionSafetyChecker
 from derivation.blocks.transformer_2d import TransformerSpec
 from derivation.blocks.unet_2d_blocks import (
@@ -16,8 +17,7 @@ from derivation.blocks.unet_2d_blocks import (
     UNetMidBlock2DCrossAttn,
     UpBlock2D,
 )
-from derivation.blocks.vae import Decoder, DiagonalGaussianDistribution, Encoder
-from derivation.config import AutoencoderKLConfig, UNet2DConditionConfig
+from derivation.config import UNet2DConditionConfig
 from derivation.ops import Conv2d, GroupNorm, add, cat, empty, to
 from derivation.symbols import Size
 from derivation.tape import Category, SymTensor, block
@@ -25,19 +25,23 @@ from derivation.tape import Category, SymTensor, block
 __all__ = [
     "CLIP_TEXT_MODELS",
     "CLIPTextModel",
+    "CLIPTextModelWithProjection",
     "StableDiffusionSafetyChecker",
     "UNet2DConditionModel",
     "decode",
     "encode",
 ]
 
-CLIP_TEXT_MODELS = {"CLIPTextModel": CLIPTextModel}
+CLIP_TEXT_MODELS = {
+    "CLIPTextModel": CLIPTextModel,
+    "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
+}
 
 
 @block
 def UNet2DConditionModel(
     sample: SymTensor,
-    timestep: SymTensor | None,
+    timestep: SymTensor,
     encoder_hidden_states: SymTensor,
     added_cond: tuple[SymTensor, SymTensor] | None = None,
     *,
@@ -45,7 +49,7 @@ def UNet2DConditionModel(
 ) -> SymTensor:
     """sample [N, in_channels, h, w], encoder_hidden_states [N, L, K] -> [N, out_channels, h, w].
 
-    ``timestep`` [1] int64 (None: a number on the CPU, copied inside); ``added_cond`` = text_embeds [N, P]
+    ``timestep`` [1], or a scalar on the CPU, which is copied inside; ``added_cond`` = text_embeds [N, P]
     and time_ids [N, T] where addition_embed_type is text_time.
     """
     t_emb = _time_embed(sample, timestep, config)
@@ -106,8 +110,10 @@ def UNet2DConditionModel(
     return sample
 
 
-def _time_embed(sample: SymTensor, timestep: SymTensor | None, config: UNet2DConditionConfig) -> SymTensor:
-    timesteps = empty((1,), "int64", "_to_copy", Category.PIPELINE) if timestep is None else timestep
+def _time_embed(sample: SymTensor, timestep: SymTensor, config: UNet2DConditionConfig) -> SymTensor:
+    timesteps = timestep
+    if timesteps.ndim == 0:
+        timesteps = empty((1,), timestep.dtype, "_to_copy", Category.PIPELINE)
     timesteps = timesteps.expand(sample.shape[0])
     t_emb = get_timestep_embedding(
         timesteps, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos
@@ -183,29 +189,3 @@ def _up_spec(config: UNet2DConditionConfig, i: int) -> BlockSpec:
         transformers=_transformers(config, level, depths),
     )
 
-
-def encode(x: SymTensor, config: AutoencoderKLConfig) -> DiagonalGaussianDistribution:
-    """``AutoencoderKL.encode(x).latent_dist``: [N, 3, H, W] -> the posterior over [N, C, H/f, W/f]."""
-    h = _encode(x, config)
-    posterior = DiagonalGaussianDistribution(h)
-    return posterior
-
-
-def _encode(x: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
-    enc = Encoder("encoder", x, config=config)
-    if config.use_quant_conv:
-        enc = Conv2d("quant_conv", enc, 2 * config.latent_channels, 1)
-    return enc
-
-
-def decode(z: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
-    """``AutoencoderKL.decode(z, return_dict=False)[0]``: [N, C, h, w] -> [N, 3, f h, f w]."""
-    decoded = _decode(z, config)
-    return decoded
-
-
-def _decode(z: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
-    if config.use_post_quant_conv:
-        z = Conv2d("post_quant_conv", z, config.latent_channels, 1)
-    dec = Decoder("decoder", z, config=config)
-    return dec

@@ -2,13 +2,14 @@
 
 Capitalised functions are ``torch.nn`` modules and take their name first. Layout rules are those of
 ATen/TensorIterator.cpp (element-wise), ATen/native/LinearAlgebra.cpp (matmul) and, where ``gpu`` is None,
-torch/_meta_registrations.py.
+torch/_meta_registrations.py. What CUDA allocates inside an operator is in ``hardware/kernels.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from derivation.hardware import kernels
 from derivation.symbols import SYMBOLS, Size, nonnegative_from_one
 from derivation.tape import Category, SymTensor, block, contiguous_strides, tape
 
@@ -73,7 +74,7 @@ def conv_size(dim: Size, kernel: int, stride: int, padding: int) -> Size:
 
 
 def larger_first(a: Size, b: Size) -> bool:
-    """Return whether stride ``a`` >= stride ``b`` for all sizes."""
+    """Return whether ``a`` >= ``b`` for all sizes."""
     return nonnegative_from_one(a - b)
 
 
@@ -82,13 +83,20 @@ def dense_strides(x: SymTensor) -> tuple[Size, ...] | None:
     if x.is_contiguous():
         return None
     order: list[int] = []
-    for dim, stride in enumerate(x.strides):
+    for dim in range(x.ndim):
         place = len(order)
-        while place and not larger_first(x.strides[order[place - 1]], stride):
+        while place and not _slower(x, order[place - 1], dim):
             place -= 1
         order.insert(place, dim)
     packed = contiguous_strides([x.shape[dim] for dim in order])
     return tuple(packed[order.index(dim)] for dim in range(x.ndim))
+
+
+def _slower(x: SymTensor, a: int, b: int) -> bool:
+    """Return whether dimension ``a`` moves slower than ``b``; of equal strides, the larger dimension's does."""
+    if x.strides[a] == x.strides[b]:
+        return larger_first(x.shape[a], x.shape[b])
+    return larger_first(x.strides[a], x.strides[b])
 
 
 def elementwise(
@@ -170,7 +178,9 @@ def softmax(x: SymTensor, op: str = "_softmax") -> SymTensor:
 
 def bmm(a: SymTensor, b: SymTensor, category: Category = Category.ATTENTION) -> SymTensor:
     """``torch.bmm``: [N, n, m] x [N, m, p] -> [N, n, p]."""
-    return empty((*a.shape[:2], b.shape[2]), a.dtype, "bmm", category)
+    out = empty((*a.shape[:2], b.shape[2]), a.dtype, "bmm", category)
+    kernels.cublas_workspace()
+    return out
 
 
 def matmul(a: SymTensor, b: SymTensor) -> SymTensor:
@@ -185,23 +195,18 @@ def matmul(a: SymTensor, b: SymTensor) -> SymTensor:
 def upsample_nearest2d(x: SymTensor, size: tuple[Size, Size]) -> SymTensor:
     """``F.interpolate(mode="nearest")`` to ``size``, in ``x``'s memory format."""
     shape = (*x.shape[:2], *size)
-    return empty(shape, x.dtype, "upsample_nearest2d", strides=_suggested_strides(x, shape))
+    out = empty(shape, x.dtype, "upsample_nearest2d", strides=format_strides(shape, x.is_channels_last()))
+    if not x.is_channels_last():
+        kernels.row_major_copy(x, "upsample_nearest2d")
+    return out
 
 
-def _suggested_strides(x: SymTensor, shape: tuple[Size, ...]) -> tuple[Size, ...] | None:
-    """Return channels_last strides of ``shape`` where ``x`` is channels_last, else None (row-major)."""
-    if not is_channels_last(x):
+def format_strides(shape: tuple[Size, ...], channels_last: bool) -> tuple[Size, ...] | None:
+    """Return the strides of [N, C, H, W] in channels_last, or None for row-major."""
+    if not channels_last:
         return None
     _, channels, _, width = shape
     return (contiguous_strides(shape)[0], 1, width * channels, channels)
-
-
-def is_channels_last(x: SymTensor) -> bool:
-    """Return ``x.suggest_memory_format() == channels_last`` (c10/core/MemoryFormat.h)."""
-    if x.ndim != 4 or x.is_contiguous():
-        return False
-    _, channels, _, width = x.shape
-    return x.strides[1:] == (1, width * channels, channels)
 
 
 def pad(x: SymTensor, right: int, bottom: int) -> SymTensor:
@@ -222,11 +227,22 @@ def Conv2d(
     """``torch.nn.Conv2d``: [N, C, H, W] -> [N, out_channels, H', W']."""
     batch, in_channels, height, width = x.shape
     assert isinstance(in_channels, int)
-    parameter("weight", (out_channels, in_channels, kernel, kernel))
+    weight = parameter("weight", (out_channels, in_channels, kernel, kernel))
     if bias:
         parameter("bias", (out_channels,))
     sides = (conv_size(side, kernel, stride, padding) for side in (height, width))
-    return empty((batch, out_channels, *sides), x.dtype, "convolution")
+    return convolution(x, weight, (batch, out_channels, *sides))
+
+
+def convolution(x: SymTensor, weight: SymTensor, shape: tuple[Size, ...]) -> SymTensor:
+    """``aten::convolution``: always row-major on meta (meta_conv), in ``x``'s format on CUDA (ConvUtils.h)."""
+    if tape().settings.hardware is None:
+        return empty(shape, x.dtype, "convolution")
+    channels_last = x.is_channels_last()
+    x = x if channels_last else contiguous(x)
+    out = empty(shape, x.dtype, "convolution", strides=format_strides(shape, channels_last))
+    kernels.convolution_buffers(x, out, weight, channels_last)
+    return out
 
 
 @block
@@ -235,7 +251,7 @@ def Linear(x: SymTensor, out_features: int, *, bias: bool = True) -> SymTensor:
 
     A biased call on a row-major input is one addmm. Otherwise the input is folded to 2-D (a copy where no
     view exists: the weight requires grad, so LinearAlgebra.cpp should_fold is true), and the bias is added
-    out of place, as under any dispatch mode (ATen/native/Linear.cpp, TensorSubclassLikeUtils.h).
+    in place on CUDA, out of place under any dispatch mode (Linear.cpp, TensorSubclassLikeUtils.h).
     """
     *lead, in_features = x.shape
     assert isinstance(in_features, int)
@@ -246,13 +262,17 @@ def Linear(x: SymTensor, out_features: int, *, bias: bool = True) -> SymTensor:
     for dim in lead:
         rows = rows * dim
     if bias and (x.ndim == 2 or x.is_contiguous()):
-        return _matrix(x, rows, out_features, "addmm").view(*lead, out_features)
+        out = _matrix(x, rows, out_features, "addmm").view(*lead, out_features)
+        kernels.cublaslt_workspace()
+        return out
     out = _matrix(reshape(x, rows, in_features), rows, out_features, "mm").view(*lead, out_features)
-    return add(out, out) if bias else out
+    return add(out, out) if bias and tape().settings.hardware is None else out
 
 
 def _matrix(x: SymTensor, rows: Size, columns: int, op: str) -> SymTensor:
-    return empty((rows, columns), x.dtype, op)
+    out = empty((rows, columns), x.dtype, op)
+    kernels.cublas_workspace()
+    return out
 
 
 @block
@@ -267,6 +287,7 @@ def GroupNorm(x: SymTensor, groups: int) -> SymTensor:
     mean, rstd = (
         empty((x.shape[0], groups), x.dtype, "native_group_norm", Category.STATISTICS) for _ in range(2)
     )
+    kernels.group_norm_coefficients(x)
     del mean, rstd
     return out
 
@@ -278,11 +299,12 @@ def LayerNorm(x: SymTensor) -> SymTensor:
     assert isinstance(channels, int)
     parameter("weight", (channels,))
     parameter("bias", (channels,))
+    row_major = kernels.row_major_copy(x, "native_layer_norm")
     out = empty(x.shape, x.dtype, "native_layer_norm")
     mean, rstd = (
         empty((*x.shape[:-1], 1), "float32", "native_layer_norm", Category.STATISTICS) for _ in range(2)
     )
-    del mean, rstd
+    del mean, rstd, row_major
     return out
 
 
@@ -291,5 +313,3 @@ def Embedding(indices: SymTensor, entries: int, dim: int) -> SymTensor:
     """``torch.nn.Embedding``: [*] -> [*, dim]."""
     weight = parameter("weight", (entries, dim))
     return empty((*indices.shape, dim), weight.dtype, "embedding")
-
-

@@ -6,27 +6,43 @@ from dataclasses import dataclass, fields
 
 from derivation import attention
 from derivation.errors import DerivationError
+from derivation.hardware.profile import SCRATCH
+from derivation.schedulers import SCHEDULERS
 
-PIPELINES = ("txt2img", "img2img")
+PIPELINES = ("txt2img", "img2img", "inpaint")
 DTYPES = ("float16", "bfloat16", "float32")
-# diffusers' examples run 50 steps; StableDiffusionImg2ImgPipeline.__call__ defaults to strength 0.8
+# diffusers' examples run 50 steps
 DEFAULT_STEPS = 50
-DEFAULT_STRENGTH = 0.8
 MAX_STEPS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The choices of a run, named as diffusers' pipelines name them; raises DerivationError for a bad one."""
+    """The choices of a run, named as diffusers' pipelines name them; raises DerivationError for a bad one.
+
+    ``torch``, ``diffusers`` and ``scratch`` are read where a ``gpu`` is named; ``vae_slicing``, ``vae_tiling`` and
+    ``attention_slicing`` ("auto", "max" or a number) are what the pipeline's ``enable_...`` methods set.
+    ``strength`` None is the default of the pipeline's class; ``scheduler`` replaces the checkpoint's, as
+    ``Class.from_config(pipe.scheduler.config)`` does; ``negative_prompt`` says whether one is given.
+    """
 
     pipeline: str = "img2img"
     dtype: str = "float16"
     attention: str = "efficient"
     gpu: str | None = None
+    torch: str | None = None
+    diffusers: str | None = None
+    scratch: str = "expected"
     safety_checker: bool = True
     num_images_per_prompt: int = 1
     num_inference_steps: int = DEFAULT_STEPS
-    strength: float = DEFAULT_STRENGTH
+    strength: float | None = None
+    scheduler: str | None = None
+    negative_prompt: bool = False
+    clip_skip: int | None = None
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    attention_slicing: str | int | None = None
 
     def __post_init__(self) -> None:
         one_of("pipeline", self.pipeline, PIPELINES)
@@ -38,12 +54,15 @@ class Options:
             raise DerivationError(
                 f"num_inference_steps = {self.num_inference_steps} is above {MAX_STEPS}, the training steps"
             )
-        if not 0 < self.strength <= 1:
+        if self.strength is not None and not 0 < self.strength <= 1:
             raise DerivationError(f"strength = {self.strength} is not in (0, 1]")
-        if self.pipeline == "img2img" and int(self.num_inference_steps * self.strength) < 1:
-            raise DerivationError(
-                f"num_inference_steps = {self.num_inference_steps} with strength = {self.strength} denoises no step"
-            )
+        if self.scheduler is not None:
+            one_of("scheduler", self.scheduler, tuple(sorted(SCHEDULERS)))
+        if self.clip_skip is not None:
+            positive("clip_skip", self.clip_skip)
+        if self.attention_slicing not in (None, "auto", "max"):
+            positive("attention_slicing", self.attention_slicing)
+        one_of("scratch", self.scratch, SCRATCH)
 
     def as_dict(self) -> dict[str, object]:
         """Return the options by name."""

@@ -13,6 +13,7 @@ from enum import Enum
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
+from derivation.hardware.profile import Hardware
 from derivation.symbols import DTYPE_BYTES, Size, evaluate, nonnegative_from_one, symbol
 
 P = ParamSpec("P")
@@ -27,11 +28,16 @@ class Category(Enum):
     STATISTICS = "statistics"
     PIPELINE = "pipeline"
     SCRATCH = "scratch"
+    WEIGHT = "weight"
 
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """One storage, or ``count`` alike: its module path, operator, shape and size in bytes."""
+    """One storage, or ``count`` alike: its module path, operator, shape and size in bytes.
+
+    ``loaded`` marks a weight that existed before the run: its death alone is an event, and lowers the live
+    bytes, so that "weights + live bytes" stays the memory in use.
+    """
 
     index: int
     path: str
@@ -41,14 +47,22 @@ class Allocation:
     nbytes: Size
     category: Category
     count: Size = 1
+    loaded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a run assumes: the dtype of weights and activations, and the attention backend."""
+    """What a run assumes: the dtype of weights and activations, the attention backend, and the GPU.
+
+    Without ``hardware`` operators allocate what PyTorch dispatches on the meta device, and nothing else.
+    """
 
     dtype: str
     attention: str
+    hardware: Hardware | None = None
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    attention_slicing: str | int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +91,8 @@ class Tape:
     """The record of one symbolic run.
 
     ``settings`` is what modules read their dtype and attention backend from; ``hint`` holds the sizes that
-    decide guards, ``ones`` the symbols that are 1 in this run; ``events`` holds i + 1 where allocation i
-    appears and -(i + 1) where it dies; ``parameters`` maps a parameter's or buffer's module path to its
+    decide guards, ``ones`` the symbols that are 1 in this run, ``fixed`` those with another value;
+    ``events`` holds i + 1 where allocation i appears and -(i + 1) where it dies; ``parameters`` maps a parameter's or buffer's module path to its
     shape and dtype; ``loops`` holds event ranges (start, end, times) that the real program runs ``times``
     times in all.
     """
@@ -86,6 +100,7 @@ class Tape:
     settings: Settings
     hint: Mapping[str, int] | None = None
     ones: frozenset[str] = frozenset()
+    fixed: Mapping[str, int] = field(default_factory=dict)
     allocations: list[Allocation] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
     parameters: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
@@ -93,6 +108,8 @@ class Tape:
     marks: list[Mark] = field(default_factory=list)
     loops: list[tuple[int, int, int]] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
+    kept: set[str] = field(default_factory=set)
+    alive: set[int] = field(default_factory=set)
 
     def exceeds(self, size: Size, bound: int) -> bool:
         """Return whether ``size`` > ``bound``, recording the decision where it depends on a symbol.
@@ -108,9 +125,20 @@ class Tape:
             self.guards[size, bound] = Guard(size, bound, answer)
         return self.guards[size, bound].answer
 
+    def concrete(self, size: Size) -> int:
+        """Return the number that ``size`` is in this run, recording that it is; raises ValueError without a hint."""
+        if isinstance(size, int):
+            return size
+        if self.hint is None:
+            raise ValueError(f"{size} is symbolic")
+        value = evaluate(size, self.hint)
+        self.exceeds(size, value - 1)
+        self.exceeds(size, value)
+        return value
+
     def size(self, name: str) -> Size:
-        """Return the symbol called ``name``, or 1 where this run specialises it."""
-        return 1 if name in self.ones else symbol(name)
+        """Return the symbol called ``name``, or its value where this run specialises it."""
+        return 1 if name in self.ones else self.fixed.get(name, symbol(name))
 
     def allocate(
         self, shape: tuple[Size, ...], dtype: str, op: str, category: Category, count: Size = 1
@@ -124,11 +152,31 @@ class Tape:
         index = len(self.allocations)
         path = ".".join(self.path)
         self.allocations.append(Allocation(index, path, op, shape, dtype, nbytes, category, count))
+        self.alive.add(index)
         self.events.append(index + 1)
         return Storage(self, index)
 
+    def keep(self, shape: tuple[Size, ...], dtype: str, op: str, category: Category) -> None:
+        """Record what a library allocates at its first use and never frees, once a tape."""
+        if op in self.kept:
+            return
+        self.kept.add(op)
+        storage = self.allocate(shape, dtype, op, category)
+        if storage is not None:
+            storage.disown()
+
+    def unload(self, path: str, shape: tuple[Size, ...], dtype: str) -> None:
+        """Record the death of a weight that existed before the run."""
+        nbytes: Size = DTYPE_BYTES[dtype]
+        for dim in shape:
+            nbytes = nbytes * dim
+        index = len(self.allocations)
+        self.allocations.append(Allocation(index, path, "load", shape, dtype, nbytes, Category.WEIGHT, loaded=True))
+        self.release(index)
+
     def release(self, index: int) -> None:
         """Record the death of allocation ``index``."""
+        self.alive.discard(index)
         self.events.append(-index - 1)
 
     def mark(self, stage: str) -> None:
@@ -168,11 +216,16 @@ class Storage:
     __slots__ = ("_index", "_tape")
 
     def __init__(self, owner: Tape, index: int) -> None:
-        self._tape = owner
+        self._tape: Tape | None = owner
         self._index = index
 
+    def disown(self) -> None:
+        """Leave the memory allocated for good."""
+        self._tape = None
+
     def __del__(self) -> None:
-        self._tape.release(self._index)
+        if self._tape is not None:
+            self._tape.release(self._index)
 
 
 def contiguous_strides(shape: Sequence[Size]) -> tuple[Size, ...]:
@@ -230,6 +283,21 @@ class SymTensor:
         expected = contiguous_strides(self.shape)
         odd = [d for d, s, e in zip(self.shape, self._strides, expected, strict=True) if s != e]
         return not any(is_many(dim) for dim in sorted(odd, key=lambda dim: not isinstance(dim, int)))
+
+    def is_channels_last(self) -> bool:
+        """Return ``suggest_memory_format() == channels_last`` of a 4-D tensor (c10/core/MemoryFormat.h).
+
+        A single image is not where its batch stride is small, as that of a transposed [1, S, C] view is.
+        """
+        if self.ndim != 4 or self.is_contiguous():
+            return False
+        least: Size = 0
+        for dim in (1, 3, 2, 0):
+            size, stride = self.shape[dim], self.strides[dim]
+            if not nonnegative_from_one(stride - least) or (dim == 0 and least == self.strides[1]):
+                return False
+            least = stride * size
+        return True
 
     def permute(self, *order: int) -> SymTensor:
         """Return a view with reordered dimensions."""

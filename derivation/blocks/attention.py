@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from derivation.blocks.activations import GEGLU
 from derivation.blocks.attention_processor import Attention, AttentionSpec
+from derivation.errors import DerivationError
 from derivation.ops import LayerNorm, Linear, add
-from derivation.tape import SymTensor, block
+from derivation.tape import SymTensor, block, tape
 
 # attention.py FeedForward: mult=4
 FEED_FORWARD_MULT = 4
@@ -21,6 +22,17 @@ def FeedForward(hidden_states: SymTensor) -> SymTensor:
     return hidden_states
 
 
+def attention_slice(heads: int) -> int | None:
+    """Return ``set_attention_slice``'s slice size for a layer; raises DerivationError for one that is too large."""
+    chosen = tape().settings.attention_slicing
+    if chosen is None:
+        return None
+    size = {"auto": heads // 2, "max": 1}.get(chosen, 0) if isinstance(chosen, str) else chosen
+    if not 1 <= size <= heads:
+        raise DerivationError(f"attention_slicing = {chosen!r} is not supported (supported here: 1 to {heads} heads)")
+    return size
+
+
 @block
 def BasicTransformerBlock(
     hidden_states: SymTensor, encoder_hidden_states: SymTensor | None, *, heads: int, upcast_attention: bool
@@ -28,7 +40,9 @@ def BasicTransformerBlock(
     """[N, S, C] -> [N, S, C]: self-attention, cross-attention to [N, L, K], feed-forward."""
     dim = hidden_states.shape[-1]
     assert isinstance(dim, int)
-    spec = AttentionSpec(dim, heads, dim // heads, upcast_attention=upcast_attention)
+    spec = AttentionSpec(
+        dim, heads, dim // heads, upcast_attention=upcast_attention, slice_size=attention_slice(heads)
+    )
 
     norm_hidden_states = LayerNorm("norm1", hidden_states)
     attn_output = Attention("attn1", norm_hidden_states, spec=spec)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from derivation.attention import EAGER, attention_scores, scaled_dot_product_attention
-from derivation.ops import GroupNorm, Linear, add, bmm, div, floor_div, reshape
+from derivation.ops import GroupNorm, Linear, add, bmm, div, empty, floor_div, reshape
+from derivation.symbols import Size
 from derivation.tape import SymTensor, block, tape
 
 
@@ -20,6 +21,7 @@ class AttentionSpec:
     upcast_attention: bool = False
     upcast_softmax: bool = False
     norm_num_groups: int | None = None
+    slice_size: int | None = None
     residual_connection: bool = False
 
     @property
@@ -34,7 +36,8 @@ def Attention(
 ) -> SymTensor:
     """[N, S, C] or [N, C, h, w] -> the same shape; keys and values from ``encoder_hidden_states`` [N, T, K].
 
-    AttnProcessor (explicit scores [N heads, S, T]) where attention is eager, else AttnProcessor2_0.
+    SlicedAttnProcessor with a slice size, else AttnProcessor (explicit scores [N heads, S, T]) where attention
+    is eager, else AttnProcessor2_0.
     """
     residual = hidden_states
     input_shape = hidden_states.shape
@@ -50,7 +53,19 @@ def Attention(
     key = Linear("to_k", encoder_hidden_states, spec.inner_dim, bias=spec.bias)
     value = Linear("to_v", encoder_hidden_states, spec.inner_dim, bias=spec.bias)
 
-    if tape().settings.attention == EAGER:
+    if spec.slice_size is not None:
+        query = head_to_batch_dim(query, spec)
+        key = head_to_batch_dim(key, spec)
+        value = head_to_batch_dim(value, spec)
+        hidden_states = empty(query.shape, query.dtype, "zeros")
+        for part in slices(query.shape[0], spec.slice_size):
+            query_slice, key_slice = query.narrow(0, part), key.narrow(0, part)
+            attn_slice = attention_scores(
+                query_slice, key_slice, upcast=spec.upcast_attention, upcast_softmax=spec.upcast_softmax
+            )
+            attn_slice = bmm(attn_slice, value.narrow(0, part))
+        hidden_states = batch_to_head_dim(hidden_states, spec)
+    elif tape().settings.attention == EAGER:
         query = head_to_batch_dim(query, spec)
         key = head_to_batch_dim(key, spec)
         value = head_to_batch_dim(value, spec)
@@ -72,6 +87,13 @@ def Attention(
         hidden_states = add(hidden_states, residual)
     hidden_states = div(hidden_states)
     return hidden_states
+
+
+def slices(rows: Size, slice_size: int) -> tuple[Size, ...]:
+    """Return the sizes of the slices to record: the first, and the second, which every further one equals."""
+    if not tape().exceeds(rows, slice_size):
+        return (rows,)
+    return (slice_size, slice_size)
 
 
 def split_heads(x: SymTensor, spec: AttentionSpec) -> SymTensor:

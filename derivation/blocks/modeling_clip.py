@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from derivation.attention import scaled_dot_product_attention
 from derivation.blocks.activations import activation, quick_gelu
 from derivation.config import CLIPTextConfig, CLIPVisionConfig
@@ -22,6 +24,22 @@ from derivation.ops import (
 from derivation.tape import SymTensor, block, is_many
 
 Config = CLIPTextConfig | CLIPVisionConfig
+
+
+class TextOutput(NamedTuple):
+    """[N, L, C], [N, C] and, where asked for, the embeddings and every layer's output [N, L, C]."""
+
+    last_hidden_state: SymTensor
+    pooler_output: SymTensor
+    hidden_states: tuple[SymTensor, ...]
+
+
+class TextProjectionOutput(NamedTuple):
+    """[N, P], [N, L, C] and, where asked for, the embeddings and every layer's output [N, L, C]."""
+
+    text_embeds: SymTensor
+    last_hidden_state: SymTensor
+    hidden_states: tuple[SymTensor, ...]
 
 
 @block
@@ -71,11 +89,17 @@ def CLIPEncoderLayer(hidden_states: SymTensor, *, config: Config, is_causal: boo
 
 
 @block
-def CLIPEncoder(inputs_embeds: SymTensor, *, config: Config, is_causal: bool) -> SymTensor:
-    """[N, S, C] -> [N, S, C] through ``num_hidden_layers`` layers."""
+def CLIPEncoder(
+    inputs_embeds: SymTensor, *, config: Config, is_causal: bool, collected: list[SymTensor] | None = None
+) -> SymTensor:
+    """[N, S, C] -> [N, S, C] through ``num_hidden_layers`` layers; ``collected`` takes all hidden states."""
     hidden_states = inputs_embeds
+    if collected is not None:
+        collected.append(hidden_states)
     for i in range(config.num_hidden_layers):
         hidden_states = CLIPEncoderLayer(f"layers.{i}", hidden_states, config=config, is_causal=is_causal)
+        if collected is not None:
+            collected.append(hidden_states)
     return hidden_states
 
 
@@ -92,13 +116,24 @@ def CLIPTextEmbeddings(input_ids: SymTensor, *, config: CLIPTextConfig) -> SymTe
 
 
 @block
-def CLIPTextModel(input_ids: SymTensor, *, config: CLIPTextConfig) -> tuple[SymTensor, SymTensor]:
-    """[N, L] int64 -> last hidden state [N, L, C] and pooled output [N, C]."""
+def CLIPTextModel(input_ids: SymTensor, *, config: CLIPTextConfig, output_hidden_states: bool = False) -> TextOutput:
+    """[N, L] int64 -> last hidden state, pooled output and, with ``output_hidden_states``, all hidden states."""
+    collected: list[SymTensor] | None = [] if output_hidden_states else None
     hidden_states = CLIPTextEmbeddings("embeddings", input_ids, config=config)
-    encoder_outputs = CLIPEncoder("encoder", hidden_states, config=config, is_causal=True)
+    encoder_outputs = CLIPEncoder("encoder", hidden_states, config=config, is_causal=True, collected=collected)
     last_hidden_state = LayerNorm("final_layer_norm", encoder_outputs)
     pooled_output = _end_of_text(last_hidden_state, input_ids, config.eos_token_id)
-    return last_hidden_state, pooled_output
+    return TextOutput(last_hidden_state, pooled_output, tuple(collected or ()))
+
+
+@block
+def CLIPTextModelWithProjection(
+    input_ids: SymTensor, *, config: CLIPTextConfig, output_hidden_states: bool = False
+) -> TextProjectionOutput:
+    """[N, L] int64 -> CLIPTextModel's outputs, the pooled one projected to [N, projection_dim]."""
+    text_outputs = CLIPTextModel("text_model", input_ids, config=config, output_hidden_states=output_hidden_states)
+    text_embeds = Linear("text_projection", text_outputs.pooler_output, config.projection_dim, bias=False)
+    return TextProjectionOutput(text_embeds, text_outputs.last_hidden_state, text_outputs.hidden_states)
 
 
 def _end_of_text(last_hidden_state: SymTensor, input_ids: SymTensor, eos_token_id: int) -> SymTensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from derivation.blocks.activations import activation
-from derivation.ops import Conv2d, GroupNorm, Linear, add, div
-from derivation.tape import SymTensor, block
+from derivation.ops import Conv2d, GroupNorm, Linear, add, contiguous, div
+from derivation.tape import SymTensor, block, tape
 
 
 @block
@@ -34,7 +34,13 @@ def ResnetBlock2D(
     hidden_states = Conv2d("conv2", hidden_states, out_channels, 3, padding=1)
 
     if input_tensor.shape[1] != out_channels:
-        input_tensor = Conv2d("conv_shortcut", input_tensor, out_channels, 1)
+        input_tensor = Conv2d("conv_shortcut", _shortcut_input(input_tensor), out_channels, 1)
 
     output_tensor = div(add(input_tensor, hidden_states))
     return output_tensor
+
+
+def _shortcut_input(input_tensor: SymTensor) -> SymTensor:
+    """diffusers 0.33 to 0.36 make it contiguous; only a GPU keeps a format that this changes."""
+    hardware = tape().settings.hardware
+    return contiguous(input_tensor) if hardware and hardware.contiguous_shortcut else input_tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -124,7 +124,7 @@ def _check(name: str, default: object) -> Check[Any]:
 class SchedulerConfig:
     """The config of a scheduler; a field that its class does not have holds None or False.
 
-    ``items`` holds every key of the class, defaults filled in, sorted.
+    ``items`` holds every key of the class, defaults filled in, sorted; ``given`` what the config itself says.
     """
 
     class_name: str
@@ -142,11 +142,22 @@ class SchedulerConfig:
     thresholding: bool = False
     clip_sample: bool = False
     items: tuple[tuple[str, object], ...] = ()
+    given: tuple[tuple[str, object], ...] = ()
 
     @property
     def options(self) -> Mapping[str, object]:
         """Every key of the scheduler's class, read-only."""
         return MappingProxyType(dict(self.items))
+
+    def with_class(self, class_name: str) -> SchedulerConfig:
+        """Return the config of ``class_name.from_config(scheduler.config)``; raises ``DerivationError``."""
+        return scheduler_config(dict(self.given), class_name=class_name)
+
+    def changed(self, **values: Any) -> SchedulerConfig:
+        """Return a copy with other values of keys that the class has."""
+        known = {name: value for name, value in values.items() if name in self.options}
+        fields = {name: value for name, value in known.items() if name in FIELDS}
+        return replace(self, items=tuple(sorted({**self.options, **known}.items())), **fields)
 
 
 FIELDS = frozenset(SchedulerConfig.__dataclass_fields__)
@@ -164,4 +175,5 @@ def scheduler_config(
         for name, default in DEFAULTS[known].items()
     }
     fields = {name: value for name, value in values.items() if name in FIELDS}
-    return SchedulerConfig(class_name=known, items=tuple(sorted(values.items())), **fields)
+    said = tuple(sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in given.items()))
+    return SchedulerConfig(class_name=known, items=tuple(sorted(values.items())), given=said, **fields)

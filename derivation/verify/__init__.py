@@ -1,4 +1,4 @@
-"""The oracle: the real diffusers and transformers modules on the ``meta`` device, storages watched (needs the extra)."""
+"""The oracle: real diffusers and transformers modules on the ``meta`` device, storages watched (needs the extra)."""
 
 from derivation.verify.modules import (
     build_pipeline,
@@ -8,7 +8,8 @@ from derivation.verify.modules import (
     build_vae,
 )
 from derivation.verify.runs import trace_component, trace_pipeline
-from derivation.verify.tracer import Alloc, Free, SdpaMode, Trace, Tracer, Witness
+from derivation.verify.sdpa import SdpaMode
+from derivation.verify.tracer import Alloc, Free, Trace, Tracer, Witness
 
 __all__ = [
     "Alloc",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from derivation.api import Derivation
 from derivation.config.checkpoint import BUNDLED
 from derivation.errors import DerivationError
+from derivation.options import Options
 from derivation.pipelines import POSTPROCESS
 from derivation.program import Variant
 from derivation.symbols import evaluate
@@ -27,6 +29,8 @@ CONFIG_FILES = {
 }
 # trace_component takes latents an eighth of the image's sides.
 TRACE_FACTOR = 8
+# read where a GPU is named: the oracle has none
+GPU_OPTIONS = ("gpu", "torch", "diffusers", "scratch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +92,12 @@ def traced_steps(trace: Trace) -> list[Step]:
     """Return the steps of a trace."""
     steps: list[Step] = []
     died: list[int] = []
-    sizes = {event.id: event.nbytes for event in trace.events if isinstance(event, Alloc)}
     for event in trace.events:
         if isinstance(event, Alloc):
             steps.append(Step(event.nbytes, tuple(sorted(died)), f"{event.path} {event.op} {list(event.shape)}"))
             died = []
         else:
-            died.append(sizes[event.id])
+            died.append(event.nbytes)
     return steps
 
 
@@ -178,9 +181,13 @@ def compare_pipeline(
 
 
 def _trace_options(derivation: Derivation) -> dict[str, Any]:
-    """Return the options that trace_pipeline takes by the same name."""
-    chosen = derivation.options.as_dict()
-    return {name: value for name, value in chosen.items() if name != "gpu"}
+    """Return the options that trace_pipeline takes by the same name; one that it does not know must be unset."""
+    chosen, unset, known = derivation.options.as_dict(), Options().as_dict(), signature(trace_pipeline).parameters
+    return {
+        name: value
+        for name, value in chosen.items()
+        if name in known or (name not in GPU_OPTIONS and value != unset[name])
+    }
 
 
 def checkpoint_folder(derivation: Derivation) -> Path:

@@ -16,9 +16,18 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 
 Config = Mapping[str, Any]
 
-PIPELINES: Mapping[str, Any] = {
-    "txt2img": diffusers.StableDiffusionPipeline,
-    "img2img": diffusers.StableDiffusionImg2ImgPipeline,
+# the class of each family and task
+PIPELINES: Mapping[str, Mapping[str, Any]] = {
+    "SD": {
+        "txt2img": diffusers.StableDiffusionPipeline,
+        "img2img": diffusers.StableDiffusionImg2ImgPipeline,
+        "inpaint": diffusers.StableDiffusionInpaintPipeline,
+    },
+    "SDXL": {
+        "txt2img": diffusers.StableDiffusionXLPipeline,
+        "img2img": diffusers.StableDiffusionXLImg2ImgPipeline,
+        "inpaint": diffusers.StableDiffusionXLInpaintPipeline,
+    },
 }
 
 
@@ -50,31 +59,52 @@ def build_pipeline(
     *,
     safety_checker: bool = True,
     prompt_length: int = 77,
+    scheduler: str | None = None,
 ) -> Any:
     """Return the real pipeline of a folder in diffusers' format, with stand-ins for what needs no tensor.
 
-    The tokenizer gives zeros of ``prompt_length`` tokens and the feature extractor zeros of the safety
-    checker's image size, both on the CPU; the scheduler is real and new, its timesteps on the CPU.
-    ``attention="eager"`` sets AttnProcessor on UNet and VAE; CLIP's towers keep their SDPA call.
-    Raises NotImplementedError for another pipeline or a checkpoint with two text encoders.
+    The tokenizers give zeros of ``prompt_length`` tokens and the feature extractor zeros of the safety
+    checker's image size, both on the CPU; the scheduler is real and new, its timesteps on the CPU, and of
+    the class ``scheduler`` where one is named. ``attention="eager"`` sets AttnProcessor on UNet and VAE;
+    CLIP's towers keep their SDPA call. Raises KeyError for another pipeline.
     """
     folder = Path(checkpoint_folder)
-    if pipeline not in PIPELINES or (folder / "text_encoder_2").exists():
-        raise NotImplementedError(
-            f"{folder}, pipeline {pipeline!r}: expected SD 1.x or 2.x, {', '.join(PIPELINES)}"
-        )
-    checker_config = read_config(folder, "safety_checker") if safety_checker else None
-    checker = build_safety_checker(checker_config, dtype) if checker_config else None
-    return PIPELINES[pipeline](
-        vae=build_vae(_required(folder, "vae"), dtype, attention),
-        text_encoder=build_text_encoder(_required(folder, "text_encoder"), dtype),
-        tokenizer=FakeTokenizer(prompt_length),
-        unet=build_unet(_required(folder, "unet"), dtype, attention),
-        scheduler=build_scheduler(_required(folder, "scheduler")),
-        safety_checker=checker,
-        feature_extractor=FakeFeatureExtractor(checker.config.vision_config.image_size) if checker else None,
-        requires_safety_checker=checker is not None,
-    )
+    scheduler_config = _required(folder, "scheduler")
+    parts = {
+        "vae": build_vae(_required(folder, "vae"), dtype, attention),
+        "text_encoder": _optional_text_encoder(folder, "text_encoder", dtype),
+        "tokenizer": FakeTokenizer(prompt_length),
+        "unet": build_unet(_required(folder, "unet"), dtype, attention),
+        "scheduler": build_scheduler(scheduler_config | ({"_class_name": scheduler} if scheduler else {})),
+    }
+    index = json.loads((folder / "model_index.json").read_text())
+    if "XL" not in index["_class_name"]:
+        return PIPELINES["SD"][pipeline](**parts, **_checker(folder, dtype, safety_checker))
+    second = {
+        "text_encoder_2": _optional_text_encoder(folder, "text_encoder_2", dtype),
+        "tokenizer_2": FakeTokenizer(prompt_length),
+        "force_zeros_for_empty_prompt": index.get("force_zeros_for_empty_prompt", True),
+        "add_watermarker": False,
+    }
+    if parts["text_encoder"] is None:
+        parts["tokenizer"] = None
+    if pipeline != "txt2img":
+        second["requires_aesthetics_score"] = index.get("requires_aesthetics_score", False)
+    return PIPELINES["SDXL"][pipeline](**parts, **second)
+
+
+def _optional_text_encoder(folder: Path, component: str, dtype: str) -> Any:
+    config = read_config(folder, component)
+    return None if config is None else build_text_encoder(config, dtype)
+
+
+def _checker(folder: Path, dtype: str, wanted: bool) -> dict[str, Any]:
+    config = read_config(folder, "safety_checker") if wanted else None
+    if config is None:
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    checker = build_safety_checker(config, dtype)
+    extractor = FakeFeatureExtractor(checker.config.vision_config.image_size)
+    return {"safety_checker": checker, "feature_extractor": extractor, "requires_safety_checker": True}
 
 
 def build_scheduler(config: Config) -> Any:
@@ -156,6 +186,9 @@ def _text_encoder(config: str, dtype: str) -> Any:
         raise ValueError(f"architectures = {name!r}: expected CLIPTextModel or CLIPTextModelWithProjection")
     with torch.device("meta"):
         model = getattr(transformers, name)(transformers.CLIPTextConfig(**values))
+    if name == "CLIPTextModel" and not hasattr(model, "text_model"):
+        # transformers 5 dropped the wrapper through which diffusers' clip_skip finds final_layer_norm
+        object.__setattr__(model, "text_model", model)
     return _frozen(model, dtype)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 
 from derivation.verify.modules import (
     Config,
@@ -19,7 +20,8 @@ from derivation.verify.modules import (
     build_unet,
     build_vae,
 )
-from derivation.verify.tracer import SdpaMode, Trace, Tracer
+from derivation.verify.sdpa import SdpaMode
+from derivation.verify.tracer import Trace, Tracer
 
 # A module, its inputs and the call to watch.
 Call = tuple[torch.nn.Module, dict[str, torch.Tensor], Callable[..., object]]
@@ -97,24 +99,28 @@ def trace_pipeline(
     prompt_length: int = 77,
     guidance_scale: float = 7.5,
     num_inference_steps: int = 6,
-    strength: float = 1.0,
+    strength: float | None = None,
     safety_checker: bool = True,
+    scheduler: str | None = None,
+    negative_prompt: bool = False,
+    clip_skip: int | None = None,
     paths: bool = True,
 ) -> Trace:
     """Trace the whole ``__call__`` of a real pipeline, every event marked with its stage.
 
     Stages are contiguous, in this order, and each begins where the one before ends:
 
-    - ``text_encoder``: from the start until ``prepare_latents`` is called (encode_prompt and the
+    - ``text_encoder``: from the start until ``prepare_latents`` is called (encode_prompt and, in SD, the
       concatenation for guidance)
-    - ``vae_encode`` (img2img) or ``prepare_latents`` (txt2img): that call
+    - ``vae_encode`` (img2img; inpaint, with prepare_mask_latents) or ``prepare_latents`` (txt2img): that call
     - ``unet``: the denoising loop, scheduler included, and the division by the scaling factor
-    - ``vae_decode``: the call of ``vae.decode``
+    - ``vae_decode``: the call of ``vae.decode``, in SDXL from ``upcast_vae`` on where it is called
     - ``safety_checker``: until ``run_safety_checker`` returns; no events without one
     - ``postprocess``: the rest
 
-    An image input is float32 on the CPU, [batch_size, 3, height, width]; the output is PIL. Prompts are
-    ``batch_size`` strings, or embeddings given as (excluded) inputs where ``prompt_length`` is over 77.
+    Image and mask inputs are float32 on the CPU, [batch_size, 3 or 1, height, width]; the output is PIL.
+    Prompts are ``batch_size`` strings, or embeddings given as (excluded) inputs where ``prompt_length`` is
+    over 77. ``strength`` None is the class's default.
     """
     pipe = build_pipeline(
         checkpoint_folder,
@@ -123,19 +129,20 @@ def trace_pipeline(
         attention,
         safety_checker=safety_checker,
         prompt_length=min(prompt_length, 77),
+        scheduler=scheduler,
     )
     pipe.set_progress_bar_config(disable=True)
     sizes = Sizes(height, width, batch_size, prompt_length, guidance_scale > 1, dtype)
-    inputs = _prompt(pipe, sizes) | _image(pipeline, sizes, strength)
+    inputs = _prompt(pipe, sizes, negative_prompt) | _image(pipeline, sizes, strength)
     tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
     tracer = Tracer(_modules(pipe), tensors, paths=paths, stage="text_encoder")
-    with warnings.catch_warnings(), sdpa_mode(attention), _stages(pipe, pipeline, tracer), tracer:
-        warnings.simplefilter("ignore")
+    with _quiet(), sdpa_mode(attention), _stages(pipe, pipeline, tracer), tracer:
         pipe(
             **inputs,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             num_inference_steps=num_inference_steps,
+            clip_skip=clip_skip,
         )
     return tracer.trace
 
@@ -209,35 +216,62 @@ def _added_conditions(config: Any, sizes: Sizes) -> dict[str, torch.Tensor]:
     }
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+
+
 def _modules(pipe: Any) -> dict[str, torch.nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
 
 
-def _prompt(pipe: Any, sizes: Sizes) -> dict[str, Any]:
+def _prompt(pipe: Any, sizes: Sizes, negative_prompt: bool) -> dict[str, Any]:
+    signs = ["", "negative_"][: 2 if sizes.guidance else 1]
     if sizes.prompt_length <= 77:
-        return {"prompt": [""] * sizes.batch_size}
-    shape = (sizes.batch_size, sizes.prompt_length, pipe.unet.config.cross_attention_dim)
-    names = ["prompt_embeds", "negative_prompt_embeds"][: 2 if sizes.guidance else 1]
-    return {name: sizes.empty(*shape) for name in names}
+        given = signs if negative_prompt else signs[:1]
+        return {f"{sign}prompt": [""] * sizes.batch_size for sign in given}
+    width = pipe.unet.config.cross_attention_dim
+    shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (sizes.batch_size, sizes.prompt_length, width)}
+    if (second := getattr(pipe, "text_encoder_2", None)) is not None:
+        shapes["pooled_prompt_embeds"] = (sizes.batch_size, second.config.projection_dim)
+    return {sign + name: sizes.empty(*shape) for sign in signs for name, shape in shapes.items()}
 
 
-def _image(pipeline: str, sizes: Sizes, strength: float) -> dict[str, Any]:
+def _image(pipeline: str, sizes: Sizes, strength: float | None) -> dict[str, Any]:
+    side = {"height": sizes.height, "width": sizes.width}
     if pipeline == "txt2img":
-        return {"height": sizes.height, "width": sizes.width}
-    image = torch.zeros(sizes.batch_size, 3, sizes.height, sizes.width, device="cpu")
-    return {"image": image, "strength": strength}
+        return side
+    channels = {"image": 3} if pipeline == "img2img" else {"image": 3, "mask_image": 1}
+    tensors = {
+        name: torch.zeros(sizes.batch_size, count, sizes.height, sizes.width, device="cpu")
+        for name, count in channels.items()
+    }
+    chosen = {} if strength is None else {"strength": strength}
+    return tensors | chosen | ({} if pipeline == "img2img" else side)
 
 
 @contextmanager
 def _stages(pipe: Any, pipeline: str, tracer: Tracer) -> Iterator[None]:
+    checked = getattr(pipe, "safety_checker", None) is not None
+    prepared = "prepare_latents" if pipeline == "txt2img" else "vae_encode"
     marks = [
-        (pipe, "prepare_latents", "prepare_latents" if pipeline == "txt2img" else "vae_encode", "unet"),
-        (pipe.vae, "decode", "vae_decode", "safety_checker"),
-        (pipe, "run_safety_checker", "safety_checker", "postprocess"),
+        (pipe, "prepare_latents", prepared, "vae_encode" if pipeline == "inpaint" else "unet"),
+        (pipe, "prepare_mask_latents", "vae_encode", "unet"),
+        (pipe, "upcast_vae", "vae_decode", "vae_decode"),
+        (pipe.vae, "decode", "vae_decode", "safety_checker" if checked else "postprocess"),
+        *([(pipe, "run_safety_checker", "safety_checker", "postprocess")] if checked else []),
     ]
     with ExitStack() as scope:
         for owner, name, during, after in marks:
-            scope.enter_context(_marked(owner, name, tracer, during, after))
+            if hasattr(owner, name):
+                scope.enter_context(_marked(owner, name, tracer, during, after))
         yield
 
 

@@ -12,12 +12,10 @@ from itertools import accumulate
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch.nn import functional as F
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -39,9 +37,10 @@ class Alloc:
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """The storage of the alloc event with the same ``id`` died."""
+    """The storage of the alloc event with the same ``id`` died; below 0, a weight known beforehand did."""
 
     id: int
+    nbytes: int
     stage: str
 
 
@@ -68,8 +67,7 @@ class Trace:
 
     def live_curve(self) -> list[int]:
         """Return the live bytes at each program point: before the first event, then after each one."""
-        sizes = {e.id: ceil512(e.nbytes) for e in self.events if isinstance(e, Alloc)}
-        steps = (sizes[e.id] if isinstance(e, Alloc) else -sizes[e.id] for e in self.events)
+        steps = (ceil512(e.nbytes) * (1 if isinstance(e, Alloc) else -1) for e in self.events)
         return list(accumulate(steps, initial=0))
 
     def points(self, stage: str | None = None) -> range:
@@ -100,7 +98,7 @@ class Trace:
             if isinstance(event, Alloc):
                 alive[event.id] = event
             else:
-                del alive[event.id]
+                alive.pop(event.id, None)
         return list(alive.values())
 
     def peak_witness(self, stage: str | None = None) -> list[Witness]:
@@ -123,8 +121,9 @@ class Tracer(TorchDispatchMode):
     """Record each new untyped ``meta`` storage and, by a weak reference's callback, its death.
 
     ``modules`` maps a name to a module: its parameters and buffers are known beforehand, so they and
-    their views count nothing, and its submodules' names become the events' paths (``""`` is a name
-    without prefix). ``inputs`` are tensors known beforehand. ``stage`` marks the events from now on.
+    their views count nothing, but the death of one (``vae.to(dtype=...)``) lowers the live bytes; its
+    submodules' names become the events' paths (``""`` is a name without prefix). ``inputs`` are tensors
+    known beforehand. ``stage`` marks the events from now on.
     Reading a value back (``.cpu()``, ``.item()``, ``bool()``) gives zeros on the CPU, which nothing counts.
     The cyclic collector is off while tracing: a storage dies when its last reference is dropped.
     """
@@ -141,9 +140,12 @@ class Tracer(TorchDispatchMode):
         modules = modules or {}
         self.trace = Trace()
         self.stage = stage
-        self._known = {s._cdata: s for s in storages(*modules.values(), *inputs)}
+        self._known = {s._cdata for s in storages(*modules.values(), *inputs)}
+        self._weights = [
+            weakref.ref(s, partial(self._unload, s._cdata, s.nbytes())) for s in storages(*modules.values())
+        ]
         self._alive: dict[int, tuple[int, int, weakref.ref[Any]]] = {}
-        self._allocs = 0
+        self._allocs = self._unloads = 0
         self._track_paths = paths
         self._names = {id(m): name for root, top in modules.items() for name, m in _qualified(root, top)}
         self._path = [""]
@@ -166,6 +168,7 @@ class Tracer(TorchDispatchMode):
         super().__exit__(*exc)
         self._scope.close()
         self._alive.clear()
+        self._weights.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -195,11 +198,17 @@ class Tracer(TorchDispatchMode):
             Alloc(self._allocs, nbytes, str(func), shape, dtype, self._path[-1], self.stage)
         )
         if seen:  # ATen/native/cuda/Resize.cpp: resize_bytes_cuda allocates, copies, then frees
-            self.trace.events.append(Free(seen[0], self.stage))
+            self.trace.events.append(Free(seen[0], seen[1], self.stage))
 
     def _free(self, key: int, _: object) -> None:
         if (seen := self._alive.pop(key, None)) is not None:
-            self.trace.events.append(Free(seen[0], self.stage))
+            self.trace.events.append(Free(seen[0], seen[1], self.stage))
+
+    def _unload(self, key: int, nbytes: int, _: object) -> None:
+        if key in self._known:
+            self._known.remove(key)
+            self._unloads += 1
+            self.trace.events.append(Free(-self._unloads, nbytes, self.stage))
 
     def _enter_module(self, module: torch.nn.Module, _args: object) -> None:
         self._path.append(self._names.get(id(module), self._path[-1]))
@@ -237,82 +246,3 @@ _READ_BACK: Mapping[Any, Callable[..., Any]] = {
     aten.copy_.default: _copy_,
     aten.equal.default: _equal,
 }
-
-
-class SdpaMode(TorchFunctionMode):
-    """Route ``F.scaled_dot_product_attention`` to the ATen op that PyTorch would choose on CUDA.
-
-    ``backend`` is what the user allows first; what it cannot run falls through to the next:
-
-    - ``flash``: no mask, float16 or bfloat16, head dim at most 256. A head dim that is no multiple of
-      8 is zero-padded to one and the output sliced (aten/src/ATen/native/transformers/attention.cpp:
-      scaled_dot_product_attention, pad_last_dim, post_process_flash_output).
-    - ``efficient``: head dims that are multiples of 8 (half types) or 4 (float32 on sm80 and later).
-    - ``math``: always; the function is left alone, as it takes the math path on ``meta``.
-
-    Both fused ones want equal head dims and a last stride of 1. Source: aten/src/ATen/native/
-    transformers/cuda/sdp_utils.cpp: check_head_dim_size_flash, check_head_dim_size_mem_efficient,
-    minimum_gemm_alignment, check_last_dim_stride_equals_1_dense. A mask under ``flash`` or
-    ``efficient`` raises NotImplementedError: no supported pipeline passes one.
-    """
-
-    def __init__(self, backend: str) -> None:
-        super().__init__()
-        if backend not in ("math", "efficient", "flash"):
-            raise ValueError(f"attention backend {backend!r}: expected 'math', 'efficient' or 'flash'")
-        self.backend = backend
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention and self.backend != "math":
-            return self._route(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _route(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Any:
-        if attn_mask is not None or dropout_p or enable_gqa:
-            raise NotImplementedError(f"{self.backend} attention with a mask, dropout or grouped queries")
-        if self.backend == "flash" and _flash_can_run(query, key, value):
-            return _flash(query, key, value, is_causal, scale)
-        if _efficient_can_run(query, key, value):
-            return aten._scaled_dot_product_efficient_attention(
-                query, key, value, None, False, 0.0, is_causal, scale=scale
-            )[0]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
-
-
-def _dense(*qkv: torch.Tensor) -> bool:
-    return len({t.shape[-1] for t in qkv}) == 1 and all(t.stride(-1) == 1 for t in qkv)
-
-
-def _flash_can_run(*qkv: torch.Tensor) -> bool:
-    half = qkv[0].dtype in (torch.float16, torch.bfloat16)
-    return half and _dense(*qkv) and qkv[0].shape[-1] <= 256
-
-
-def _efficient_can_run(*qkv: torch.Tensor) -> bool:
-    alignment = 4 if qkv[0].dtype == torch.float32 else 8
-    return _dense(*qkv) and qkv[0].shape[-1] % alignment == 0
-
-
-def _flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float | None
-) -> Any:
-    head_dim = query.shape[-1]
-    padding = -head_dim % 8
-    if not padding:
-        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
-    query, key, value = (F.pad(t, (0, padding)) for t in (query, key, value))
-    scale = head_dim**-0.5 if scale is None else scale
-    out = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
-    return out[..., :head_dim]

@@ -1,0 +1,51 @@
+"""A tape at integer sizes as the allocator sees it: requests in bytes, one an allocation, loops with roles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+from derivation.hardware.replay import Loop, Replay
+from derivation.symbols import evaluate
+from derivation.tape import Tape
+
+
+def replay(tape: Tape, values: Mapping[str, int]) -> Replay:
+    """Return ``tape`` at ``values`` with ``count`` alike storages written out one by one.
+
+    Weights that existed before the run are not on the tape; one that the run drops is replayed as staying.
+    """
+    counts = [0 if a.loaded else evaluate(a.count, values) for a in tape.allocations]
+    first = [0, *accumulate(counts)]
+    sizes = [
+        nbytes
+        for allocation, count in zip(tape.allocations, counts, strict=True)
+        for nbytes in [evaluate(allocation.nbytes, values)] * count
+    ]
+    events: list[int] = []
+    position = [0]
+    for event in tape.events:
+        index = abs(event) - 1
+        sign = 1 if event > 0 else -1
+        events += [sign * (tensor + 1) for tensor in range(first[index], first[index + 1])]
+        position.append(len(events))
+    loops = [_loop(events, sizes, position[start], position[end], times) for start, end, times in tape.loops]
+    return Replay(events, sizes, loops)
+
+
+def _loop(events: Sequence[int], sizes: Sequence[int], start: int, end: int, times: int) -> Loop:
+    """Pair what is alive after an iteration with what was alive before: same size, same order of birth."""
+    before, after = _alive(events[:start]), _alive(events[:end])
+    roles: dict[int, int] = {}
+    for size in {sizes[tensor] for tensor in after}:
+        now = sorted(tensor for tensor in after if sizes[tensor] == size)
+        then = sorted(tensor for tensor in before if sizes[tensor] == size)
+        roles |= dict(zip(now, then, strict=True))
+    return Loop(start, end, times, roles)
+
+
+def _alive(events: Sequence[int]) -> set[int]:
+    alive: set[int] = set()
+    for event in events:
+        (alive.add if event > 0 else alive.discard)(abs(event) - 1)
+    return alive

@@ -1,0 +1,157 @@
+"""What the pipelines of every family share: stages, sizes, and the components that they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from derivation.config import AutoencoderKLConfig, Checkpoint, SchedulerConfig, UNet2DConditionConfig
+from derivation.errors import DerivationError
+from derivation.models import decode, encode
+from derivation.ops import elementwise, empty, mul
+from derivation.options import Options
+from derivation.schedulers import Scheduler, make_scheduler
+from derivation.symbols import Size
+from derivation.tape import Category, SymTensor, tape
+
+T = TypeVar("T")
+
+TEXT_ENCODER = "text_encoder"
+VAE_ENCODE = "vae_encode"
+PREPARE_LATENTS = "prepare_latents"
+UNET = "unet"
+VAE_DECODE = "vae_decode"
+SAFETY_CHECKER = "safety_checker"
+POSTPROCESS = "postprocess"
+
+# the defaults of __call__
+DEFAULT_STRENGTH = {
+    ("StableDiffusion", "img2img"): 0.8,
+    ("StableDiffusion", "inpaint"): 1.0,
+    ("StableDiffusionXL", "img2img"): 0.3,
+    ("StableDiffusionXL", "inpaint"): 0.9999,
+}
+
+FAMILIES: dict[str, Callable[[Pipeline], None]] = {}
+
+
+def family(prefix: str) -> Callable[[Callable[[Pipeline], None]], Callable[[Pipeline], None]]:
+    """Register the ``__call__`` of the pipeline classes that are named ``prefix`` and a suffix of their task."""
+
+    def register(call: Callable[[Pipeline], None]) -> Callable[[Pipeline], None]:
+        FAMILIES[prefix] = call
+        return call
+
+    return register
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A checkpoint, options, and whether classifier-free guidance is on."""
+
+    checkpoint: Checkpoint
+    options: Options
+    guidance: bool
+
+    def __call__(self) -> None:
+        """Record the whole pipeline on the active tape; raises DerivationError for what it does not support."""
+        FAMILIES[self.family](self)
+
+    @property
+    def family(self) -> str:
+        """The common prefix of the names of the checkpoint's pipeline classes."""
+        name = self.checkpoint.pipeline_class
+        return max((prefix for prefix in FAMILIES if name.startswith(prefix)), key=len)
+
+    @property
+    def vae(self) -> AutoencoderKLConfig:
+        """The config of the VAE."""
+        return required(self.checkpoint.vae, "vae")
+
+    @property
+    def unet(self) -> UNet2DConditionConfig:
+        """The config of the UNet, its input channels checked against the task."""
+        config = required(self.checkpoint.unet, "unet")
+        channels = self.vae.latent_channels
+        supported = (4, 9) if self.options.pipeline == "inpaint" else (channels,)
+        if config.in_channels not in supported:
+            raise DerivationError(
+                f"{self.options.pipeline} with a UNet of in_channels = {config.in_channels} is not supported "
+                f"(supported: {', '.join(map(str, supported))})"
+            )
+        if config.time_cond_proj_dim is not None:
+            value = config.time_cond_proj_dim
+            raise DerivationError(f"the UNet's time_cond_proj_dim = {value} is not supported (supported: null)")
+        return config
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Image pixels per latent, along a side."""
+        return 1 << (len(self.vae.block_out_channels) - 1)
+
+    @property
+    def images(self) -> Size:
+        """Images per call: B prompts times num_images_per_prompt."""
+        return tape().size("B") * self.options.num_images_per_prompt
+
+    @property
+    def latent_shape(self) -> tuple[Size, ...]:
+        """[images, C, h0, w0]."""
+        return (self.images, self.vae.latent_channels, tape().size("h0"), tape().size("w0"))
+
+    def image_shape(self, images: Size) -> tuple[Size, ...]:
+        """[images, 3, H, W]."""
+        f = self.vae_scale_factor
+        return (images, 3, f * tape().size("h0"), f * tape().size("w0"))
+
+    @property
+    def strength(self) -> float:
+        """The part of the schedule that runs."""
+        task, family = self.options.pipeline, self.family
+        if task == "txt2img":
+            return 1.0
+        return DEFAULT_STRENGTH[family, task] if self.options.strength is None else self.options.strength
+
+    def scheduler(self, **changes: object) -> Scheduler:
+        """Return the scheduler at the first timestep of the task, its config changed as a constructor does."""
+        config: SchedulerConfig = required(self.checkpoint.scheduler, "scheduler")
+        if self.options.scheduler is not None:
+            config = config.with_class(self.options.scheduler)
+        steps = self.options.num_inference_steps
+        scheduler = make_scheduler(config.changed(**changes), steps)
+        init_timestep = min(int(steps * self.strength), steps)
+        if init_timestep < 1:
+            raise DerivationError(f"num_inference_steps = {steps} with strength = {self.strength} denoises no step")
+        scheduler.set_begin_index((steps - init_timestep) * scheduler.order)
+        return scheduler
+
+    def randn(self) -> SymTensor:
+        """Return noise of the latents' shape."""
+        return empty(self.latent_shape, self.options.dtype, "randn", Category.PIPELINE)
+
+    def image_to_device(self) -> SymTensor:
+        """Move B preprocessed images [B, 3, H, W] from the CPU to the device."""
+        return empty(self.image_shape(tape().size("B")), self.options.dtype, "_to_copy", Category.PIPELINE)
+
+    def encode(self, image: SymTensor) -> SymTensor:
+        """``retrieve_latents(vae.encode(image))``."""
+        with tape().scope("vae"):
+            return encode(image, self.vae).sample()
+
+    def decode(self, latents: SymTensor) -> SymTensor:
+        """``vae.decode(latents)``."""
+        with tape().scope("vae"):
+            return decode(latents, self.vae)
+
+
+def denormalize(images: SymTensor) -> SymTensor:
+    """``(images * 0.5 + 0.5).clamp(0, 1)``."""
+    return elementwise("clamp", elementwise("add", mul(images)))
+
+
+def required(component: T | None, name: str) -> T:
+    """Return ``component``; raises DerivationError where the checkpoint has none."""
+    if component is None:
+        raise DerivationError(f"the checkpoint has no {name}, which this pipeline needs")
+    return component

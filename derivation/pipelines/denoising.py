@@ -1,0 +1,82 @@
+"""The denoising loop, the same in every pipeline of both families."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from derivation.models import UNet2DConditionModel
+from derivation.ops import add, cat, given, mul, sub
+from derivation.pipelines.base import Pipeline
+from derivation.pipelines.inpaint import Inpainting
+from derivation.schedulers import Scheduler
+from derivation.symbols import Size
+from derivation.tape import SymTensor, tape
+
+
+class Denoising:
+    """The loop and its local variables, which stay alive until ``__call__`` returns."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        scheduler: Scheduler,
+        latents: SymTensor,
+        inpainting: Inpainting | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.scheduler = scheduler
+        self.latents = latents
+        self.inpainting = inpainting
+
+    def run(self, prompt_embeds: SymTensor, added_cond: tuple[SymTensor, SymTensor] | None = None) -> None:
+        """Record every iteration; ``added_cond`` is SDXL's pooled embeddings and time ids.
+
+        Once the scheduler is settled and an iteration leaves the same sizes alive as the one before, the
+        iterations up to the last ones are all the same: they are recorded once, as a loop.
+        """
+        timesteps = self.scheduler.num_timesteps - self.scheduler.begin_index
+        unrolled = timesteps - self.scheduler.tail
+        i = 0
+        while i < timesteps:
+            start, settled = len(tape().events), self.scheduler.settled
+            before = live_sizes() if settled else None
+            self.iteration(prompt_embeds, added_cond, last=i == timesteps - 1)
+            i += 1
+            if settled and i < unrolled and live_sizes() == before:
+                tape().loops.append((start, len(tape().events), unrolled - i + 1))
+                skipped = unrolled - i
+                self.scheduler.step_index += skipped
+                i += skipped
+
+    def iteration(
+        self, prompt_embeds: SymTensor, added_cond: tuple[SymTensor, SymTensor] | None, last: bool
+    ) -> None:
+        """One pass of the loop's body."""
+        guidance = self.pipeline.guidance
+        self.latent_model_input = cat([self.latents] * 2, 0) if guidance else self.latents
+        self.latent_model_input = self.scheduler.scale_model_input(self.latent_model_input)
+        if self.inpainting is not None and self.inpainting.nine_channels:
+            masked = [self.latent_model_input, self.inpainting.mask, self.inpainting.masked_image_latents]
+            self.latent_model_input = cat(masked, 1)
+            del masked
+
+        self.noise_pred = UNet2DConditionModel(
+            "unet",
+            self.latent_model_input,
+            given((), self.scheduler.timestep_dtype),
+            prompt_embeds,
+            added_cond,
+            config=self.pipeline.unet,
+        )
+        if guidance:
+            self.noise_pred_uncond, self.noise_pred_text = self.noise_pred.chunk(2, 0)
+            self.noise_pred = add(self.noise_pred_uncond, mul(sub(self.noise_pred_text, self.noise_pred_uncond)))
+
+        self.latents = self.scheduler.step(self.noise_pred, self.latents)
+        if self.inpainting is not None and not self.inpainting.nine_channels:
+            self.latents = self.inpainting.blend(self.latents, self.scheduler, last)
+
+
+def live_sizes() -> Counter[Size]:
+    """Return how many storages of each size are alive on the active tape."""
+    return Counter(tape().allocations[index].nbytes for index in tape().alive)

@@ -1,0 +1,99 @@
+"""diffusers/schedulers/scheduling_dpmsolver_multistep.py."""
+
+from __future__ import annotations
+
+from derivation.config import SchedulerConfig
+from derivation.schedulers.arithmetic import Value, on_device
+from derivation.schedulers.base import Sigmas, register, sigma_to_alpha_sigma_t
+
+# Below this many timesteps lower_order_final takes effect.
+FEW_STEPS = 15
+
+
+@register
+class DPMSolverMultistepScheduler(Sigmas):
+    """DPM-Solver++ and its SDE variant: the last ``solver_order`` model outputs stay alive."""
+
+    prediction_types = ("epsilon", "sample", "v_prediction")
+    tail = 2
+
+    def __init__(self, config: SchedulerConfig, num_inference_steps: int) -> None:
+        super().__init__(config, num_inference_steps)
+        self.expect("algorithm_type", "dpmsolver++", "sde-dpmsolver++")
+        self.expect("variance_type", None)
+        assert config.solver_order is not None
+        self.solver_order = config.solver_order
+        self.warmup = self.solver_order + 1
+        self.stochastic = config.algorithm_type == "sde-dpmsolver++"
+        self.model_outputs: list[Value | None] = [None] * self.solver_order
+        self.lower_order_nums = 0
+
+    @property
+    def order_now(self) -> int:
+        """The order of the step to come."""
+        few = self.config.lower_order_final and self.num_timesteps < FEW_STEPS
+        to_zero = self.config.options["final_sigmas_type"] == "zero"
+        if self.last and (self.config.euler_at_final or few or to_zero):
+            return 1
+        limit = 2 if few and self.step_index == self.num_timesteps - 2 else self.solver_order
+        return min(self.solver_order, self.lower_order_nums + 1, limit)
+
+    def previous(self, model_output: Value, sample: Value) -> Value:
+        model_output = self.convert_model_output(model_output, sample)
+        for i in range(self.solver_order - 1):
+            self.model_outputs[i] = self.model_outputs[i + 1]
+        self.model_outputs[-1] = model_output
+
+        sample = sample.to("float32")
+        noise = on_device(model_output.shape, "float32", "randn") if self.stochastic else None
+
+        prev_sample = (self.first_order, self.second_order, self.third_order)[self.order_now - 1](sample, noise)
+        if self.lower_order_nums < self.solver_order:
+            self.lower_order_nums += 1
+
+        prev_sample = prev_sample.to(model_output.dtype)
+        return prev_sample
+
+    def convert_model_output(self, model_output: Value, sample: Value) -> Value:
+        """Compute the predicted x_0."""
+        if self.config.prediction_type == "sample":
+            return model_output
+        alpha_t, sigma_t = sigma_to_alpha_sigma_t(self.sigmas.entry())
+        if self.config.prediction_type == "epsilon":
+            x0_pred = (sample - sigma_t * model_output) / alpha_t
+        else:
+            x0_pred = alpha_t * sample - sigma_t * model_output
+        return x0_pred
+
+    def outputs(self) -> tuple[Value, ...]:
+        """Return the model outputs, newest first."""
+        return tuple(output for output in reversed(self.model_outputs) if output is not None)
+
+    def first_order(self, sample: Value, noise: Value | None) -> Value:
+        """``dpm_solver_first_order_update``; every coefficient ``c`` is a scalar on the CPU."""
+        c = self.sigmas.entry()
+        model_output = self.outputs()[0]
+        if noise is not None:
+            return c * sample + c * model_output + c * noise
+        return c * sample - c * model_output
+
+    def second_order(self, sample: Value, noise: Value | None) -> Value:
+        """``multistep_dpm_solver_second_order_update``; midpoint and heun differ in signs and coefficients."""
+        c = self.sigmas.entry()
+        m0, m1 = self.outputs()[:2]
+        D0, D1 = m0, c * (m0 - m1)
+        if noise is not None:
+            return c * sample + c * D0 + c * D1 + c * noise
+        return c * sample - c * D0 + c * D1
+
+    def third_order(self, sample: Value, noise: Value | None) -> Value:
+        """``multistep_dpm_solver_third_order_update``."""
+        c = self.sigmas.entry()
+        m0, m1, m2 = self.outputs()
+        D0 = m0
+        D1_0, D1_1 = c * (m0 - m1), c * (m1 - m2)
+        D1 = D1_0 + c * (D1_0 - D1_1)
+        D2 = c * (D1_0 - D1_1)
+        if noise is not None:
+            return c * sample + c * D0 + c * D1 + c * D2 + c * noise
+        return c * sample - c * D0 + c * D1 - c * D2

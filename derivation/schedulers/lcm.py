@@ -1,0 +1,61 @@
+"""diffusers/schedulers/scheduling_lcm.py."""
+
+from __future__ import annotations
+
+from derivation.config import SchedulerConfig
+from derivation.errors import DerivationError
+from derivation.schedulers.arithmetic import Value, on_device
+from derivation.schedulers.base import AlphasCumprod, register
+
+
+@register
+class LCMScheduler(AlphasCumprod):
+    """Latent consistency models: fresh noise at every step but the last."""
+
+    prediction_types = ("epsilon", "sample", "v_prediction")
+
+    def __init__(self, config: SchedulerConfig, num_inference_steps: int) -> None:
+        original_steps = config.options["original_inference_steps"]
+        assert isinstance(original_steps, int)
+        if num_inference_steps > original_steps:
+            raise DerivationError(
+                f"num_inference_steps = {num_inference_steps} is above original_inference_steps = "
+                f"{original_steps} of LCMScheduler"
+            )
+        super().__init__(config, num_inference_steps)
+
+    def schedule(self) -> list[int]:
+        original = self.config.options["original_inference_steps"]
+        assert isinstance(original, int)
+        steps, k = self.num_inference_steps, self.config.num_train_timesteps // original
+        return [(original - original * i // steps) * k - 1 for i in range(steps)]
+
+    def previous(self, model_output: Value, sample: Value) -> Value:
+        timestep = self.timesteps[self.step_index]
+        prev_timestep = timestep if self.last else self.timesteps[self.step_index + 1]
+
+        alpha_prod_t = self.alpha_prod(timestep)
+        alpha_prod_t_prev = self.alpha_prod(prev_timestep)
+
+        beta_prod_t = 1 - alpha_prod_t
+        beta_prod_t_prev = 1 - alpha_prod_t_prev
+
+        if self.config.prediction_type == "epsilon":
+            predicted_original_sample = (sample - beta_prod_t.apply("sqrt") * model_output) / alpha_prod_t.apply("sqrt")
+        elif self.config.prediction_type == "sample":
+            predicted_original_sample = model_output
+        else:
+            predicted_original_sample = alpha_prod_t.apply("sqrt") * sample - beta_prod_t.apply("sqrt") * model_output
+
+        if self.config.clip_sample:
+            predicted_original_sample = predicted_original_sample.apply("clamp")
+
+        # c_out and c_skip are scalars on the CPU, as the timestep is
+        denoised = 1.0 * predicted_original_sample + 1.0 * sample
+
+        if not self.last:
+            noise = on_device(model_output.shape, denoised.dtype, "randn")
+            prev_sample = alpha_prod_t_prev.apply("sqrt") * denoised + beta_prod_t_prev.apply("sqrt") * noise
+        else:
+            prev_sample = denoised
+        return prev_sample

@@ -1,0 +1,185 @@
+"""``derive(..., method="trace")``: the closed form of a transformer that the block walker does not know.
+
+Only the transformer's call: text encoders, VAE, scheduler and the pipeline's own tensors are not in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from derivation.api import Derivation
+from derivation.components import Component
+from derivation.config import Checkpoint
+from derivation.errors import DerivationError, shown
+from derivation.options import Options
+from derivation.program import Program
+from derivation.simplify import Grid
+from derivation.tape import tape
+from derivation.verify.runs import sdpa_mode
+from derivation.verify.symbolic import SymbolicSizes, record
+from derivation.verify.tracer import Tracer
+from derivation.verify.transformers import Inputs, MaskedAttention, Shapes, build_transformer, checked
+
+MODEL = "transformer"
+# Distinct primes below every table of positions: they decide what the program asks of generic sizes.
+GENERIC: Mapping[str, int] = {"B": 3, "L": 89, "h1": 37, "w1": 53}
+# Level 1 is the grid of patches, two latents or 16 pixels a side.
+GRID = Grid(8, 2)
+
+
+def trace_derivation(
+    model: object,
+    dtype: str = "float16",
+    attention: str = "efficient",
+    num_images_per_prompt: int = 1,
+    fixed: Mapping[str, int] | None = None,
+) -> TracedDerivation:
+    """Derive a transformer's call from its real module: a config dict, its file, its folder or its pipeline's.
+
+    Raises DerivationError for a class, a config or an option that is not supported.
+    """
+    config, file = read_transformer_config(model)
+    options = Options(
+        pipeline="txt2img", dtype=dtype, attention=attention, num_images_per_prompt=num_images_per_prompt
+    )
+    return TracedDerivation(config, file, options, fixed)
+
+
+def read_transformer_config(model: object) -> tuple[dict[str, Any], str]:
+    """Return (config dict, file name for errors); raises DerivationError where there is none."""
+    if isinstance(model, Mapping):
+        return dict(model), "config"
+    if not isinstance(model, str | Path):
+        raise DerivationError(f"model = {shown(model)} is not supported (supported: a config dict, a file, a folder)")
+    for path in (Path(model), Path(model) / "config.json", Path(model) / MODEL / "config.json"):
+        if path.is_file():
+            try:
+                loaded = json.loads(path.read_text())
+            except (ValueError, RecursionError) as error:
+                raise DerivationError(f"{path}: no JSON: {error}") from None
+            if isinstance(loaded, dict):
+                return loaded, str(path)
+    raise DerivationError(f"{model}: no config.json of a transformer")
+
+
+class TracedDerivation(Derivation):
+    """A Derivation of one transformer call, traced from the real module: ``method`` is "trace".
+
+    Its symbols are B, L and the patch grid's sides h1 and w1; image sides are multiples of 16 pixels.
+    """
+
+    method = "trace"
+
+    def __init__(
+        self, config: Mapping[str, Any], file: str, options: Options, fixed: Mapping[str, int] | None = None
+    ) -> None:
+        self.architecture = checked(config, file, options)
+        self.config, self.file = dict(config), file
+        super().__init__(_checkpoint(config["_class_name"], file), options, fixed)
+
+    @cached_property
+    def module(self) -> Any:
+        """The real module, on ``meta``."""
+        return build_transformer(self.config, self.options.dtype, self.options.attention == "eager")
+
+    @property
+    def grid(self) -> Grid:  # type: ignore[override]
+        """How image sides map to the patch grid's: level 1 of 2."""
+        return GRID
+
+    @cached_property
+    def calls(self) -> dict[str, Component]:
+        """The transformer's call."""
+        return {MODEL: Component(MODEL, MODEL, lambda options, guidance: self._run(guidance))}
+
+    @cached_property
+    def parameters(self) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
+        """Parameters and buffers: path -> (shape, dtype)."""
+        tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
+        entries = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors}
+        return {MODEL: entries}
+
+    @property
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters, without buffers."""
+        return {MODEL: sum(p.numel() for p in self.module.parameters())}
+
+    def program(self, guidance: bool = True) -> Program:
+        """Return the transformer's call as a recordable run."""
+        return self.component(MODEL, guidance)
+
+    def at(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
+        prompt_length: int | None = None,
+    ) -> TracedDerivation:
+        """Return the derivation with some sizes fixed; raises DerivationError for a size that is rejected."""
+        fixed = super().at(height, width, batch_size, prompt_length).fixed
+        return TracedDerivation(self.config, self.file, self.options, fixed)
+
+    def sizes(self, height: int, width: int, batch_size: int, prompt_length: int) -> dict[str, int]:
+        """Return the value of every symbol for a call; raises DerivationError for sides that no patch grid fits."""
+        for key, value in (("height", height), ("width", width)):
+            if isinstance(value, int) and value % GRID.unit:
+                raise DerivationError(f"{key} = {value} is not supported (supported: multiples of {GRID.unit})")
+        return super().sizes(height, width, batch_size, prompt_length)
+
+    def _run(self, guidance: bool) -> None:
+        """Record the module's call on the active tape."""
+        recorded = tape()
+        sizes = SymbolicSizes(recorded, {**GENERIC, **recorded.fixed})
+        rows = sizes["B"] * self.options.num_images_per_prompt * (2 if guidance and self.architecture.doubled else 1)
+        shapes = Shapes(rows, sizes["L"], sizes["h1"], sizes["w1"], self.options.dtype)
+        recorded.mark(MODEL)
+        inputs = self.architecture.inputs(self.module.config, shapes)
+        tracer = Tracer({MODEL: self.module}, _tensors(inputs), stage=MODEL)
+        with torch.no_grad(), sizes.kernels(), self._attention(), tracer:
+            _output = self._call(inputs)
+        if conditions := record(tracer.trace, sizes):
+            raise DerivationError(f"symbolic trace: the run decided {'; '.join(conditions)}, which no guard states")
+
+    def _attention(self) -> ExitStack:
+        scope = ExitStack()
+        scope.enter_context(sdpa_mode(self.options.attention))
+        if self.options.attention in ("efficient", "flash"):
+            scope.enter_context(MaskedAttention())
+        return scope
+
+    def _call(self, inputs: Inputs) -> object:
+        """Call the module; what it rejects is the user's input."""
+        try:
+            return self.module(**inputs, return_dict=False)
+        except ValueError as error:
+            raise DerivationError(f"{self.config['_class_name']}: {error}") from None
+
+
+def _tensors(inputs: Inputs) -> list[torch.Tensor]:
+    nested = [value for value in inputs.values() if isinstance(value, dict)]
+    flat = [*inputs.values(), *(tensor for value in nested for tensor in value.values())]
+    return [value for value in flat if isinstance(value, torch.Tensor)]
+
+
+def _checkpoint(name: str, source: str) -> Checkpoint:
+    return Checkpoint(
+        name=name,
+        source=source,
+        pipeline_class="",
+        unet=None,
+        vae=None,
+        text_encoder=None,
+        text_encoder_2=None,
+        safety_checker=None,
+        scheduler=None,
+        force_zeros_for_empty_prompt=False,
+        requires_aesthetics_score=False,
+        requires_safety_checker=False,
+    )
