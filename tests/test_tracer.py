@@ -192,12 +192,6 @@ def test_tracing_a_pipeline_twice_gives_the_same_events_with_and_without_paths()
     assert steps(trace_pipeline(CHECKPOINT, **sizes, paths=False)) == steps(first)
 
 
-@pytest.mark.parametrize(("folder", "pipeline"), [(CHECKPOINT, "inpaint"), (SDXL, "txt2img")])
-def test_other_pipelines_are_refused(folder: Path, pipeline: str) -> None:
-    with pytest.raises(NotImplementedError, match=pipeline):
-        trace_pipeline(folder, pipeline)
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -142,7 +142,7 @@ class SchedulerConfig:
     thresholding: bool = False
     clip_sample: bool = False
     items: tuple[tuple[str, object], ...] = ()
-    given: tuple[tuple[str, object], ...] = ()
+    given: tuple[tuple[str, object], ...] = field(default=(), compare=False)
 
     @property
     def options(self) -> Mapping[str, object]:

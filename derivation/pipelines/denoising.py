@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 from derivation.models import UNet2DConditionModel
-from derivation.ops import add, cat, given, mul, sub
+from derivation.ops import add, cat, empty, given, mul, sub
 from derivation.pipelines.base import Pipeline
 from derivation.pipelines.inpaint import Inpainting
 from derivation.schedulers import Scheduler
 from derivation.symbols import Size
-from derivation.tape import SymTensor, tape
+from derivation.tape import Category, SymTensor, tape
 
 
 class Denoising:
@@ -27,6 +27,10 @@ class Denoising:
         self.scheduler = scheduler
         self.latents = latents
         self.inpainting = inpainting
+        self.moments: tuple[SymTensor, SymTensor] | None = None
+        self.timesteps: SymTensor | None = None
+        if tape().settings.hardware is not None:
+            self.timesteps = empty((scheduler.num_timesteps,), scheduler.timestep_dtype, "_to_copy", Category.PIPELINE)
 
     def run(self, prompt_embeds: SymTensor, added_cond: tuple[SymTensor, SymTensor] | None = None) -> None:
         """Record every iteration; ``added_cond`` is SDXL's pooled embeddings and time ids.
@@ -48,6 +52,10 @@ class Denoising:
                 self.scheduler.step_index += skipped
                 i += skipped
 
+    def timestep(self) -> SymTensor:
+        """Return the step's entry of ``timesteps``: a view on a GPU, a scalar on the CPU without one."""
+        return given((), self.scheduler.timestep_dtype) if self.timesteps is None else self.timesteps.narrow(0, 1)
+
     def iteration(
         self, prompt_embeds: SymTensor, added_cond: tuple[SymTensor, SymTensor] | None, last: bool
     ) -> None:
@@ -63,7 +71,7 @@ class Denoising:
         self.noise_pred = UNet2DConditionModel(
             "unet",
             self.latent_model_input,
-            given((), self.scheduler.timestep_dtype),
+            self.timestep(),
             prompt_embeds,
             added_cond,
             config=self.pipeline.unet,

@@ -201,8 +201,9 @@ def decode_latents(pipeline: Pipeline, loop: Denoising, weights: VaeWeights) -> 
         tape().mark(VAE_DECODE)
         weights.to("float32")
         loop.latents = to(loop.latents, "float32")
-    if (moments := latents_moments(pipeline, loop.latents.dtype)) is not None:
-        mean, std = moments
+    loop.moments = latents_moments(pipeline, loop.latents.dtype)
+    if loop.moments is not None:
+        mean, std = loop.moments
         loop.latents = Value(loop.latents) * std / 1.0 + mean
     else:
         loop.latents = div(loop.latents)

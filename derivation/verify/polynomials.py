@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import reduce
 from operator import add, mul
 from typing import Any
@@ -46,11 +47,11 @@ class Translation:
             size = rule(*(self.polynomial(part) for part in expression.args))
             if size is not None:
                 return size
-        raise DerivationError(f"symbolic trace: {self.in_words(expression)} is no polynomial in {', '.join(INDEX)}")
+        raise DerivationError(f"symbolic trace: {self.named(expression)} is no polynomial in {', '.join(INDEX)}")
 
-    def in_words(self, expression: Any) -> str:
+    def named(self, expression: Any) -> Any:
         """Return an expression in the ring's names."""
-        return str(expression.subs({s: sympy.Symbol(name) for s, name in self.symbols.items()}))
+        return expression.xreplace({s: sympy.Symbol(name, integer=True) for s, name in self.symbols.items()})
 
 
 def floor_div(dividend: Size, divisor: Size) -> Size | None:
@@ -152,6 +153,17 @@ _SAYS: Mapping[Any, tuple[tuple[int, bool], ...]] = {
     sympy.Ne: (),
 }
 RELATIONS = tuple(_SAYS)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision(Guard):
+    """A decision that no bound of a polynomial states: a relation between sizes, in the ring's names."""
+
+    relation: Any
+
+    def holds(self, values: Mapping[str, int]) -> bool:
+        """Return True if the relation holds at ``values``."""
+        return bool(self.relation.subs({s: values[s.name] for s in self.relation.free_symbols}))
 
 
 def _guard(difference: Size, bound: int, answer: bool) -> Guard | None:

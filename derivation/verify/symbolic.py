@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import reduce
 from operator import mul
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,8 @@ from torch.utils._sympy.functions import FloorDiv
 
 from derivation.errors import DerivationError
 from derivation.symbols import MAX_LEVELS, SYMBOLS, Size, as_poly, evaluate, symbol
-from derivation.tape import Allocation, Category, Guard, Settings, Tape
-from derivation.verify.polynomials import RELATIONS, Translation, compared
+from derivation.tape import Allocation, Category, Guard, Settings, Tape, contiguous_strides
+from derivation.verify.polynomials import RELATIONS, Decision, Translation, compared
 from derivation.verify.runs import trace_component
 from derivation.verify.tracer import Alloc, Trace
 
@@ -36,14 +35,6 @@ GENERIC: Mapping[str, int] = {"B": 3, "L": 89, "h0": 37, "w0": 53}
 IMAGE_FACTOR = 8
 
 
-@dataclass(frozen=True, slots=True)
-class SymbolicTrace:
-    """A tape recorded from the real module, and in words the decisions that no guard of a tape can state."""
-
-    tape: Tape
-    conditions: tuple[str, ...]
-
-
 def symbolic_trace(
     component: str,
     config: Mapping[str, Any],
@@ -51,7 +42,7 @@ def symbolic_trace(
     dtype: str = "float16",
     attention: str = "efficient",
     guidance: bool = True,
-) -> SymbolicTrace:
+) -> Tape:
     """Trace ``vae_encode``, ``unet`` or ``vae_decode`` once for all sizes, as ``trace_component`` does for one.
 
     Raises DerivationError where a storage's size is no polynomial or PyTorch fixes a symbol.
@@ -73,7 +64,16 @@ def symbolic_trace(
             prompt_length=sizes["L"],
             guidance=guidance,
         )
-    return SymbolicTrace(tape, record(trace, sizes))
+    record(trace, sizes)
+    return tape
+
+
+class Layout(NamedTuple):
+    """A tensor's shape, strides in elements, and dtype."""
+
+    shape: tuple[Any, ...]
+    strides: tuple[Any, ...]
+    dtype: Any
 
 
 class SymbolicSizes:
@@ -122,22 +122,22 @@ class SymbolicSizes:
         with _Upsampling(), _Kernels(self):
             yield
 
-    def decisions(self) -> tuple[list[Guard], list[str]]:
-        """Return what the run decided about sizes: as guards, and in words what no guard can state.
+    def decisions(self) -> list[Guard]:
+        """Return what the run decided about sizes; raises DerivationError where it took a symbol for a number.
 
-        Raises DerivationError where a run without hint took a symbol for equal to something.
+        A run with a hint may: what it says then holds where the guard "equal" does.
         """
         if self.tape.hint is None and self.env.replacements:
             equal = ", ".join(f"{self.translation.symbols[s]} = {to}" for s, to in self.env.replacements.items())
             raise DerivationError(f"symbolic trace: PyTorch specialised {equal}")
         guards = [Guard(symbol(name), 1, True) for name in self.translation.symbols.values()]
-        words: list[str] = []
-        for entry in self.env.guards:
+        relations = list(dict.fromkeys(entry.expr for entry in self.env.guards))
+        for i, relation in enumerate(relations):
             try:
-                guards += self._stated(entry.expr)
+                guards += self._stated(relation)
             except DerivationError:
-                words.append(self.translation.in_words(entry.expr))
-        return guards, words
+                guards.append(Decision(i + 1, 0, True, self.translation.named(relation)))
+        return guards
 
     def _stated(self, relation: Any) -> list[Guard]:
         if relation.func not in RELATIONS:
@@ -148,11 +148,16 @@ class SymbolicSizes:
 
 
 class _Kernels(TorchDispatchMode):
-    """Two operators on symbolic sizes: ``randn`` has no such kernel, a convolution's sides get their own symbols."""
+    """Python's meta kernels, each asked once a combination of shapes, with three exceptions.
+
+    ``randn`` has none for symbolic sizes; a view of a contiguous tensor needs none, and would ask which sizes
+    divide each other; a convolution's sides get symbols of their own.
+    """
 
     def __init__(self, sizes: SymbolicSizes) -> None:
         super().__init__()
         self._sizes = sizes
+        self._known: dict[Any, list[Layout]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -161,11 +166,42 @@ class _Kernels(TorchDispatchMode):
         if func.overloadpacket is aten.randn:
             kwargs = {name: value for name, value in kwargs.items() if name != "generator"}
             return aten.empty.memory_format(args[0], **kwargs)
+        if func in _VIEWS and args[0].is_contiguous() and -1 not in args[1]:
+            return args[0].as_strided(args[1], contiguous_strides(args[1]), args[0].storage_offset())
+        if any(result.alias_info is not None for result in func._schema.returns):
+            return self._run(func, args, kwargs)
+        key = (func, _described(args), _described(tuple(kwargs.items())))
+        if key in self._known:
+            made = [torch.empty_strided(layout.shape, layout.strides, dtype=layout.dtype, device="meta") for layout in self._known[key]]
+            return tuple(made) if len(func._schema.returns) > 1 else made[0]
+        out = self._run(func, args, kwargs)
+        outputs = out if isinstance(out, tuple) else (out,)
+        if all(isinstance(t, torch.Tensor) and t.is_meta for t in outputs):
+            self._known[key] = [_layout(t) for t in outputs]
+        return out
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with enable_python_dispatcher():
             out = func(*args, **kwargs)
         if func is aten.convolution.default:
             return out.new_empty(tuple(self._sizes.by_level(side) for side in out.shape))
         return out
+
+
+_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
+
+
+def _layout(tensor: torch.Tensor) -> Layout:
+    return Layout(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _described(value: Any) -> Any:
+    """Return a hashable description of an operator's argument: of a tensor its layout."""
+    if isinstance(value, torch.Tensor):
+        return (*map(_described, _layout(value)), value.device)
+    if isinstance(value, tuple | list):
+        return tuple(_described(part) for part in value)
+    return value.node.expr if isinstance(value, torch.SymInt) else (type(value), value)
 
 
 class _Upsampling(TorchFunctionMode):
@@ -186,8 +222,8 @@ def _nearest(x: Any, size: Any, scale_factor: float | None) -> Any:
     return aten.upsample_nearest2d.default(x, list(size))
 
 
-def record(trace: Trace, sizes: SymbolicSizes, root: str = "") -> tuple[str, ...]:
-    """Write a symbolic trace and its decisions onto the tape of ``sizes``; return those that no guard can state."""
+def record(trace: Trace, sizes: SymbolicSizes, root: str = "") -> None:
+    """Write a symbolic trace and its decisions onto the tape of ``sizes``."""
     tape, first = sizes.tape, len(sizes.tape.allocations) - 1
     for event in trace.events:
         if isinstance(event, Alloc):
@@ -195,9 +231,7 @@ def record(trace: Trace, sizes: SymbolicSizes, root: str = "") -> tuple[str, ...
             tape.events.append(first + event.id + 1)
         else:
             tape.events.append(-(first + event.id) - 1)
-    guards, words = sizes.decisions()
-    tape.guards.update({(guard.size, guard.bound): guard for guard in guards})
-    return tuple(dict.fromkeys(words))
+    tape.guards.update({(guard.size, guard.bound): guard for guard in sizes.decisions()})
 
 
 def _allocation(event: Alloc, index: int, sizes: SymbolicSizes, root: str) -> Allocation:
