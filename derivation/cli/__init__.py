@@ -1,0 +1,96 @@
+"""The command line: one module a group of commands, and one place where errors become a line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from derivation import __version__
+from derivation.cli import derived, gpu, planning
+from derivation.errors import DerivationError, one_line
+
+DEBUG = "DERIVATION_DEBUG"
+MAX_MESSAGE = 1000
+EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 2, 70, 130
+
+# click's own class, which typer has vendored since 0.26 and re-exports only as a base of BadParameter
+_ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="derivation",
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for group in (derived, planning, gpu):
+    for command in group.COMMANDS:
+        app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")] = False,
+) -> None:
+    """How much GPU memory does a diffusion pipeline need? The equation, derived from its config files.
+
+    Exit codes: 0 done, 1 a check failed, 2 a request that cannot be answered.
+    """
+    if debug:
+        os.environ[DEBUG] = "1"
+    if version:
+        typer.echo(__version__)
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; every error that a user can cause is one line on stderr."""
+    warnings.showwarning = _warn
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = app(arguments, prog_name="derivation", standalone_mode=False)
+        sys.stdout.flush()
+    except DerivationError as error:
+        return _fail(str(error))
+    except _ClickException as error:
+        return _fail(_usage(error))
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        return _fail(f"unexpected {type(error).__name__}: {error} (a bug; --debug shows where)", EXIT_BUG)
+    return code if isinstance(code, int) else 0
+
+
+def _usage(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    hint = f" (see {context.command_path} --help)" if context else ""
+    return f"{error.format_message()}{hint}"
+
+
+def _fail(message: str, code: int = EXIT_USAGE) -> int:
+    text = one_line(" ".join(message.split()))
+    shortened = text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "..."
+    print(f"error: {shortened}", file=sys.stderr)
+    return code
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {one_line(str(message))}", file=sys.stderr)

@@ -1,0 +1,158 @@
+"""estimate, export, verify, models, report: what is derived, and the checks on it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from derivation.cli import output
+from derivation.cli.parameters import Json, Model, Prompt, Size, derivation_of, expanded, sizes
+from derivation.config import bundled, load
+from derivation.errors import DerivationError
+from derivation.options import Options
+
+DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+KNOWN = {"model", "guidance", "weights_bytes", "weights", "components", "stages", "peak_stage", "peak_tensor_bytes"}
+VERIFY_EXTRA = "pip install 'diffusion-vram-derivation[verify]'"
+
+
+@expanded
+def estimate(model: Model, options: Options, size: Size, prompt: Prompt, json: Json = False) -> None:
+    """The peak memory of one call, stage by stage, and the tensors that are alive at the peak.
+
+    Example: derivation estimate stable-diffusion-v1-5 --height 512 --width 768 --attention efficient
+
+    Example: derivation estimate ./my-checkpoint --pipeline txt2img --dtype bfloat16 --gpu rtx-4090 --json
+    """
+    found = derivation_of(model, options).estimate(**sizes(size, prompt))
+    result = {**found, "guidance_scale": prompt.guidance_scale}
+    output.emit(result, json, lambda result: show_estimate(result, options))
+
+
+def show_estimate(result: Mapping[str, Any], options: Options) -> None:
+    """Print an estimate as tables; keys that a GPU adds come after the ones of every estimate."""
+    chosen, usual = options.as_dict(), Options().as_dict()
+    asked = {**chosen, "guidance_scale": result["guidance_scale"]}
+    said = [name for name in asked if name in MAIN or chosen[name] != usual[name]]
+    output.line(f"{result['model']}, {result['width']} x {result['height']} pixels", style="bold")
+    output.line(", ".join(f"{name}={asked[name]}" for name in said))
+    output.line("")
+    output.bytes_table("Weights", "model", {**result["weights"], "all": result["weights_bytes"]})
+    output.bytes_table("Components, each called alone", "component", result["components"])
+    output.bytes_table("Stages of the pipeline, beyond the weights", "stage", result["stages"], result["peak_stage"])
+    _show_witness(result["witness"])
+    _show_more({key: result[key] for key in result if key not in KNOWN | asked.keys() | _CALL})
+    peak = result["peak_tensor_bytes"]
+    output.line(f"Peak: {output.human(peak)} ({peak:,} bytes) in {result['peak_stage']}", style="bold")
+
+
+MAIN = ("pipeline", "dtype", "attention", "guidance_scale")
+_CALL = {"height", "width", "batch_size", "prompt_length", "witness"}
+
+
+def _show_witness(witness: Mapping[str, Any]) -> None:
+    rows = (
+        (t["module"] or "pipeline", t["op"], " x ".join(map(str, t["shape"])), t["dtype"], t["count"], t["bytes"])
+        for t in witness["tensors"]
+    )
+    title = f"Alive at the peak, {witness['op']} of {witness['module'] or 'the pipeline'}, oldest first"
+    output.table(title, ("module", "op", "shape", "dtype", ">count", ">bytes each"), rows)
+
+
+def _show_more(more: Mapping[str, Any]) -> None:
+    rows = [(key, output.human(value) if _is_bytes(value) else "", value) for key, value in more.items()]
+    if rows:
+        output.table("On this GPU", ("figure", ">size", ">value"), rows)
+
+
+def _is_bytes(value: object) -> bool:
+    return type(value) is int and abs(value) >= 1 << 10
+
+
+@expanded
+def export(
+    model: Model,
+    options: Options,
+    to: Annotated[str, typer.Option("--to", help="latex, python, numpy, torch, json, javascript or c.")] = "python",
+    output_path: Annotated[Path | None, typer.Option("--output", help="Folder to write into, else stdout.")] = None,
+) -> None:
+    """The equation as source text: LaTeX, Python, NumPy, PyTorch, JSON, JavaScript or C.
+
+    Example: derivation export stable-diffusion-v1-5 --to python --output formulas/
+
+    Example: derivation export stable-diffusion-v1-5 --to latex --pipeline txt2img > peak.tex
+    """
+    from derivation.export import export as exported
+    from derivation.export import write
+
+    derivation = derivation_of(model, options)
+    if output_path is None:
+        print(exported(derivation, to), end="")
+        return
+    for path in write(derivation, [to], output_path):
+        output.line(f"wrote {path}")
+
+
+@expanded
+def verify(model: Model, options: Options, size: Size, prompt: Prompt, json: Json = False) -> None:
+    """Compare with the real modules, traced on the meta device (needs the verify extra); exit code 1 on a mismatch.
+
+    Example: derivation verify stable-diffusion-v1-5 --height 520 --width 392 --attention eager
+    """
+    load(model)
+    try:
+        from derivation.verify.verification import Size as Call
+        from derivation.verify.verification import run_verification
+    except ImportError as error:
+        raise DerivationError(f"verify needs {error.name or error}: {VERIFY_EXTRA}") from None
+    call = Call(**sizes(size, prompt))
+    rows = [row.as_dict() for row in run_verification(model, [call], **asdict(options))]
+    matches = all(row["match"] for row in rows)
+    output.emit({"match": matches, "rows": rows}, json, _show_verified)
+    if not matches:
+        raise typer.Exit(1)
+
+
+def _show_verified(result: Mapping[str, Any]) -> None:
+    rows = [
+        (r["scope"], r["name"], r["derived_bytes"], r["traced_bytes"], "match" if r["match"] else "MISMATCH")
+        for r in result["rows"]
+    ]
+    output.table("Peak bytes, derived and traced", ("scope", "name", ">derived", ">traced", ""), rows)
+    for row in result["rows"]:
+        if row["parting"]:
+            output.line(f"{row['scope']} {row['name']} parts at {row['parting']}")
+
+
+def models(json: Json = False) -> None:
+    """The bundled checkpoints.
+
+    Example: derivation models
+    """
+    found = {name: load(name).pipeline_class for name in bundled()}
+    output.emit(found, json, lambda found: output.table("Bundled", ("id", "pipeline class"), found.items()))
+
+
+@expanded
+def report(
+    options: Options,
+    model: Annotated[list[str] | None, typer.Argument(help="Bundled ids or folders.")] = None,
+    output_path: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("report"),
+) -> None:
+    """Write the derivation notes, with figures, as HTML, Markdown and LaTeX.
+
+    Example: derivation report stable-diffusion-v1-5 --output report/
+    """
+    from derivation.report import build
+
+    asked = [name for name in sys.argv[1:] if name.isprintable()]
+    for path in build(model or [DEFAULT_MODEL], output_path, " ".join(["derivation", *asked]), **asdict(options)):
+        output.line(f"wrote {path}")
+
+
+COMMANDS = (estimate, export, verify, models, report)

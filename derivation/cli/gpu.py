@@ -1,0 +1,110 @@
+"""measure, calibrate: what a real GPU does, and the profile that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
+from derivation.cli import output
+from derivation.cli.parameters import Json, Model, expanded
+from derivation.config import load
+from derivation.errors import DerivationError
+from derivation.options import Options
+
+
+@expanded
+def measure(
+    model: Model,
+    options: Options,
+    output_path: Annotated[Path, typer.Option("--output", help="JSON file to write, and to resume from.")],
+    grid: Annotated[str, typer.Option(help="Image sizes: WIDTHxHEIGHT,...; one number is a square.")] = "512,768,1024",
+    batch_sizes: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1",
+    attentions: Annotated[str | None, typer.Option(help="Attention backends, with commas.")] = None,
+    dtypes: Annotated[str | None, typer.Option(help="Types, with commas.")] = None,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance is on above 1.")] = 7.5,
+    scratch: Annotated[bool, typer.Option("--scratch", help="Each convolution and attention shape alone.")] = False,
+    history: Annotated[bool, typer.Option("--history", help="Keep the allocator's events.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds a point may take.")] = 1800,
+) -> None:
+    """Run the real pipeline with random weights on this machine's GPU, each point in a fresh process.
+
+    Example: derivation measure stable-diffusion-v1-5 --grid 512,768x512 --batch-sizes 1,2 --output t4.json
+
+    Example: derivation measure stable-diffusion-v1-5 --scratch --dtypes float16,float32 --output scratch.json
+    """
+    from derivation.measure.grid import parse_integers, parse_list, parse_sizes, points
+    from derivation.measure.records import Records
+    from derivation.measure.runner import measure as measured
+    from derivation.measure.runner import require_cuda
+
+    checkpoint = load(model)
+    name = checkpoint.name if checkpoint.source == "bundled" else str(Path(model).resolve())
+    found = points(
+        name,
+        options,
+        parse_sizes(grid),
+        parse_integers("batch_sizes", batch_sizes),
+        parse_list("attentions", attentions or options.attention),
+        parse_list("dtypes", dtypes or options.dtype),
+        guidance_scale,
+    )
+    jobs = list(_jobs(Derivation(checkpoint, options), found, "scratch" if scratch else "pipeline", history))
+    if timeout <= 0:
+        raise DerivationError(f"timeout = {timeout} is not supported (supported: seconds above 0)")
+    records = Records.open(output_path)
+    require_cuda()
+    with output.progress() as bar:
+        task = bar.add_task("measuring", total=sum(not records.done(job.key) for job in jobs))
+        counts = measured(jobs, records, timeout_s=timeout, report=lambda *_: bar.advance(task))
+    output.line(f"wrote {output_path}: " + ", ".join(f"{count} {status}" for status, count in counts.items() if count))
+
+
+def _jobs(derivation: Derivation, points: Iterable[dict[str, Any]], kind: str, history: bool) -> Iterable[Any]:
+    """Yield the jobs of ``points``; raises DerivationError for a size that the pipeline rejects."""
+    from derivation.measure.grid import key
+    from derivation.measure.runner import Job
+
+    for point in points:
+        derivation.sizes(point["height"], point["width"], point["batch_size"], DEFAULT_PROMPT_LENGTH)
+        yield Job(f"{kind} {key(point)}", {"kind": kind, **point, **({"history": True} if history else {})})
+
+
+def calibrate(
+    file: Annotated[Path, typer.Argument(help="A file that measure --scratch wrote.")],
+    output_path: Annotated[Path | None, typer.Option("--output", help="JSON file to write.")] = None,
+    json: Json = False,
+) -> None:
+    """Fit a scratch profile to measured convolutions: multiples of the input's, output's and weight's bytes.
+
+    Example: derivation calibrate scratch.json --output profile.json
+    """
+    from derivation.measure.calibrate import calibrate as calibrated
+    from derivation.measure.records import write_json
+
+    found = calibrated(file)
+    if output_path is not None:
+        write_json(output_path, found)
+    output.emit(found, json, _show_profile)
+
+
+def _show_profile(result: Mapping[str, Any]) -> None:
+    rows = [
+        (
+            ", ".join([entry["gpu"], *entry["dtypes"], entry["memory_format"]]),
+            *(f"{entry['fit']['coefficients'][name]:.3f}" for name in ("input", "output", "weight")),
+            entry["fit"]["rows"],
+            output.human(round(entry["fit"]["residuals"]["rms_bytes"])),
+            "" if entry["fit"]["separable"] else "shapes too alike to tell the terms apart",
+        )
+        for entry in islice(result["convolution_workspace"], 1000)
+    ]
+    columns = ("workspace of", ">input", ">output", ">weight", ">rows", ">rms residual", "")
+    output.table("Multiples of bytes", columns, rows)
+
+
+COMMANDS = (measure, calibrate)

@@ -1,0 +1,193 @@
+"""Command parameters from dataclasses: one command line option a field, so that a new option needs no line here."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from functools import wraps
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+
+from derivation import attention
+from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
+from derivation.cli.output import checked_number
+from derivation.config import bundled, load
+from derivation.errors import DerivationError, shown
+from derivation.options import DTYPES, PIPELINES, Options
+
+DEFAULT_SIDE = 512
+DEFAULT_GUIDANCE_SCALE = 7.5
+
+HELP = {
+    "pipeline": "Pipeline",
+    "dtype": "Type of weights and activations",
+    "attention": "Attention backend",
+    "gpu": "GPU or architecture, such as rtx-4090 or sm89: adds its libraries' scratch memory.",
+    "safety_checker": "Whether the safety checker runs.",
+    "torch": "torch version whose allocations count; read with a GPU.",
+    "diffusers": "diffusers version whose allocations count; read with a GPU.",
+    "scratch": "Library scratch on a GPU: expected, upper or none.",
+    "scheduler": "Scheduler class in place of the checkpoint's.",
+    "negative_prompt": "Whether a negative prompt is given.",
+    "clip_skip": "Last layers of the text encoder to skip.",
+    "vae_slicing": "As pipe.enable_vae_slicing() does.",
+    "vae_tiling": "As pipe.enable_vae_tiling() does.",
+    "attention_slicing": "As pipe.enable_attention_slicing(...) does: auto, max or a slice size.",
+    "num_images_per_prompt": "Images per prompt.",
+    "num_inference_steps": "Denoising steps.",
+    "strength": "How much img2img and inpainting change the image, in (0, 1].",
+    "height": "Image height in pixels.",
+    "width": "Image width in pixels.",
+    "batch_size": "Prompts in one call.",
+    "prompt_length": "Prompt length in tokens; pipelines pad to 77.",
+    "guidance_scale": "Classifier-free guidance is on above 1.",
+}
+
+
+def _gpus() -> tuple[str, ...]:
+    from derivation.hardware.gpus import known
+
+    return known()
+
+
+VALUES: dict[str, Callable[[], tuple[str, ...]]] = {
+    "pipeline": lambda: PIPELINES,
+    "dtype": lambda: DTYPES,
+    "attention": attention.names,
+    "gpu": _gpus,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a call is besides its image size."""
+
+    batch_size: int = 1
+    prompt_length: int = DEFAULT_PROMPT_LENGTH
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
+
+    @property
+    def guidance(self) -> bool:
+        """diffusers' ``do_classifier_free_guidance``."""
+        return self.guidance_scale > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """An image size in pixels."""
+
+    height: int = DEFAULT_SIDE
+    width: int = DEFAULT_SIDE
+
+
+def _complete_model(incomplete: str) -> list[str]:
+    return [name for name in bundled() if name.startswith(incomplete)]
+
+
+Model = Annotated[
+    str,
+    typer.Argument(help="A bundled id, or a folder in diffusers' format.", autocompletion=_complete_model),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """Return ``command`` with each dataclass parameter replaced by one command line option a field.
+
+    A field with the name of another parameter of the command is left out and keeps its default.
+    """
+    parameters = inspect.signature(command, eval_str=True).parameters.values()
+    groups: dict[str, Any] = {p.name: p.annotation for p in parameters if is_dataclass(p.annotation)}
+    found = [p for p in parameters if p.name not in groups]
+    own = {p.name for p in found}
+    members = {name: [f for f in fields(group) if f.name not in own] for name, group in groups.items()}
+    hints = {name: get_type_hints(group) for name, group in groups.items()}
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        given = {name: _checked(name, value) for name, value in values.items()}
+        built = {
+            name: group(**{f.name: value_of(f.name, hints[name][f.name], given.pop(f.name)) for f in members[name]})
+            for name, group in groups.items()
+        }
+        command(**given, **built)
+
+    found += [_parameter(field, hints[name][field.name]) for name in groups for field in members[name]]
+    found = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found]
+    run.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in found}
+    return run
+
+
+def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
+    values = VALUES.get(field.name)
+    text = HELP.get(field.name, field.name.replace("_", " ").capitalize() + ".")
+    if values is not None and not text.endswith("."):
+        text = f"{text}: {', '.join(values())}."
+    option = typer.Option(help=text, autocompletion=_completing(values) if values else None)
+    default = inspect.Parameter.empty if field.default is MISSING else field.default
+    kind = hint if len(_kinds(hint)) == 1 else str | None
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )
+
+
+def _kinds(hint: Any) -> set[type]:
+    """Return the types that ``hint`` allows besides None."""
+    return set(get_args(hint) or (hint,)) - {type(None)}
+
+
+def value_of(key: str, hint: Any, value: Any) -> Any:
+    """Return text as a value of type ``hint``, other values as they are; raises DerivationError for bad text."""
+    kinds = _kinds(hint)
+    if not isinstance(value, str) or kinds == {str}:
+        return value
+    for kind, convert in _CONVERT.items():
+        if kind in kinds:
+            try:
+                return _checked(key, convert(value))
+            except (ValueError, KeyError):
+                continue
+    if str in kinds:
+        return value
+    raise DerivationError(f"{key} = {shown(value)} is not a value of this option")
+
+
+_CONVERT: dict[type, Callable[[str], Any]] = {
+    bool: {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.__getitem__,
+    int: int,
+    float: float,
+}
+
+
+def _completing(values: Callable[[], tuple[str, ...]]) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values() if value.startswith(incomplete)]
+
+    return complete
+
+
+def _checked(key: str, value: Any) -> Any:
+    """Return ``value``; raises DerivationError for a number that is not finite or has no sensible size."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DerivationError(f"{key} = {value} is not supported (supported: finite numbers)")
+    return checked_number(key, value) if isinstance(value, int) else value
+
+
+def derivation_of(model: str, options: Options) -> Derivation:
+    """Return the derivation of a bundled id or a folder."""
+    return Derivation(load(model), options)
+
+
+def sizes(size: Size, prompt: Prompt) -> dict[str, Any]:
+    """Return the arguments of ``Derivation.estimate``."""
+    return {
+        "height": size.height,
+        "width": size.width,
+        "batch_size": prompt.batch_size,
+        "prompt_length": prompt.prompt_length,
+        "guidance": prompt.guidance,
+    }

@@ -1,0 +1,217 @@
+"""fit, recommend, compare: what fits on a GPU, what to switch on, and where two derivations differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from derivation.api import Derivation
+from derivation.cli import output
+from derivation.cli.parameters import Json, Model, Prompt, Size, derivation_of, expanded, sizes, value_of
+from derivation.errors import DerivationError, shown
+from derivation.options import Options
+
+Vram = Annotated[str | None, typer.Option("--vram", help="Memory for the pipeline, such as 8GiB or 7500MiB.")]
+
+
+@expanded
+def fit(
+    model: Model,
+    options: Options,
+    prompt: Prompt,
+    vram: Vram = None,
+    aspect: Annotated[str, typer.Option(help="width:height of the image looked for.")] = "1:1",
+    height: Annotated[int | None, typer.Option(help="With --width: look for the largest batch instead.")] = None,
+    width: Annotated[int | None, typer.Option(help="With --height: look for the largest batch instead.")] = None,
+    json: Json = False,
+) -> None:
+    """The largest image that fits, or the largest batch of a given image.
+
+    Example: derivation fit stable-diffusion-v1-5 --vram 8GiB --aspect 16:9
+
+    Example: derivation fit stable-diffusion-v1-5 --gpu rtx-3060 --height 512 --width 512
+    """
+    from derivation.fit import fit as fitted
+    from derivation.fit import largest_batch, parse_aspect
+
+    if (height is None) != (width is None):
+        raise DerivationError("height and width go together (supported: both, for the largest batch, or neither)")
+    ratio = parse_aspect(aspect)
+    budget, said = _budget(vram, options)
+    derivation = derivation_of(model, options)
+    call = (prompt.prompt_length, prompt.guidance, vram is None)
+    if height is None or width is None:
+        answer = fitted(derivation, budget, ratio, prompt.batch_size, *call).as_dict()
+    else:
+        best = largest_batch(derivation, budget, height, width, *call)
+        answer = {"budget_bytes": budget, "weights_bytes": derivation.weights_bytes, "largest_batch": best}
+        answer["largest_batch"] = None if best is None else asdict(best)
+    result = {"model": derivation.checkpoint.name, **options.as_dict(), **asdict(prompt), **answer}
+    output.emit({**result, "counted": _counted(derivation, said, vram is None)}, json, _show_fit)
+
+
+def _show_fit(result: Mapping[str, Any]) -> None:
+    names = {"image": "any size", "aligned": "multiples of 64", "largest_batch": "largest batch"}
+    rows = []
+    for key in (key for key in names if key in result):
+        if (image := result[key]) is None:
+            rows.append((names[key], "nothing fits", "", "", "", "", ""))
+            continue
+        numbers = (image[name] for name in ("peak_tensor_bytes", "headroom_bytes", "reserved_bytes"))
+        sizes = ("-" if number is None else output.human(number) for number in numbers)
+        size = f"{image['width']} x {image['height']}"
+        rows.append((names[key], size, image["batch_size"], *sizes, image["peak_stage"]))
+    budget = result["budget_bytes"]
+    output.table(
+        f"{result['model']} in {output.human(budget)} ({budget:,} bytes)",
+        ("", "width x height", ">batch", ">peak", ">left", ">reserved", "stage"),
+        rows,
+    )
+    output.line(f"weights alone: {output.human(result['weights_bytes'])} ({result['weights_bytes']:,} bytes)")
+    output.line(result["counted"])
+
+
+@expanded
+def recommend(
+    model: Model, options: Options, size: Size, prompt: Prompt, vram: Vram = None, json: Json = False
+) -> None:
+    """What to switch on so that this size fits, cheapest first, with the bytes that each option saves.
+
+    Example: derivation recommend stable-diffusion-v1-5 --vram 4GiB --height 768 --width 768 --dtype float32
+
+    Example: derivation recommend stable-diffusion-v1-5 --gpu t4 --attention eager --height 1024 --width 1024
+    """
+    from derivation.recommend import Call
+    from derivation.recommend import recommend as recommended
+
+    budget, said = _budget(vram, options)
+    derivation = derivation_of(model, options)
+    found = recommended(derivation, budget, Call(**sizes(size, prompt))).as_dict()
+    result = {"model": derivation.checkpoint.name, **options.as_dict(), **asdict(size), **asdict(prompt), **found}
+    output.emit({**result, "counted": _counted(derivation, said, False)}, json, _show_recommendation)
+
+
+def _show_recommendation(result: Mapping[str, Any]) -> None:
+    budget, asked = result["budget_bytes"], result["peak_tensor_bytes"]
+    output.line(f"as asked: {output.human(asked)} of {output.human(budget)}, {_fits(result['fits_as_asked'])}")
+    rows = [
+        ("needed" if s["needed"] else "", s["name"], output.human(saves), saves, _peak(s), s["cost"], s["call"])
+        for s in result["steps"]
+        for saves in [s["saves_bytes"]]
+    ]
+    if rows:
+        output.table(
+            "What helps, cheapest first", ("", "option", ">saves alone", ">bytes", ">peak then", "cost", "how"), rows
+        )
+    if not result["fits_as_asked"]:
+        final = output.human(result["final_peak_tensor_bytes"])
+        output.line(f"with what is needed: {final}, {_fits(result['fits'])}")
+    output.line(result["counted"])
+
+
+def _peak(step: Mapping[str, Any]) -> str:
+    peak = step["peak_tensor_bytes"]
+    return "" if peak is None else output.human(peak)
+
+
+def _fits(fits: bool) -> str:
+    return "fits" if fits else "does not fit"
+
+
+@expanded
+def compare(
+    model_a: Model,
+    options: Options,
+    prompt: Prompt,
+    model_b: Annotated[str | None, typer.Argument(help="The other model; the same one where it is left out.")] = None,
+    with_: Annotated[
+        list[str] | None, typer.Option("--with", help="An option of the second side alone, as KEY=VALUE; repeatable.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Where two models, or two sets of options, differ: weights, each stage's polynomials, numbers at three sizes.
+
+    Example: derivation compare stable-diffusion-v1-5 stable-diffusion-2-1-base
+
+    Example: derivation compare stable-diffusion-v1-5 --with attention=eager --with dtype=float32
+    """
+    from derivation.compare import compare as compared
+
+    a = derivation_of(model_a, options)
+    b = derivation_of(model_b or model_a, replace(options, **changes(with_ or [])))
+    found = compared(a, b, batch_size=prompt.batch_size, prompt_length=prompt.prompt_length, guidance=prompt.guidance)
+    output.emit(found.as_dict(), json, _show_comparison)
+
+
+def changes(given: list[str]) -> dict[str, Any]:
+    """Return ``["dtype=float32", ...]`` by option; raises DerivationError for an unknown key or a bad value."""
+    hints = get_type_hints(Options)
+    found: dict[str, Any] = {}
+    for text in given:
+        name, separator, value = text.partition("=")
+        key = name.strip().replace("-", "_")
+        if not separator or key not in hints:
+            supported = ", ".join(field.name for field in fields(Options))
+            raise DerivationError(f"with = {shown(text)} is not supported (supported: KEY=VALUE with {supported})")
+        found[key] = value_of(key, hints[key], value)
+    return found
+
+
+def _show_comparison(result: Mapping[str, Any]) -> None:
+    output.line(f"A: {result['a']}", style="bold")
+    output.line(f"B: {result['b']}", style="bold")
+    if result["options"]:
+        output.table("Options", ("option", "A", "B"), ((p["name"], p["a"], p["b"]) for p in result["options"]))
+    _show_pairs("Weights, bytes", result["weights"])
+    for stage in result["stages"]:
+        if stage["only_a"] or stage["only_b"]:
+            rows = [
+                *(("both", text) for text in stage["common"]),
+                *(("A", text) for text in stage["only_a"]),
+                *(("B", text) for text in stage["only_b"]),
+            ]
+            output.table(f"{stage['name']}: Max of", ("", "bytes"), rows)
+        else:
+            output.line(f"{stage['name']}: the same")
+    for side, pairs in result["numbers"].items():
+        _show_pairs(f"{side} x {side}, bytes", pairs)
+
+
+def _show_pairs(title: str, pairs: list[dict[str, Any]]) -> None:
+    rows = ((p["name"], p["a"], p["b"], (p["b"] or 0) - (p["a"] or 0)) for p in pairs)
+    output.table(title, ("", ">A", ">B", ">B - A"), rows)
+
+
+def _budget(vram: str | None, options: Options) -> tuple[int, str]:
+    """Return the bytes that the pipeline may take, and where they come from; raises DerivationError without any."""
+    from derivation.fit import parse_bytes
+
+    if vram is not None:
+        return parse_bytes(vram), "budget as given"
+    if options.gpu is None:
+        raise DerivationError("vram and gpu are missing (supported: --vram 8GiB, or --gpu rtx-3060)")
+    from derivation.hardware.gpus import lookup
+
+    card = lookup(options.gpu)
+    if card.total_memory_bytes is None:
+        raise DerivationError(f"gpu = {options.gpu!r} has no known memory size (supported: a card, or --vram as well)")
+    said = f"{card.name}: {output.human(card.total_memory_bytes)}"
+    if (context := card.nearest_context()) is None:
+        return card.total_memory_bytes, f"{said}, CUDA context not known and not taken off"
+    nbytes, source = context
+    taken = f"CUDA context of {output.human(nbytes)} taken off, as on {source.name}"
+    return card.total_memory_bytes - nbytes, f"{said}, {taken}"
+
+
+def _counted(derivation: Derivation, said: str, replayed: bool) -> str:
+    """Return which layers of bytes an answer counts."""
+    layers = {"library scratch": derivation.settings.hardware is not None, "allocator gaps": replayed}
+    counted = ", ".join(["weights", "tensors", *(name for name, counts in layers.items() if counts)])
+    missing = ", ".join(name for name, counts in layers.items() if not counts)
+    return f"{said}; counted: {counted}" + (f"; not counted: {missing}" if missing else "")
+
+
+COMMANDS = (fit, recommend, compare)

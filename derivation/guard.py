@@ -1,0 +1,249 @@
+"""A guard for other people's code: will the next call of a live pipeline fit into the GPU's free memory?
+
+>>> from derivation.guard import will_fit  # doctest: +SKIP
+>>> verdict = will_fit(pipe, height=1024, width=1024)  # doctest: +SKIP
+>>> verdict.fits, verdict.needed_bytes, verdict.free_bytes  # doctest: +SKIP
+(True, 1610612736, 8102345216)
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
+from derivation.config import load
+from derivation.errors import DerivationError, shown
+from derivation.fit import fit, peak_tensor_bytes
+from derivation.options import DTYPES, Options
+from derivation.recommend import Call, recommend
+
+# diffusers' attention processors by class name, and the option they stand for; None: F.scaled_dot_product_attention
+PROCESSORS: dict[str, str | None] = {"AttnProcessor": "eager", "AttnProcessor2_0": None}
+# What a pipeline can switch on in its VAE, and the option that says so
+VAE_SWITCHES = {"use_slicing": "vae_slicing", "use_tiling": "vae_tiling"}
+
+# (height, width, prompt_length, batch_size, guidance) -> bytes, weights included
+Sizes = tuple[int, int, int, int, bool]
+Peak = Callable[[int, int, int, int, bool], int]
+Watch = Callable[[Any], tuple[object, ...]]
+MODELS = ("text_encoder", "text_encoder_2", "vae", "unet", "safety_checker")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a call fits: the bytes it needs beyond what is on the GPU already, and the bytes that are free."""
+
+    fits: bool
+    needed_bytes: int
+    free_bytes: int
+    _advise: Callable[[], tuple[str, ...]] = field(default=tuple, repr=False, compare=False)
+
+    @cached_property
+    def advice(self) -> tuple[str, ...]:
+        """What to switch on so that it fits, cheapest first; worked out when first read, empty if it fits."""
+        return () if self.fits else self._advise()
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What was read from one pipeline: its derivation, its exact peak, and how to see that it changed."""
+
+    signature: tuple[object, ...]
+    watched: Watch
+    parameters: Mapping[str, Callable[[], Any]]
+    derivation: Derivation
+    peak: Peak
+    answers: dict[Sizes, int]
+
+    def resident_bytes(self) -> int:
+        """Return the bytes of the weights that are on the GPU already."""
+        weights = self.derivation.weights
+        return sum(weights.get(name, 0) for name, get in self.parameters.items() if _device(get()) == "cuda")
+
+
+_KNOWN: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+
+
+def will_fit(
+    pipe: Any,
+    height: int,
+    width: int,
+    batch_size: int = 1,
+    prompt_length: int = DEFAULT_PROMPT_LENGTH,
+    guidance: bool = True,
+    free_bytes: int | None = None,
+    compiled: bool = False,
+    **options: Any,
+) -> Verdict:
+    """Return whether ``pipe(...)`` at this size fits into the free memory; weights on the GPU count once.
+
+    ``free_bytes`` defaults to what CUDA reports free, with what PyTorch has cached. ``options`` are those of
+    ``derive`` that a pipeline object does not know (num_images_per_prompt, strength, gpu, ...). A size seen before
+    takes microseconds, a new one a fraction of a millisecond; with ``compiled`` it takes microseconds too, after
+    the first call spent some seconds on generating code. Raises DerivationError for a pipeline or a size that is
+    not supported, or without CUDA and ``free_bytes``.
+    """
+    known = _known(pipe, compiled, options)
+    sizes = (height, width, prompt_length, batch_size, guidance)
+    if (peak := known.answers.get(sizes)) is None:
+        known.derivation.sizes(height, width, batch_size, prompt_length)
+        peak = known.answers[sizes] = known.peak(*sizes)
+    free = cuda_free_bytes() if free_bytes is None else free_bytes
+    needed = peak - known.resident_bytes()
+    return Verdict(needed <= free, needed, free, lambda: _advice(known.derivation, peak - needed + free, sizes))
+
+
+def _known(pipe: Any, compiled: bool, options: dict[str, Any]) -> _Known:
+    """Return what is known of ``pipe``, read again where it or the options changed."""
+    known = _KNOWN.get(pipe)
+    given = (compiled, *sorted(options.items()))
+    if known is None or known.signature != (given, known.watched(pipe)):
+        models = _models(pipe)
+        parameters = {name: _first_parameter(model) for name, model in models.items()}
+        watched = _watch(models, parameters)
+        derivation = Derivation(load(pipe), live_options(pipe, **options))
+        known = _Known((given, watched(pipe)), watched, parameters, derivation, _peak(derivation, compiled), {})
+        _KNOWN[pipe] = known
+    return known
+
+
+def live_options(pipe: Any, **options: Any) -> Options:
+    """Return the options that ``pipe`` runs with; raises DerivationError for what is not supported."""
+    models = _models(pipe)
+    found: dict[str, Any] = {
+        "pipeline": _pipeline(type(pipe).__name__),
+        "dtype": _dtype(models),
+        "attention": _attention(models),
+        "safety_checker": getattr(pipe, "safety_checker", None) is not None,
+    }
+    known = {option.name for option in fields(Options)}
+    for switch, option in VAE_SWITCHES.items():
+        if getattr(models.get("vae"), switch, False):
+            found[option] = True
+    if unknown := [name for name in (*found, *options) if name not in known]:
+        raise DerivationError(f"{type(pipe).__name__}: {unknown[0]} is not supported (supported: {', '.join(known)})")
+    return Options(**{**found, **options})
+
+
+def cuda_free_bytes() -> int:
+    """Return the bytes that PyTorch can still allocate on the current GPU: free ones and its own cache.
+
+    Raises DerivationError where torch was not imported or has no CUDA.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        raise DerivationError("free_bytes is not given and CUDA is not available (supported: free_bytes=<bytes>)")
+    return int(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+
+
+def _peak(derivation: Derivation, compiled: bool) -> Peak:
+    """Return the exact peak as a function of the sizes: from the tape, or as generated code."""
+    if compiled:
+        generated: Peak = derivation.lambdify("math")
+        return generated
+    return lambda height, width, length, batch, guided: peak_tensor_bytes(
+        derivation, height, width, batch, length, guided
+    )[1]
+
+
+def _advice(derivation: Derivation, budget: int, sizes: Sizes) -> tuple[str, ...]:
+    height, width, length, batch, guidance = sizes
+    if budget < 1:
+        return ("free some GPU memory: not even the weights fit",)
+    found = recommend(derivation, budget, Call(height, width, batch, length, guidance))
+    lines = [f"{step.name} saves {step.saves_bytes:,} bytes: {step.call}" for step in found.needed]
+    if not found.fits:
+        largest = fit(derivation, budget, (width, height), batch, length, guidance).image
+        where = f"{largest.width}x{largest.height}" if largest else "none"
+        lines.append(f"not enough even so; the largest image of this shape that fits as it is: {where}")
+    return tuple(lines)
+
+
+def _models(pipe: Any) -> dict[str, Any]:
+    """Return the pipeline's models by name."""
+    models = {name: getattr(pipe, name, None) for name in MODELS}
+    return {name: getattr(model, "_orig_mod", model) for name, model in models.items() if model is not None}
+
+
+def _pipeline(class_name: str) -> str:
+    if "Img2Img" in class_name:
+        return "img2img"
+    return "inpaint" if "Inpaint" in class_name else "txt2img"
+
+
+def _first_parameter(model: Any) -> Callable[[], Any]:
+    """Return how to get at a model's first parameter; at the model itself where it has none."""
+    named = getattr(model, "named_parameters", None)
+    path = next((name for name, _ in named()), None) if callable(named) else None
+    if path is None:
+        return lambda: model
+    *scope, leaf = path.split(".")
+    for name in scope:
+        model = getattr(model, name)
+    return lambda: getattr(model, leaf)
+
+
+def _dtype(models: dict[str, Any]) -> str:
+    dtypes = {name: getattr(_first_parameter(model)(), "dtype", None) for name, model in models.items()}
+    found = {str(dtype).removeprefix("torch.") for dtype in dtypes.values()}
+    if len(found) != 1 or not found <= set(DTYPES):
+        supported = ", ".join(DTYPES)
+        raise DerivationError(f"dtype = {shown(dtypes)} is not supported (supported: all one of {supported})")
+    return found.pop()
+
+
+def _attention(models: dict[str, Any]) -> str:
+    names = {type(processor).__name__ for processor in _processors(models.values())}
+    options = {PROCESSORS.get(name, "") for name in names} or {None}
+    if len(options) != 1 or "" in options:
+        supported = ", ".join(PROCESSORS)
+        raise DerivationError(f"attn_processors = {sorted(names)} is not supported (supported: one of {supported})")
+    return options.pop() or _sdpa_backend()
+
+
+def _sdpa_backend() -> str:
+    """Return the backend that F.scaled_dot_product_attention takes: flash since sm80, else memory-efficient."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
+        return "flash"
+    return "efficient"
+
+
+def _attentions(models: Iterable[Any]) -> Iterator[Any]:
+    """Yield the attention modules of the UNet and the VAE."""
+    for model in models:
+        modules = getattr(model, "modules", None)
+        yield from (m for m in (modules() if callable(modules) else ()) if hasattr(m, "processor"))
+
+
+def _processors(models: Iterable[Any]) -> Iterator[Any]:
+    for model in models:
+        found = getattr(model, "attn_processors", {})
+        yield from found.values() if isinstance(found, dict) else ()
+
+
+def _watch(models: Mapping[str, Any], parameters: Mapping[str, Callable[[], Any]]) -> Watch:
+    """Return a function of microseconds whose result changes with whatever the derivation depends on."""
+    attentions = list(_attentions(models.values()))
+    vae = models.get("vae")
+    first = list(parameters.values())
+
+    def watched(pipe: Any) -> tuple[object, ...]:
+        return (
+            *[id(getattr(pipe, name, None)) for name in MODELS],
+            *[getattr(parameter(), "dtype", None) for parameter in first],
+            *[type(module.processor) for module in attentions],
+            *[getattr(vae, switch, False) for switch in VAE_SWITCHES],
+        )
+
+    return watched
+
+
+def _device(parameter: Any) -> str:
+    device = getattr(parameter, "device", "cpu")
+    return str(getattr(device, "type", device)).split(":")[0]

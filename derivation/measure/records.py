@@ -1,0 +1,71 @@
+"""A file of measured records: written whole after every point, so that a run can stop and resume anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from derivation.config.checkpoint import read_json
+from derivation.errors import DerivationError, shown
+
+FORMAT = "derivation-measurements-1"
+# A point that failed for another reason than memory is measured again on resuming.
+FINAL = ("ok", "oom")
+
+
+@dataclass
+class Records:
+    """Measured records by key, with the file they are kept in."""
+
+    path: Path
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, must_exist: bool = False) -> Records:
+        """Return the records of ``path``, none where it does not exist; raises DerivationError for another format."""
+        if not must_exist and not os.path.lexists(path):
+            return cls(path)
+        content = read_json(path)
+        if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+            found = content.get("format") if isinstance(content, Mapping) else content
+            raise DerivationError(f"{path}: format = {shown(found)} is not supported (supported: {FORMAT})")
+        records = content.get("records")
+        if not isinstance(records, Mapping) or not all(isinstance(r, Mapping) for r in records.values()):
+            raise DerivationError(f"{path}: records = {shown(records)} is not supported (supported: objects by key)")
+        return cls(path, {key: dict(record) for key, record in records.items()})
+
+    def done(self, key: str) -> bool:
+        """Return whether ``key`` was measured, or did not fit."""
+        return self.records.get(key, {}).get("status") in FINAL
+
+    def add(self, key: str, record: Mapping[str, Any]) -> None:
+        """Keep a record and write the file."""
+        self.records[key] = dict(record)
+        self.save()
+
+    def save(self) -> None:
+        """Write the file in one step; raises DerivationError where that is not possible."""
+        write_json(self.path, {"format": FORMAT, "records": self.records})
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON to ``path`` in one step; raises DerivationError where that is not possible."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` through a temporary file; raises DerivationError where that is not possible."""
+    temporary = path.with_name(f".{path.name[:64]}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        with suppress(OSError, ValueError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise DerivationError(f"output = {shown(str(path))}: cannot be written ({reason})") from None

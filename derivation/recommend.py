@@ -1,0 +1,160 @@
+"""What to switch on so that one image size fits: remedies in order of what they cost, with what each saves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
+from derivation.errors import DerivationError
+from derivation.fit import peak_tensor_bytes
+from derivation.options import Options, positive
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Remedy:
+    """A change of options: what it costs, and the line of Python that makes it."""
+
+    name: str
+    change: Mapping[str, object]
+    cost: str
+    call: str
+
+
+# In order of cost. A row whose option, or value, this version does not have is left out.
+REMEDIES: tuple[Remedy, ...] = (
+    Remedy("fused attention", {"attention": "efficient"}, "none: the same result, faster", "AttnProcessor2_0()"),
+    Remedy("float16", {"dtype": "float16"}, "none that is visible; faster", "torch_dtype=torch.float16"),
+    Remedy("VAE slicing", {"vae_slicing": True}, "none at batch 1; slightly slower", "pipe.enable_vae_slicing()"),
+    Remedy("one image a prompt", {"num_images_per_prompt": 1}, "one call an image", "num_images_per_prompt=1"),
+    Remedy("VAE tiling", {"vae_tiling": True}, "slower; tones may differ at seams", "pipe.enable_vae_tiling()"),
+    Remedy("sliced attention", {"attention_slicing": "auto"}, "slower", "pipe.enable_attention_slicing()"),
+    Remedy("no safety checker", {"safety_checker": False}, "no filter", "pipe.safety_checker = None"),
+    Remedy("model offload", {"offload": "model"}, "weights cross the bus once a call", "enable_model_cpu_offload()"),
+    Remedy("sequential offload", {"offload": "sequential"}, "many times slower", "enable_sequential_cpu_offload()"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One remedy on top of the ones before: bytes saved by it alone, and whether the size needs it.
+
+    ``peak_tensor_bytes`` is the peak with this and every needed remedy before it, None where it is not needed.
+    """
+
+    name: str
+    change: Mapping[str, object]
+    cost: str
+    call: str
+    saves_bytes: int
+    needed: bool
+    peak_tensor_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """Whether the size fits as asked, and else which remedies make it fit (``fits`` tells if they do)."""
+
+    budget_bytes: int
+    peak_tensor_bytes: int
+    fits_as_asked: bool
+    fits: bool
+    final_peak_tensor_bytes: int
+    steps: tuple[Step, ...]
+
+    @property
+    def needed(self) -> tuple[Step, ...]:
+        """The remedies to apply, cheapest first."""
+        return tuple(step for step in self.steps if step.needed)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the recommendation, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The sizes of one call."""
+
+    height: int
+    width: int
+    batch_size: int = 1
+    prompt_length: int = DEFAULT_PROMPT_LENGTH
+    guidance: bool = True
+
+
+class _Peaks:
+    """The exact peak of one call under changed options, each set of options derived once."""
+
+    def __init__(self, derivation: Derivation, call: Call) -> None:
+        self._derivation, self._call = derivation, call
+        self._known: dict[Options, int] = {}
+
+    def __getitem__(self, remedies: Sequence[Remedy]) -> int:
+        changed = self._derivation.options
+        for remedy in remedies:
+            changed = replace(changed, **remedy.change)  # type: ignore[arg-type]
+        if changed not in self._known:
+            derivation = Derivation(self._derivation.checkpoint, changed)
+            self._known[changed] = peak_tensor_bytes(derivation, **asdict(self._call))[1]
+        return self._known[changed]
+
+
+def recommend(derivation: Derivation, budget_bytes: int, call: Call) -> Recommendation:
+    """Return the remedies, in order of cost, that ``call`` needs to stay within ``budget_bytes``.
+
+    Cheap remedies are added until the call fits; then each that turned out needless is taken back, the
+    costliest first. Raises DerivationError for a size that the pipeline rejects.
+    """
+    positive("budget_bytes", budget_bytes)
+    peaks = _Peaks(derivation, call)
+    before = peaks[()]
+    alone = _savings(peaks, derivation.options)
+    chosen = _minimal(peaks, budget_bytes, list(alone))
+    peak = peaks[chosen]
+    steps = []
+    for remedy, saves in alone.items():
+        needed = remedy in chosen
+        after = peaks[chosen[: chosen.index(remedy) + 1]] if needed else None
+        if needed or saves > 0:
+            steps.append(Step(remedy.name, dict(remedy.change), remedy.cost, remedy.call, saves, needed, after))
+    return Recommendation(budget_bytes, before, before <= budget_bytes, peak <= budget_bytes, peak, tuple(steps))
+
+
+def _savings(peaks: _Peaks, options: Options) -> dict[Remedy, int]:
+    """Return the bytes that each remedy saves alone, for those that change these options and can be derived."""
+    known = {field.name for field in fields(Options)}
+    found: dict[Remedy, int] = {}
+    for remedy in REMEDIES:
+        if remedy.change.keys() <= known and _improves(options, remedy):
+            with suppress(DerivationError):
+                found[remedy] = peaks[()] - peaks[[remedy]]
+    return found
+
+
+def _improves(options: Options, remedy: Remedy) -> bool:
+    """Return False for no change, for a half type in place of another, and for a fused backend likewise."""
+    change = remedy.change
+    if all(getattr(options, name) == value for name, value in change.items()):
+        return False
+    fused = change.get("attention") == "efficient"
+    slow = options.attention in ("eager", "math")
+    return (not fused or slow) and ("dtype" not in change or options.dtype == "float32")
+
+
+def _minimal(peaks: _Peaks, budget_bytes: int, remedies: Sequence[Remedy]) -> list[Remedy]:
+    """Return the cheapest prefix that fits, without its needless members; all that help where none fits."""
+    chosen: list[Remedy] = []
+    for remedy in remedies:
+        if peaks[chosen] <= budget_bytes:
+            break
+        if peaks[[*chosen, remedy]] < peaks[chosen]:
+            chosen.append(remedy)
+    enough = max(peaks[chosen], budget_bytes)
+    for remedy in reversed(chosen[:]):
+        rest = [other for other in chosen if other is not remedy]
+        if peaks[rest] <= enough:
+            chosen = rest
+    return chosen

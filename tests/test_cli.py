@@ -1,0 +1,314 @@
+"""The command line: the contract of ``estimate``, tables, one-line errors, and arguments at random."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from derivation import derive
+from derivation.cli import run
+from derivation.config.checkpoint import BUNDLED
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+CONTRACT = (
+    f"estimate {SD15} --pipeline img2img --height 512 --width 768 --batch-size 1 --prompt-length 77 "
+    "--guidance-scale 5.0 --dtype float16 --attention efficient --json"
+)
+
+
+def command(text: str | Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    arguments = text.split() if isinstance(text, str) else list(text)
+    return subprocess.run(
+        [sys.executable, "-m", "derivation", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def failing(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run in this process; return the one line on stderr of a request that cannot be answered."""
+    code = run(list(arguments))
+    captured = capsys.readouterr()
+    assert code == 2, captured.err
+    assert captured.out == ""
+    line = captured.err.removesuffix("\n")
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    return line
+
+
+def test_estimate_prints_one_json_object_that_is_the_derivations_estimate() -> None:
+    done = command(CONTRACT)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    wanted = {"model", "weights_bytes", "components", "stages", "peak_stage", "peak_tensor_bytes", "witness"}
+    assert wanted <= found.keys()
+    derivation = derive(SD15, pipeline="img2img", dtype="float16", attention="efficient")
+    assert derivation.options.as_dict().items() <= found.items()
+    expected = derivation.estimate(height=512, width=768, batch_size=1, prompt_length=77, guidance=True)
+    assert found.pop("guidance_scale") == 5.0
+    assert found == json.loads(json.dumps(expected))
+
+
+def test_estimate_is_quick_and_never_imports_torch() -> None:
+    probe = (
+        "import sys, derivation.cli as cli; code = cli.run(sys.argv[1:]); "
+        "sys.exit(code or 3 * bool({'torch', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", probe, *CONTRACT.split()], capture_output=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    # seconds of CPU, which other processes do not stretch much; 1.2 on the build machine
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.5
+
+
+@pytest.mark.parametrize(("scale", "guidance"), [("1.0", False), ("0", False), ("1.01", True), ("7.5", True)])
+def test_guidance_is_on_above_one(scale: str, guidance: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["estimate", SD15, "--guidance-scale", scale, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["guidance"] is guidance
+
+
+def test_table_names_models_stages_units_and_exact_bytes() -> None:
+    done = command(CONTRACT.removesuffix(" --json"))
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout
+    peak = json.loads(command(CONTRACT).stdout)["peak_tensor_bytes"]
+    for text in ("safety_checker", "vae_decode", "<- peak", "GiB", "MiB", f"{peak:,} bytes", "vae.decoder.up_blocks"):
+        assert text in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 200
+
+
+def test_no_color_and_ascii_streams(capsys: pytest.CaptureFixture[str]) -> None:
+    done = command(f"estimate {SD15}", NO_COLOR="1", PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert done.returncode == 0
+    assert done.stdout.isascii()
+
+
+COMMANDS = ("estimate", "fit", "recommend", "compare", "export", "verify", "measure", "calibrate", "report", "models")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example_for_every_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([name, "--help"]) == 0
+    assert f"Example: derivation {name}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_models_lists_every_bundled_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["models", "--json"]) == 0
+    assert SD15 in json.loads(capsys.readouterr().out)
+
+
+def test_fit_recommend_and_compare_print_json_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    requests = {
+        ("fit", SD15, "--vram", "8GiB", "--aspect", "16:9"): ("image", "aligned", "budget_bytes"),
+        ("fit", SD15, "--vram", "8GiB", "--height", "512", "--width", "512"): ("largest_batch",),
+        ("recommend", SD15, "--vram", "4GiB", "--attention", "eager", "--height", "768"): ("steps", "fits"),
+        ("compare", SD15, "--with", "attention=eager"): ("weights", "stages", "numbers"),
+    }
+    for arguments, keys in requests.items():
+        assert run([*arguments, "--json"]) == 0
+        assert set(keys) <= json.loads(capsys.readouterr().out).keys()
+        assert run(list(arguments)) == 0
+        assert len(capsys.readouterr().out.splitlines()) > 3
+
+
+BAD = {
+    "--height 0": "height = 0",
+    "--height -512": "height = -512",
+    "--height 4": "height = 4",
+    "--height 514 --pipeline txt2img": "height = 514",
+    "--width 99999999": "width = 99999999",
+    "--width 1e3": "--width",
+    f"--width {'9' * 5000}": "--width",
+    f"--width {'9' * 4000}": "width = ",
+    "--batch-size -1": "batch_size = -1",
+    "--batch-size 0": "batch_size = 0",
+    f"--batch-size {10**40}": "batch_size = ",
+    "--prompt-length 0": "prompt_length = 0",
+    "--guidance-scale nan": "guidance_scale = nan",
+    "--guidance-scale inf": "guidance_scale = inf",
+    "--guidance-scale x": "--guidance-scale",
+    "--strength nan": "strength = nan",
+    "--strength 2": "strength = 2",
+    "--num-inference-steps 0": "num_inference_steps = 0",
+    "--num-images-per-prompt -3": "num_images_per_prompt = -3",
+    "--attention fast": "attention = 'fast'",
+    "--dtype int8": "dtype = 'int8'",
+    "--pipeline img3img": "pipeline = 'img3img'",
+    "--no-such-option": "--no-such-option",
+    "extra": "extra",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_a_bad_value_is_one_line_that_names_the_key_and_the_value(
+    arguments: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert BAD[arguments] in failing(["estimate", SD15, *arguments.split()], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("no-such-command", "no-such-command"),
+        ("estimate", "model"),
+        ("estimate no/such-model", "no/such-model"),
+        (f"estimate {SD15} --gpu gtx-nothing", "gtx-nothing"),
+        (f"fit {SD15}", "vram"),
+        (f"fit {SD15} --vram 8", "nothing"),
+        (f"fit {SD15} --vram 8G", "8G"),
+        (f"fit {SD15} --vram -8GiB", "-8GiB"),
+        (f"fit {SD15} --vram 1e400GiB", "1e400GiB"),
+        (f"fit {SD15} --vram 8GiB --aspect 0:1", "0:1"),
+        (f"fit {SD15} --vram 8GiB --aspect 16", "16"),
+        (f"fit {SD15} --vram 8GiB --height 512", "width"),
+        (f"fit {SD15} --gpu sm89", "sm89"),
+        (f"recommend {SD15} --gpu gtx-nothing", "gtx-nothing"),
+        (f"compare {SD15} --with attention", "attention"),
+        (f"compare {SD15} --with speed=3", "speed"),
+        (f"compare {SD15} --with safety_checker=maybe", "maybe"),
+        (f"export {SD15} --to cobol", "cobol"),
+        ("calibrate /no/such/file.json", "/no/such/file.json"),
+        ("calibrate /dev/zero", "/dev/zero"),
+        (f"measure {SD15} --output /tmp/x.json --grid 0x0", "0x0"),
+        (f"measure {SD15} --output /tmp/x.json --batch-sizes 1,,2", "1,,2"),
+    ],
+)
+def test_a_bad_request_is_one_line(arguments: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if named == "nothing":
+        assert run(arguments.split()) == 0
+        assert "nothing fits" in capsys.readouterr().out
+    else:
+        assert named in failing(arguments.split(), capsys)
+
+
+def corrupted(folder: Path, name: str, content: bytes) -> str:
+    source = BUNDLED / SD15
+    for path in source.rglob("*.json"):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content if str(path.relative_to(source)) == name else path.read_bytes())
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        b'{"block_out_channels": [320, "<script>alert(1)</script>\\u001b[31m\\n", null, 1e999]}',
+        b'{"in_channels": -4}',
+        b'{"in_channels": 1' + b"0" * 4000 + b"}",
+        b'{"__class__": "os.system", "layers_per_block": "$(rm -rf /)"}',
+    ],
+)
+def test_a_corrupt_config_is_one_line_that_names_the_file(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = corrupted(tmp_path / "model", "unet/config.json", content)
+    assert "config.json" in failing(["estimate", model], capsys)
+
+
+def test_missing_huge_looping_and_unreadable_files_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    failing(["estimate", str(loop)], capsys)
+    (tmp_path / "empty").mkdir()
+    assert "model_index.json" in failing(["estimate", str(tmp_path / "empty")], capsys)
+    model = Path(corrupted(tmp_path / "huge", "none", b""))
+    with (model / "vae" / "config.json").open("wb") as stream:
+        stream.truncate(100 << 20)
+    start = time.perf_counter()
+    assert "vae" in failing(["estimate", str(model)], capsys)
+    assert time.perf_counter() - start < 2
+    (model / "vae" / "config.json").unlink()
+    (model / "vae" / "config.json").symlink_to("config.json")
+    assert "vae" in failing(["estimate", str(model)], capsys)
+    failing(["calibrate", str(loop)], capsys)
+    failing(["estimate", "a\0b"], capsys)
+
+
+@pytest.mark.parametrize("target", ["/dev/null/folder", "/proc/folder"])
+def test_an_output_that_cannot_be_written_is_one_line(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Path(target).parts[1] in failing(["export", SD15, "--to", "json", "--output", target], capsys)
+
+
+def test_export_prints_or_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["export", SD15, "--to", "python"]) == 0
+    printed = capsys.readouterr().out
+    assert run(["export", SD15, "--to", "python", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "peak_vram.py").read_text() == printed
+
+
+def test_an_unexpected_error_is_one_line_and_debug_raises(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("some\nbug")
+
+    monkeypatch.setattr("derivation.cli.derived.derivation_of", broken)
+    assert run(["estimate", SD15]) == 70
+    assert capsys.readouterr().err.startswith("error: unexpected KeyError")
+    monkeypatch.setenv("DERIVATION_DEBUG", "1")
+    with pytest.raises(KeyError):
+        run(["estimate", SD15])
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    script = f"{sys.executable} -m derivation estimate {SD15} --json | head -c 1 > /dev/null"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_interrupting_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("derivation.cli.derived.derivation_of", interrupted)
+    assert run(["estimate", SD15]) == 130
+    assert capsys.readouterr().err in ("", "error: interrupted\n")
+
+
+TYPICAL = (
+    "estimate fit recommend compare export verify models measure calibrate report --help --json --height --width "
+    "--batch-size --prompt-length --guidance-scale --dtype --attention --pipeline --gpu --vram --aspect --with --to "
+    "--output --grid --scratch --no-safety-checker --version --debug -- - = : 8GiB 0 -1 512 77 1e9 nan inf -inf "
+    "9999999999999999999999 float16 eager 16:9 t4 sm89 [red]x[/red] ../.. /dev/null /proc/self/mem \x1b[31m \u202e é"
+)
+WORDS = [*TYPICAL.split(), "", " ", "\n", SD15, "stable-diffusion-v1-5"]
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_random_arguments_never_print_a_traceback(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("derivation.measure.runner.PROBE", ("false",))
+    chosen = random.Random(seed)
+    words = [word for word in WORDS if word not in ("verify", "report", "--debug")]
+    arguments = chosen.choices(words, k=chosen.randint(0, 7))
+    code = run(arguments)
+    captured = capfd.readouterr()
+    reproduce = f"seed {seed}: python -m derivation {' '.join(map(repr, arguments))}"
+    assert code in (0, 2), f"{reproduce}\n{captured.err}"
+    assert "Traceback" not in captured.err, reproduce
+    lines = [line for line in captured.err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == (code != 0), reproduce

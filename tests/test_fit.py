@@ -1,0 +1,210 @@
+"""fit, recommend, compare: what is said to fit does, the next step does not, and every claim is exact."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from functools import cache
+
+import pytest
+
+from derivation import Derivation, DerivationError, derive
+from derivation.compare import compare
+from derivation.fit import (
+    ALIGNED,
+    Image,
+    Request,
+    fit,
+    grows,
+    largest_batch,
+    last_that_fits,
+    parse_aspect,
+    parse_bytes,
+    sides,
+)
+from derivation.hardware.gpus import lookup
+from derivation.recommend import REMEDIES, Call, recommend
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+GIB = 1 << 30
+
+
+@cache
+def derived(**options: str) -> Derivation:
+    return derive(SD15, **options)
+
+
+def peak(derivation: Derivation, height: int, width: int, batch_size: int = 1, guidance: bool = True) -> int:
+    found = derivation.estimate(height, width, batch_size, guidance=guidance)
+    return int(found["peak_tensor_bytes"])
+
+
+def check(derivation: Derivation, budget: int, aspect: tuple[int, int], image: Image | None, step: int) -> None:
+    """The image fits, it has the aspect's sides, and one step more does not fit."""
+    n = 0
+    if image is not None:
+        n = max(image.height, image.width) // step
+        assert sides(aspect, step, n) == (image.height, image.width)
+        assert image.height % step == image.width % step == 0
+        exact = peak(derivation, image.height, image.width, image.batch_size)
+        assert (image.peak_tensor_bytes, image.headroom_bytes) == (exact, budget - exact)
+        assert exact <= budget
+    height, width = sides(aspect, step, n + 1)
+    assert peak(derivation, height, width, image.batch_size if image else 1) > budget
+
+
+@pytest.mark.parametrize("attention", ["efficient", "eager"])
+@pytest.mark.parametrize("aspect", [(1, 1), (16, 9), (2, 3), (7, 1)])
+@pytest.mark.parametrize("budget", [3 * GIB, 8 * GIB, 24_000_000_000])
+def test_the_answer_fits_and_the_next_step_does_not(attention: str, aspect: tuple[int, int], budget: int) -> None:
+    derivation = derived(attention=attention)
+    found = fit(derivation, budget, aspect)
+    check(derivation, budget, aspect, found.image, 8)
+    check(derivation, budget, aspect, found.aligned, ALIGNED)
+    assert found.monotone
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_budgets_aspects_and_batches(seed: int) -> None:
+    chosen = random.Random(seed)
+    derivation = derived(attention=chosen.choice(["efficient", "flash", "eager", "math"]))
+    budget = int(derivation.weights_bytes * chosen.uniform(0.9, 1.05) + chosen.randint(0, 6 * GIB))
+    aspect = (chosen.randint(1, 20), chosen.randint(1, 20))
+    batch = chosen.randint(1, 4)
+    found = fit(derivation, budget, aspect, batch)
+    for image, step in ((found.image, 8), (found.aligned, ALIGNED)):
+        assert image is None or image.batch_size == batch, f"seed {seed}"
+        n = max(image.height, image.width) // step if image else 0
+        assert peak(derivation, *sides(aspect, step, n + 1), batch) > budget, f"seed {seed}"
+        assert image is None or peak(derivation, image.height, image.width, batch) <= budget, f"seed {seed}"
+
+
+def test_the_closed_form_starts_within_a_step_so_that_few_evaluations_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluations = itertools.count()
+    exact = Request.image
+
+    def counted(self: Request, height: int, width: int, batch_size: int) -> Image:
+        next(evaluations)
+        return exact(self, height, width, batch_size)
+
+    monkeypatch.setattr(Request, "image", counted)
+    found = fit(derived(), 8 * GIB)
+    assert found.image is not None
+    assert found.solved_side is not None
+    assert abs(found.solved_side - found.image.width) < 16
+    assert next(evaluations) <= 10
+
+
+def test_without_room_for_the_weights_nothing_fits() -> None:
+    found = fit(derived(), GIB)
+    assert (found.image, found.aligned, found.solved_side) == (None, None, 0.0)
+    assert largest_batch(derived(), GIB, 512, 512) is None
+
+
+def test_an_astronomical_budget_ends_at_the_largest_side() -> None:
+    found = fit(derived(), 1 << 61)
+    assert found.image is not None
+    assert found.image.width == 1 << 20
+
+
+@pytest.mark.parametrize("budget", [3 * GIB, 8 * GIB, 80 * GIB])
+@pytest.mark.parametrize("attention", ["efficient", "eager"])
+def test_the_largest_batch_fits_and_one_more_does_not(attention: str, budget: int) -> None:
+    derivation = derived(attention=attention)
+    best = largest_batch(derivation, budget, 512, 768)
+    batch = best.batch_size if best else 0
+    assert best is None or peak(derivation, 512, 768, batch) <= budget
+    assert peak(derivation, 512, 768, batch + 1) > budget
+
+
+def test_the_allocator_replay_can_only_shrink_the_answer() -> None:
+    derivation = derived(gpu="t4")
+    card = lookup("t4")
+    assert card.total_memory_bytes is not None
+    budget = card.total_memory_bytes - (card.context_bytes or 0)
+    tensors, replayed = fit(derivation, budget), fit(derivation, budget, replayed=True)
+    assert tensors.image is not None
+    assert replayed.image is not None
+    assert replayed.image.width <= tensors.image.width
+    assert replayed.image.reserved_bytes is not None
+    assert replayed.image.peak_tensor_bytes <= replayed.image.reserved_bytes <= budget
+    assert "out of memory" not in derivation.estimate(replayed.image.height, replayed.image.width)["verdict"]
+
+
+@pytest.mark.parametrize("attention", ["efficient", "eager", "math", "flash"])
+def test_growth_is_proven(attention: str) -> None:
+    assert grows(derived(attention=attention))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7, 1000])
+def test_bracketing_finds_every_answer_from_every_guess(limit: int) -> None:
+    for answer in {0, 1, limit // 2, limit - 1, limit}:
+        for guess in {0, 1, answer - 1, answer, answer + 1, limit, 10 * limit, -5}:
+            assert last_that_fits(lambda n, answer=answer: n <= answer, guess, limit) == answer
+
+
+ARABIC_ONE = "\u0661"
+QUANTITIES = ("", "8", "8 GiB", "0.5TiB", "1e3", "-1GiB", "8G", "0", "nan", "9" * 30, f"{ARABIC_ONE}GiB", "1GiB\0")
+
+
+@pytest.mark.parametrize("text", QUANTITIES)
+def test_byte_quantities(text: str) -> None:
+    known = {"8": 8, "8 GiB": 8 * GIB, "0.5TiB": 512 * GIB}
+    if text in known:
+        assert parse_bytes(text) == known[text]
+    else:
+        with pytest.raises(DerivationError, match="vram"):
+            parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["", "1", "0:1", "1:0", "-1:2", "a:b", "1:2:3", "1e9:1", "9999999:1"])
+def test_bad_aspects(text: str) -> None:
+    with pytest.raises(DerivationError, match="aspect"):
+        parse_aspect(text)
+
+
+@pytest.mark.parametrize("budget", [8 * GIB, 4 * GIB])
+def test_recommended_remedies_are_enough_and_each_is_needed(budget: int) -> None:
+    derivation = derived(dtype="float32", attention="eager")
+    call = Call(768, 768)
+    found = recommend(derivation, budget, call)
+    assert found.fits_as_asked == (found.peak_tensor_bytes <= budget)
+    assert found.fits_as_asked == (not found.needed) or not found.fits
+    changed = {**derivation.options.as_dict()}
+    for step in found.needed:
+        changed.update(step.change)
+        assert peak(derive(SD15, **changed), 768, 768) == step.peak_tensor_bytes
+    assert found.fits == (peak(derive(SD15, **changed), 768, 768) <= budget)
+    for step in found.needed:
+        rest = {key: value for other in found.needed if other is not step for key, value in other.change.items()}
+        without = derive(SD15, **{**derivation.options.as_dict(), **rest})
+        assert peak(without, 768, 768) > max(budget, found.final_peak_tensor_bytes if not found.fits else 0)
+
+
+def test_remedies_are_in_order_and_savings_are_exact() -> None:
+    derivation = derived(dtype="float32", attention="eager")
+    found = recommend(derivation, 8 * GIB, Call(512, 512))
+    order = [remedy.name for remedy in REMEDIES]
+    assert [order.index(step.name) for step in found.steps] == sorted(order.index(step.name) for step in found.steps)
+    for step in found.steps:
+        changed = derive(SD15, **{**derivation.options.as_dict(), **step.change})
+        assert step.saves_bytes == peak(derivation, 512, 512) - peak(changed, 512, 512)
+
+
+def test_a_derivation_does_not_differ_from_itself() -> None:
+    found = compare(derived(), derived())
+    assert found.same
+    assert not found.options
+    assert all(stage.same for stage in found.stages)
+
+
+def test_comparison_names_what_differs() -> None:
+    found = compare(derived(), derived(attention="eager", dtype="float16"))
+    assert not found.same
+    assert [pair.name for pair in found.options] == ["attention"]
+    unet = next(stage for stage in found.stages if stage.name == "unet")
+    changes = {change.monomial: (change.a, change.b) for change in unet.changes}
+    assert changes["B*H**2*W**2"] == ("0", "1/64")
+    numbers = {pair.name: pair for pair in found.numbers[1024]}
+    assert numbers["peak"].a == peak(derived(), 1024, 1024)
+    assert numbers["peak"].difference == peak(derived(attention="eager"), 1024, 1024) - numbers["peak"].a
