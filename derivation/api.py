@@ -14,63 +14,16 @@ from derivation.config import Checkpoint, load
 from derivation.errors import DerivationError
 from derivation.hardware.memory import device_memory
 from derivation.hardware.profile import hardware
-from derivation.liveness import alive_at
 from derivation.options import Options, positive
 from derivation.pipelines import Pipeline, required
 from derivation.program import Program, Variant
 from derivation.simplify import Grid, Term, maximum
 from derivation.spine import Record, StageRecord, derive_record
-from derivation.symbols import Size, evaluate
-from derivation.tape import Allocation, Settings
+from derivation.tape import Settings
+from derivation.witness import Witness, witness_at
 
 DEFAULT_PROMPT_LENGTH = 77
 MIB_SIDE_LIMIT = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class WitnessTensor:
-    """One tensor alive at a peak: where it was made, its shape and its bytes (sizes are symbolic or int)."""
-
-    module: str
-    op: str
-    shape: tuple[Size, ...]
-    dtype: str
-    nbytes: Size
-    count: Size
-    category: str
-
-    @classmethod
-    def of(cls, allocation: Allocation) -> WitnessTensor:
-        """Return the witness entry of an allocation."""
-        a = allocation
-        return cls(a.path, a.op, a.shape, a.dtype, a.nbytes, a.count, a.category.value)
-
-    def at(self, values: Mapping[str, int]) -> dict[str, Any]:
-        """Return the entry at integer sizes."""
-        return {
-            "module": self.module,
-            "op": self.op,
-            "shape": [evaluate(dim, values) for dim in self.shape],
-            "dtype": self.dtype,
-            "bytes": evaluate(self.nbytes, values),
-            "count": evaluate(self.count, values),
-            "category": self.category,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Witness:
-    """The program point of a peak: stage, module path, operator, and every tensor alive, oldest first."""
-
-    stage: str
-    module: str
-    op: str
-    tensors: tuple[WitnessTensor, ...]
-
-    def at(self, values: Mapping[str, int]) -> dict[str, Any]:
-        """Return the witness at integer sizes, ready for JSON."""
-        tensors = [tensor.at(values) for tensor in self.tensors]
-        return {"stage": self.stage, "module": self.module, "op": self.op, "tensors": tensors}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +48,6 @@ class Stage:
     def witness(self) -> Witness:
         """The witness of the first polynomial, the one that wins most often."""
         return self.witnesses[0]
-
-
-def _witness(stage: str, variant: Variant, event: int) -> Witness:
-    alive = alive_at(variant.tape, event)
-    newest = alive[-1] if alive else None
-    module, op = (newest.path, newest.op) if newest else ("", "")
-    return Witness(stage, module, op, tuple(WitnessTensor.of(a) for a in alive))
 
 
 class Derivation:
@@ -195,7 +141,7 @@ class Derivation:
         return self.stages_with(guidance=True)
 
     def _stage(self, record: StageRecord, variant: Variant) -> Stage:
-        witnesses = tuple(_witness(term.point.stage, variant, term.point.event) for term in record.terms)
+        witnesses = tuple(witness_at(term.point.stage, variant.tape, term.point.event) for term in record.terms)
         return Stage(record.name, record, witnesses)
 
     def pipeline_stage(self, guidance: bool = True) -> Stage:
@@ -312,7 +258,7 @@ class Derivation:
             "stages": {name: peak for name, (peak, _) in peaks.items()},
             "peak_stage": peak_stage,
             "peak_tensor_bytes": self.weights_bytes + stage_bytes,
-            "witness": _witness(peak_stage, variant, event).at(values),
+            "witness": witness_at(peak_stage, variant.tape, event).at(values),
             **self._device_memory(variant, values),
         }
 

@@ -182,8 +182,8 @@ def test_a_bad_value_is_one_line_that_names_the_key_and_the_value(
         (f"export {SD15} --to cobol", "cobol"),
         ("calibrate /no/such/file.json", "/no/such/file.json"),
         ("calibrate /dev/zero", "/dev/zero"),
-        (f"measure {SD15} --output /tmp/x.json --grid 0x0", "0x0"),
-        (f"measure {SD15} --output /tmp/x.json --batch-sizes 1,,2", "1,,2"),
+        (f"measure {SD15} --output x.json --grid 0x0", "0x0"),
+        (f"measure {SD15} --output x.json --batch-sizes 1,,2", "1,,2"),
     ],
 )
 def test_a_bad_request_is_one_line(arguments: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
