@@ -6,9 +6,9 @@ that keeps its local variables as diffusers' ``forward()`` does has diffusers' m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
@@ -86,15 +86,25 @@ class Mark:
     stage: str
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A recorded call that may be copied: its events, its first allocation, and its result without storage."""
+
+    start: int
+    end: int
+    allocation: int
+    output: SymTensor
+
+
 @dataclass(slots=True)
 class Tape:
     """The record of one symbolic run.
 
     ``settings`` is what modules read their dtype and attention backend from; ``hint`` holds the sizes that
     decide guards, ``ones`` the symbols that are 1 in this run, ``fixed`` those with another value;
-    ``events`` holds i + 1 where allocation i appears and -(i + 1) where it dies; ``parameters`` maps a parameter's or buffer's module path to its
-    shape and dtype; ``loops`` holds event ranges (start, end, times) that the real program runs ``times``
-    times in all.
+    ``events`` holds i + 1 where allocation i appears and -(i + 1) where it dies; ``parameters`` maps a
+    parameter's or buffer's module path to its shape and dtype; ``loops`` holds event ranges (start, end, times)
+    that the real program runs ``times`` times in all.
     """
 
     settings: Settings
@@ -110,6 +120,7 @@ class Tape:
     path: list[str] = field(default_factory=list)
     kept: set[str] = field(default_factory=set)
     alive: set[int] = field(default_factory=set)
+    runs: dict[Hashable, Run] = field(default_factory=dict)
 
     def exceeds(self, size: Size, bound: int) -> bool:
         """Return whether ``size`` > ``bound``, recording the decision where it depends on a symbol.
@@ -178,6 +189,31 @@ class Tape:
         """Record the death of allocation ``index``."""
         self.alive.discard(index)
         self.events.append(-index - 1)
+
+    def repeated(self, key: Hashable, run: Callable[[], SymTensor]) -> SymTensor:
+        """Return ``run()``, copying its events where a run with the same ``key`` is on the tape already.
+
+        ``key`` must determine every event of ``run``, which frees nothing that was alive before it and leaves
+        its result alone alive.
+        """
+        key = (key, frozenset(self.kept))
+        if key in self.runs:
+            return self._copy(self.runs[key])
+        event, allocation = len(self.events), len(self.allocations)
+        output = run()
+        self.runs[key] = Run(event, len(self.events), allocation, output.without_storage())
+        return output
+
+    def _copy(self, run: Run) -> SymTensor:
+        shift = len(self.allocations) - run.allocation
+        born = [event for event in self.events[run.start : run.end] if event > 0]
+        self.allocations += [replace(self.allocations[e - 1], index=e - 1 + shift) for e in born]
+        self.events += [e + shift if e > 0 else e - shift for e in self.events[run.start : run.end]]
+        dead = {-event for event in self.events[run.start : run.end]}
+        [left] = [event - 1 + shift for event in born if event not in dead]
+        self.alive.add(left)
+        output = run.output
+        return SymTensor(Storage(self, left), output.shape, output.dtype, output.strides)
 
     def mark(self, stage: str) -> None:
         """Begin the stage called ``stage`` at this event."""
@@ -268,6 +304,10 @@ class SymTensor:
     def ndim(self) -> int:
         """Number of dimensions."""
         return len(self.shape)
+
+    def without_storage(self) -> SymTensor:
+        """Return a tensor of the same layout that keeps no memory alive."""
+        return SymTensor(None, self.shape, self.dtype, self._strides)
 
     def numel(self) -> Size:
         """Number of elements."""

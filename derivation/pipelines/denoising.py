@@ -52,6 +52,17 @@ class Denoising:
                 self.scheduler.step_index += skipped
                 i += skipped
 
+    def unet(self, prompt_embeds: SymTensor, added_cond: tuple[SymTensor, SymTensor] | None) -> SymTensor:
+        """The UNet on the step's input; calls on the same layout are the same events."""
+        sample = self.latent_model_input
+        key = ("unet", sample.dtype, sample.shape, sample.strides)
+        return tape().repeated(
+            key,
+            lambda: UNet2DConditionModel(
+                "unet", sample, self.timestep(), prompt_embeds, added_cond, config=self.pipeline.unet
+            ),
+        )
+
     def timestep(self) -> SymTensor:
         """Return the step's entry of ``timesteps``: a view on a GPU, a scalar on the CPU without one."""
         return given((), self.scheduler.timestep_dtype) if self.timesteps is None else self.timesteps.narrow(0, 1)
@@ -68,14 +79,7 @@ class Denoising:
             self.latent_model_input = cat(masked, 1)
             del masked
 
-        self.noise_pred = UNet2DConditionModel(
-            "unet",
-            self.latent_model_input,
-            self.timestep(),
-            prompt_embeds,
-            added_cond,
-            config=self.pipeline.unet,
-        )
+        self.noise_pred = self.unet(prompt_embeds, added_cond)
         if guidance:
             self.noise_pred_uncond, self.noise_pred_text = self.noise_pred.chunk(2, 0)
             self.noise_pred = add(self.noise_pred_uncond, mul(sub(self.noise_pred_text, self.noise_pred_uncond)))

@@ -1,0 +1,293 @@
+"""The first page: the equation term by term, what each stage peaks at, and what is assumed."""
+
+# ruff: noqa: RUF001
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+
+from derivation.api import Derivation, Stage
+from derivation.report.text import PixelTerms, as_pixel_terms, human, pixel_terms, shape_text, value_at
+from derivation.symbols import DTYPE_BYTES
+from derivation.witness import Witness, WitnessTensor
+
+SIZES = (512, 768, 1024)
+PROMPT_LENGTH = 77
+ORIGINS_SHOWN = 4
+PIPELINE = "(pipeline)"
+
+STAGE_TITLES: Mapping[str, str] = {
+    "text_encoder": "Encode the prompt",
+    "vae_encode": "Encode the image",
+    "prepare_latents": "Draw the first latents",
+    "unet": "Denoise (UNet)",
+    "vae_decode": "Decode the image",
+    "safety_checker": "Safety checker",
+    "postprocess": "Postprocess",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Tensors of one kind behind a term: how many, where they were made, their shape, their share of the term."""
+
+    count: int
+    where: str
+    op: str
+    shape: str
+    bytes_at_512: int
+
+
+@dataclass(frozen=True, slots=True)
+class TermRow:
+    """One monomial of a polynomial: powers of H, W, L, B, coefficient, meaning, bytes at SIZES, origin."""
+
+    key: tuple[int, int, int, int]
+    terms: PixelTerms
+    meaning: str
+    bytes_at: tuple[int, ...]
+    origins: tuple[Origin, ...]
+    others: int
+
+
+@dataclass(frozen=True, slots=True)
+class PolynomialRow:
+    """One polynomial of the headline Max with its rows and its witness."""
+
+    stage: str
+    title: str
+    terms: PixelTerms
+    rows: tuple[TermRow, ...]
+    bytes_at: tuple[int, ...]
+    rounding_bytes: int
+    witness: WitnessRow
+
+
+@dataclass(frozen=True, slots=True)
+class WitnessRow:
+    """The tensors alive at a peak, ready to be listed; ``total`` is their sum in pixels."""
+
+    module: str
+    op: str
+    tensors: tuple[TensorRow, ...]
+    total: PixelTerms
+    bytes_at: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRow:
+    """One tensor of a witness."""
+
+    module: str
+    op: str
+    shape: str
+    dtype: str
+    count: str
+    terms: PixelTerms
+    bytes_at: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StageRow:
+    """One stage: its polynomials, and its exact bytes at SIZES (weights excluded)."""
+
+    name: str
+    title: str
+    polynomials: tuple[PolynomialRow, ...]
+    bytes_at: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRow:
+    """One model's parameters and bytes."""
+
+    model: str
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the report opens with."""
+
+    weights: tuple[WeightRow, ...]
+    weights_bytes: int
+    polynomials: tuple[PolynomialRow, ...]
+    stages: tuple[StageRow, ...]
+    totals: tuple[int, ...]
+    peak_stages: tuple[str, ...]
+    expression: sympy.Expr
+
+
+def answer(d: Derivation) -> Answer:
+    """Return the answer of a derivation under guidance, at one image and 77 tokens."""
+    peaks = [d.stage_peaks(side, side, prompt_length=PROMPT_LENGTH) for side in SIZES]
+    stages = tuple(
+        StageRow(name, stage_title(name), polynomials(d, stage), tuple(p[name] for p in peaks))
+        for name, stage in d.stages.items()
+    )
+    return Answer(
+        weights=tuple(WeightRow(m, d.parameter_counts[m], n) for m, n in d.weights.items()),
+        weights_bytes=d.weights_bytes,
+        polynomials=polynomials(d, d.pipeline_stage()),
+        stages=stages,
+        totals=tuple(d.weights_bytes + max(p.values()) for p in peaks),
+        peak_stages=tuple(max(p, key=lambda name: p[name]) for p in peaks),
+        expression=d.peak,
+    )
+
+
+def stage_title(name: str) -> str:
+    """Return a stage's name as a heading."""
+    return STAGE_TITLES.get(name, name.replace("_", " ").capitalize())
+
+
+def polynomials(d: Derivation, stage: Stage) -> tuple[PolynomialRow, ...]:
+    """Return the polynomials of a stage, the largest at 512 x 512 first."""
+    rows = [
+        _polynomial(d, as_pixel_terms(term.expression), witness, term.rounding_bytes)
+        for term, witness in zip(stage.terms, stage.witnesses, strict=True)
+    ]
+    return tuple(sorted(rows, key=lambda row: -row.bytes_at[0]))
+
+
+def _polynomial(d: Derivation, terms: PixelTerms, witness: Witness, rounding: int) -> PolynomialRow:
+    rows = (_term_row(d, key, {key: value}, witness) for key, value in terms.items())
+    return PolynomialRow(
+        stage=witness.stage,
+        title=stage_title(witness.stage),
+        terms=terms,
+        rows=tuple(sorted(rows, key=lambda row: -row.bytes_at[-1])),
+        bytes_at=_bytes_at(terms),
+        rounding_bytes=rounding,
+        witness=_witness_row(d, witness),
+    )
+
+
+def _bytes_at(terms: PixelTerms) -> tuple[int, ...]:
+    return tuple(value_at(terms, side, side, PROMPT_LENGTH, 1) for side in SIZES)
+
+
+def _witness_row(d: Derivation, witness: Witness) -> WitnessRow:
+    rows = tuple(_tensor_row(d, tensor) for tensor in witness.tensors)
+    total: PixelTerms = {}
+    for row in rows:
+        for key, value in row.terms.items():
+            total[key] = total.get(key, value * 0) + value
+    sums = zip(*(row.bytes_at for row in rows), strict=True)
+    total = {key: value for key, value in total.items() if value}
+    return WitnessRow(witness.module or PIPELINE, witness.op, rows, total, tuple(map(sum, sums)))
+
+
+def _tensor_row(d: Derivation, tensor: WitnessTensor) -> TensorRow:
+    terms = _tensor_terms(d, tensor)
+    return TensorRow(
+        module=tensor.module or PIPELINE,
+        op=tensor.op,
+        shape=shape_text(tensor.shape),
+        dtype=tensor.dtype,
+        count=shape_text((tensor.count,)),
+        terms=terms,
+        bytes_at=_bytes_at(terms),
+    )
+
+
+def _tensor_terms(d: Derivation, tensor: WitnessTensor) -> PixelTerms:
+    return pixel_terms(tensor.nbytes * tensor.count, d.grid)
+
+
+def _term_row(
+    d: Derivation, key: tuple[int, int, int, int], terms: PixelTerms, witness: Witness
+) -> TermRow:
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for tensor in witness.tensors:
+        share = _tensor_terms(d, tensor)
+        if key in share:
+            kind = (tensor.module or PIPELINE, tensor.op, shape_text(tensor.shape))
+            groups.setdefault(kind, []).append(_bytes_at({key: share[key]})[0])
+    origins = sorted((Origin(len(v), *k, sum(v)) for k, v in groups.items()), key=lambda o: -o.bytes_at_512)
+    shown = tuple(origins[:ORIGINS_SHOWN])
+    others = sum(o.count for o in origins[ORIGINS_SHOWN:])
+    return TermRow(key, terms, meaning(key), _bytes_at(terms), shown, others)
+
+
+def meaning(key: tuple[int, int, int, int]) -> str:
+    """Return what a monomial in H, W, L and B grows with, in words."""
+    height, width, length, batch = key
+    if not any(key):
+        return "fixed: the same for every call"
+    each = "per image" if batch else "once a call"
+    if height + width >= 4:
+        return f"attention scores, every pixel against every pixel, {each}"
+    if height and length:
+        return f"attention scores, every pixel against every token, {each}"
+    if height and width:
+        return f"feature maps: grows with the image area, {each}"
+    if length > 1:
+        return f"attention scores, every token against every token, {each}"
+    if length:
+        return f"prompt embeddings: grows with the prompt length, {each}"
+    return f"{each}, whatever its size"
+
+
+def assumptions(d: Derivation) -> list[tuple[str, str]]:
+    """Return what the numbers include and leave out, as (short name, sentence)."""
+    o = d.options
+    size = DTYPE_BYTES[o.dtype]
+    counted = (
+        "Bytes of tensors that PyTorch allocates: weights and buffers, activations, and what the pipeline keeps "
+        "between stages, each in blocks of 512 bytes as the CUDA caching allocator rounds them."
+    )
+    return [
+        ("Counted", counted),
+        *_hardware(d),
+        ("Inference only", "No gradients, no optimizer state: the pipeline runs under torch.no_grad()."),
+        (
+            "Everything on one GPU",
+            "All models stay on the GPU; no CPU offload, no VAE slicing or tiling, no attention slicing, "
+            "no torch.compile.",
+        ),
+        ("One precision", f"Weights and activations are {o.dtype} ({size} bytes an element)."),
+        ("Attention", f"Attention runs on the {o.attention!r} backend, with PyTorch's own fallbacks."),
+        (
+            "Prompt length",
+            "diffusers pads every prompt to 77 tokens, so L = 77 unless embeddings of long prompts are passed in.",
+        ),
+        (
+            "Image sides",
+            f"The printed polynomials hold for sides that are multiples of {d.grid.unit} pixels and leave the "
+            "512-byte rounding out; the generated functions and every number of bytes include it and hold "
+            "for every size.",
+        ),
+        (
+            "Run",
+            f"{o.pipeline}, {o.num_inference_steps} steps"
+            + (f", strength {o.strength or 'by default'}" if o.pipeline == "img2img" else "")
+            + f", {o.num_images_per_prompt} image{'s' * (o.num_images_per_prompt > 1)} per prompt, classifier-free "
+            "guidance on unless stated otherwise.",
+        ),
+    ]
+
+
+def _hardware(d: Derivation) -> list[tuple[str, str]]:
+    if d.options.gpu is not None:
+        return [("GPU", f"Scratch memory of the GPU libraries is that of {d.options.gpu}.")]
+    return [
+        (
+            "Not counted",
+            "Scratch memory of cuDNN and cuBLAS, blocks that the caching allocator reserves but does not use, "
+            "the CUDA context, and other programs: derived for no particular GPU, the numbers are tensors only.",
+        )
+    ]
+
+
+def summary(d: Derivation, found: Answer) -> str:
+    """Return the answer in one sentence."""
+    first, last = found.totals[0], found.totals[-1]
+    return (
+        f"One {SIZES[0]} × {SIZES[0]} image needs {human(first)} of tensors, of which {human(found.weights_bytes)} "
+        f"are weights; {SIZES[-1]} × {SIZES[-1]} needs {human(last)}."
+    )

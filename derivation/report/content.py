@@ -1,0 +1,165 @@
+"""Everything a report says about one model, assembled for the templates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from derivation.api import Derivation, derive
+from derivation.attention import EAGER
+from derivation.crossover import crossovers, does_not_matter
+from derivation.options import Options
+from derivation.report.answer import SIZES, Answer, PolynomialRow, answer, assumptions, summary
+from derivation.report.calculator import (
+    ATTENTION_SIDES,
+    BACKENDS_SHOWN,
+    Backend,
+    Calculator,
+    backend,
+    calculator,
+    combinations,
+    resolved,
+    titled,
+)
+from derivation.report.mathml import display, maximum_latex, maximum_mathml, number
+from derivation.report.pictures import Picture, attention_picture, pictures
+from derivation.report.reduction import StageReduction, reductions
+from derivation.report.text import NARROW_SPACE, PixelTerms, grouped, slug, tex
+from derivation.report.validation import Validation, comparisons, validation
+from derivation.report.walk import Walk, walks
+from derivation.symbols import SYMBOLS, Symbol
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The data of one report."""
+
+    model: str
+    slug: str
+    command: str
+    options: Options
+    chips: tuple[str, ...]
+    sizes: tuple[int, ...]
+    unit: int
+    factor: int
+    summary: str
+    equation: Markup
+    equation_latex: str
+    rounding_bytes: int
+    answer: Answer
+    crossings: tuple[str, ...]
+    indifferent: tuple[tuple[str, str], ...]
+    assumptions: Sequence[tuple[str, str]]
+    symbols: tuple[Symbol, ...]
+    events: int
+    points: int
+    reductions: tuple[StageReduction, ...]
+    walks: tuple[Walk, ...]
+    figures: Mapping[str, Picture]
+    validation: Validation
+    calculator: Calculator
+
+    @property
+    def peak_terms(self) -> list[PixelTerms]:
+        """Return the polynomials that are the peak at one of SIZES."""
+        return [row.terms for row in self.answer.polynomials if self.peak_sides(row)]
+
+    def peak_sides(self, row: PolynomialRow) -> list[int]:
+        """Return the SIZES at which a polynomial is the largest of the headline."""
+        largest = [max(p.bytes_at[i] for p in self.answer.polynomials) for i in range(len(self.sizes))]
+        return [side for i, side in enumerate(self.sizes) if row.bytes_at[i] == largest[i]]
+
+
+def content(model: str, options: Options, command: str, progress: Progress, verify: bool = False) -> Content:
+    """Derive ``model`` and return everything its report says; independent parts run in processes of their own."""
+    progress("deriving")
+    d = _derive(model, options)
+    with ProcessPoolExecutor() as pool:
+        measured = pool.submit(comparisons)
+        derived = {pair: pool.submit(backend, model, options, *pair) for pair in combinations(options)}
+        found = answer(d)
+        walked, reduced = walks(d), reductions(d)
+        progress("drawing figures")
+        drawn = pictures(d, found)
+        solved = crossovers(d), does_not_matter(d)
+        progress("deriving every precision and attention backend for the calculator")
+        backends = {pair: future.result() for pair, future in derived.items()}
+        progress("comparing with measurements")
+        checked = validation(d.checkpoint.name, options, measured.result(), verify)
+    drawn |= {"attention": _attention(options, backends)}
+    eager = next((b.crossings for b in backends.values() if b.crossings and options.attention != EAGER), ())
+    return Content(
+        model=d.checkpoint.name,
+        slug=slug(d.checkpoint.name),
+        command=command,
+        options=options,
+        chips=_chips(d),
+        sizes=SIZES,
+        unit=d.grid.unit,
+        factor=d.grid.vae_scale_factor,
+        summary=summary(d, found),
+        equation=equation_mathml(found),
+        equation_latex=equation_latex(found),
+        rounding_bytes=max(row.rounding_bytes for row in found.polynomials),
+        answer=found,
+        crossings=(*titled(solved[0]), *(f"With eager attention: {text}" for text in eager)),
+        indifferent=tuple((x.quantity, x.sentence) for x in solved[1]),
+        assumptions=assumptions(d),
+        symbols=_symbols(d),
+        events=len(d.record().tape.events),
+        points=d.record().points,
+        reductions=reduced,
+        walks=walked,
+        figures=drawn,
+        validation=checked,
+        calculator=calculator(d, backends),
+    )
+
+
+def _derive(model: str, options: Options) -> Derivation:
+    chosen: dict[str, Any] = options.as_dict()
+    return derive(model, **chosen)
+
+
+def _attention(options: Options, backends: Mapping[tuple[str, str], Backend]) -> Picture:
+    names = dict.fromkeys([options.attention, *BACKENDS_SHOWN])
+    return attention_picture(ATTENTION_SIDES, {n: backends[resolved(options.dtype, n)].totals for n in names})
+
+
+def _chips(d: Derivation) -> tuple[str, ...]:
+    options = d.options
+    checker = "with safety checker" if "safety_checker" in d.calls else "no safety checker"
+    return (
+        options.pipeline,
+        options.dtype,
+        f"{options.attention} attention",
+        checker,
+        "tensors only, no particular GPU" if options.gpu is None else options.gpu,
+    )
+
+
+def _symbols(d: Derivation) -> tuple[Symbol, ...]:
+    """Return the symbols of a call; the sides of every deeper level share one line."""
+    named = {s.name: s for s in SYMBOLS}
+    deeper = Symbol("hₖ, wₖ", "h_k, w_k", "sides at UNet level k: half of the level above, rounded up")
+    return (named["B"], named["L"], named["h0"], named["w0"], deeper)
+
+
+def equation_mathml(found: Answer) -> Markup:
+    """Return the headline equation as displayed MathML, one row of the max a moment of the run."""
+    rows = [(p.terms, p.title) for p in found.polynomials]
+    left = f"<mi>M</mi><mo>=</mo>{number(found.weights_bytes)}<mo>+</mo>"
+    return display(f"<mrow>{left}{maximum_mathml(rows)}</mrow>")
+
+
+def equation_latex(found: Answer) -> str:
+    """Return the headline equation in LaTeX."""
+    rows = [(p.terms, rf"\text{{{tex(p.title)}}}") for p in found.polynomials]
+    weights = grouped(found.weights_bytes).replace(NARROW_SPACE, r"\,")
+    return f"M = {weights} + {maximum_latex(rows)}"

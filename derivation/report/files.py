@@ -1,0 +1,53 @@
+"""The files of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from derivation.errors import DerivationError
+from derivation.options import Options
+from derivation.report.content import Content, content
+from derivation.report.render import render, write_files
+
+Progress = Callable[[str], None]
+
+
+def build(
+    models: Sequence[str],
+    output: Path = Path("report"),
+    command: str = "python build_report.py",
+    progress: Progress = lambda step: None,
+    verify: bool = False,
+    **options: Any,
+) -> list[Path]:
+    """Write the reports of ``models`` below ``output``, all or none, and return the HTML pages' paths.
+
+    ``options`` are those of derive; ``verify`` traces the real modules (needs the extra). Raises
+    DerivationError for a model that cannot be derived or a folder that cannot be written.
+    """
+    chosen = Options(**options)
+    files: dict[str, str | bytes] = {}
+    pages: list[Path] = []
+    for model in models:
+        found = content(model, chosen, command, progress, verify)
+        page = f"{found.slug}.html"
+        if page in files:
+            raise DerivationError(f"two models would write {page}: build them into separate folders (--output)")
+        progress(f"writing {page}")
+        files |= report_files(found)
+        pages.append(output / page)
+    write_files(output, files)
+    return pages
+
+
+def report_files(found: Content) -> dict[str, str | bytes]:
+    """Return the files of one report: relative path -> text or bytes."""
+    files: dict[str, str | bytes] = {
+        f"{found.slug}.{ending}": render(f"report.{ending}.j2", found) for ending in ("html", "md", "tex")
+    }
+    for drawn in (*found.figures.values(), *found.validation.pictures):
+        base = f"figures/{found.slug}/{drawn.name}"
+        files |= {f"{base}.svg": drawn.svg, f"{base}.pdf": drawn.pdf}
+    return files

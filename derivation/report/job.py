@@ -1,0 +1,74 @@
+"""The main job: reports, generated formulas, and the typeset notes where a TeX engine is installed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from derivation.errors import DerivationError
+from derivation.export import regenerate
+from derivation.report.files import build
+
+ROOT = Path(__file__).parent.parent.parent
+# Engines by preference, with the arguments that make them run once, offline and without questions.
+ENGINES = {
+    "pdflatex": ["-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape"],
+    "lualatex": ["-interaction=nonstopmode", "-halt-on-error", "--no-shell-escape"],
+    "tectonic": ["--only-cached"],
+}
+PASSES = 2
+TIMEOUT_S = 120
+
+
+def build_all(
+    models: Sequence[str],
+    output: Path,
+    pdf: bool,
+    verify: bool,
+    progress: Callable[[str], None],
+    **options: Any,
+) -> list[Path]:
+    """Write the reports and refresh formulas/; returns the pages' paths, PDFs included.
+
+    Raises DerivationError where a report cannot be derived or written, or LaTeX stops at an error.
+    """
+    with ProcessPoolExecutor(1) as pool:
+        formulas = pool.submit(regenerate, ROOT)
+        pages = build(models, output, _command(models, options), progress, verify, **options)
+        progress("refreshing formulas/")
+        formulas.result()
+    return [*pages, *(_typeset(pages, progress) if pdf else [])]
+
+
+def _command(models: Sequence[str], options: dict[str, Any]) -> str:
+    chosen = [f"--{name} {value}" for name, value in options.items() if value is not None]
+    return " ".join(["python build_report.py", *models, *chosen])
+
+
+def _typeset(pages: Sequence[Path], progress: Callable[[str], None]) -> list[Path]:
+    engine = next((name for name in ENGINES if shutil.which(name)), None)
+    if engine is None:
+        print(f"no PDF: no TeX engine found ({', '.join(ENGINES)}); the LaTeX source is written", file=sys.stderr)
+        return []
+    progress(f"typesetting with {engine}")
+    return [_pdf(engine, page.with_suffix(".tex")) for page in pages]
+
+
+def _pdf(engine: str, source: Path) -> Path:
+    command = [engine, *ENGINES[engine], source.name]
+    for _ in range(PASSES):
+        try:
+            done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise DerivationError(f"{engine} took more than {TIMEOUT_S} s on {source}") from None
+        if done.returncode:
+            reason = next((line for line in done.stdout.splitlines() if line.startswith("!")), "see its log")
+            raise DerivationError(f"{engine} stopped at {source}: {reason}")
+    for ending in (".aux", ".log", ".out"):
+        source.with_suffix(ending).unlink(missing_ok=True)
+    return source.with_suffix(".pdf")

@@ -1,0 +1,189 @@
+"""The report's figures with their captions, drawn from a derivation."""
+
+# ruff: noqa: RUF001
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from derivation import figures
+from derivation.api import Derivation
+from derivation.liveness import stages
+from derivation.report.answer import PROMPT_LENGTH, SIZES, STAGE_TITLES, Answer, PolynomialRow
+from derivation.report.diagram import stage_diagram, unet_diagram
+from derivation.report.text import GIB, human
+
+SIDE_STEP = 64
+LARGEST_SIDE = 4096
+SEGMENTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One figure: its name, what it shows, and the same drawing as SVG file, PDF file and page fragment."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+    pdf: bytes
+    inline: Markup
+
+
+def picture(name: str, title: str, caption: str, figure: Figure) -> Picture:
+    """Render a figure."""
+    source = figures.svg(figure)
+    return Picture(name, title, caption, source, figures.pdf(figure), Markup(figures.inline_svg(source, name)))
+
+
+def pictures(d: Derivation, found: Answer) -> dict[str, Picture]:
+    """Return the figures by name."""
+    sides = _sides(d)
+    drawn = [
+        _stage_picture(d, found),
+        _live(d),
+        _composition(d, found),
+        _curves(d, sides),
+        _map(d, found, sides[-1]),
+    ]
+    if d.checkpoint.unet is not None:
+        drawn.append(
+            picture(
+                "unet",
+                "The UNet's levels",
+                "Left, the down path; right, the up path; dashed, the skip connections, whose tensors stay alive until "
+                "their level returns. Shapes are those of each block's output under guidance (2B rows: the prompt's "
+                "and the negative prompt's).",
+                unet_diagram(d.checkpoint.unet),
+            )
+        )
+    return {p.name: p for p in drawn}
+
+
+def _sides(d: Derivation) -> list[int]:
+    """Return square sides up to where the largest card is full, on the printed polynomials' grid."""
+    step = max(d.grid.unit, SIDE_STEP)
+    sides = [256]
+    while sides[-1] < LARGEST_SIDE and (sides[-1] < 1024 or _total(d, sides[-1]) < 1.25 * figures.CARDS_GIB[-1] * GIB):
+        sides.append(sides[-1] + step)
+    return sides
+
+
+def _total(d: Derivation, side: int) -> int:
+    return d.weights_bytes + max(d.stage_peaks(side, side).values())
+
+
+def _stage_picture(d: Derivation, found: Answer) -> Picture:
+    return picture(
+        "stages",
+        f"The stages of {d.options.pipeline}",
+        "What each stage hands on, and its peak beyond the weights at 512 × 512 (B = 1, L = 77).",
+        stage_diagram(d, found),
+    )
+
+
+def _live(d: Derivation) -> Picture:
+    values = d.sizes(512, 512, 1, PROMPT_LENGTH)
+    variant = d.program().at(values)
+    live = variant.evaluator.live_bytes(values)
+    return picture(
+        "live",
+        "Live bytes over the program",
+        f"512 × 512, B = 1, L = {PROMPT_LENGTH}, guidance on; weights excluded. The peak is "
+        f"{human(int(live.max()))}.",
+        figures.live_bytes(live, stages(variant.tape), STAGE_TITLES),
+    )
+
+
+def _composition(d: Derivation, found: Answer) -> Picture:
+    winners = [_winner(found, i) for i in range(len(SIZES))]
+    segments = [figures.Segment(f"weights: {w.model}", (w.nbytes,) * len(SIZES)) for w in found.weights]
+    parts = [_parts(row, i) for i, row in enumerate(winners)]
+    for label in dict.fromkeys(label for part in parts for label in part):
+        segments.append(figures.Segment(label, tuple(part.get(label, 0) for part in parts)))
+    return picture(
+        "composition",
+        "What the peak is made of",
+        "Weights, then the tensors alive at the peak: the largest by operator and module, the rest together.",
+        figures.composition([f"{s} × {s}" for s in SIZES], segments, "peak (GiB)"),
+    )
+
+
+def _winner(found: Answer, index: int) -> PolynomialRow:
+    return max(found.polynomials, key=lambda row: row.bytes_at[index])
+
+
+def _parts(row: PolynomialRow, index: int) -> dict[str, int]:
+    """Return the largest tensors of a witness and the rest, as label -> bytes at SIZES[index]."""
+    largest = sorted(row.witness.tensors, key=lambda t: -t.bytes_at[index])[:SEGMENTS]
+    parts: dict[str, int] = {}
+    for tensor in largest:
+        label = f"{tensor.op}, {'.'.join(tensor.module.split('.')[-3:])}"
+        parts[label] = parts.get(label, 0) + tensor.bytes_at[index]
+    parts["all other tensors alive"] = row.witness.bytes_at[index] - sum(parts.values())
+    return parts
+
+
+def _curves(d: Derivation, sides: Sequence[int]) -> Picture:
+    peaks = [d.stage_peaks(side, side) for side in sides]
+    by_stage = {STAGE_TITLES.get(name, name): [p[name] for p in peaks] for name in peaks[0]}
+    crossings = _crossings(sides, peaks)
+    note = " Circles mark where the largest stage changes." if crossings else ""
+    return picture(
+        "curves",
+        "Peak of each stage against image size",
+        "Square images, B = 1, L = 77, guidance on. Dashed: what a card with that much memory leaves once the weights "
+        f"({human(d.weights_bytes)}) are on it, before scratch memory and the CUDA context.{note}",
+        figures.stage_curves(sides, by_stage, d.weights_bytes, crossings),
+    )
+
+
+def _crossings(sides: Sequence[int], peaks: Sequence[Mapping[str, int]]) -> list[tuple[float, float, str]]:
+    """Return the side just before which the largest stage changes, as (side, bytes, label)."""
+    largest = [max(p, key=lambda name: p[name]) for p in peaks]
+    changes = [i for i in range(1, len(sides)) if largest[i] != largest[i - 1]]
+    return [
+        (sides[i], peaks[i][largest[i]], f"{STAGE_TITLES.get(largest[i], largest[i])} from {sides[i]} px")
+        for i in changes
+    ]
+
+
+def _map(d: Derivation, found: Answer, largest: int) -> Picture:
+    sides = np.arange(256, largest + 1, max(d.grid.unit, largest // 48 // d.grid.unit * d.grid.unit), dtype=np.int64)
+    return picture(
+        "map",
+        "Which card an image fits on",
+        "Weights and peak tensors for one image, height against width; a card needs some memory more for what is "
+        "not counted. 1 GiB = 2³⁰ bytes; cards are named by their nominal memory.",
+        figures.fits_map(sides, _totals(found, sides)),
+    )
+
+
+def _totals(found: Answer, sides: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the printed equation over height and width, for one image and 77 tokens."""
+    height, width = sides[:, None].astype(float), sides[None, :].astype(float)
+    totals = [
+        sum(float(c * PROMPT_LENGTH**n) * height**h * width**w for (h, w, n, _), c in row.terms.items())
+        for row in found.polynomials
+    ]
+    highest = np.maximum.reduce(np.broadcast_arrays(height * width, *totals)[1:])
+    totals_bytes: NDArray[np.int64] = found.weights_bytes + highest.astype(np.int64)
+    return totals_bytes
+
+
+def attention_picture(sides: Sequence[int], totals: Mapping[str, Sequence[int]]) -> Picture:
+    """Draw the peak on every attention backend."""
+    return picture(
+        "attention",
+        "Eager against fused attention",
+        "Weights and peak tensors of the whole pipeline for square images. Eager and math attention hold the full "
+        "score matrix, which grows with the square of the image area; fused kernels never store it. Backends "
+        "within 0.1 % of each other share a line.",
+        figures.attention_curves(sides, totals),
+    )

@@ -1,0 +1,178 @@
+"""What supports the numbers: the comparison with traced modules, and published measurements."""
+
+# ruff: noqa: RUF001
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from derivation import figures
+from derivation.errors import DerivationError
+from derivation.figures import Measured
+from derivation.hardware.evidence import Comparison, measured_vs_predicted
+from derivation.options import Options
+from derivation.report.pictures import Picture, picture
+from derivation.report.text import GIB, MIB, grouped
+
+RECORD = Path(__file__).parent.parent / "evidence" / "verification.json"
+OURS = "this derivation"
+COLUMNS = ("Component or stage", "Size", "Derived (bytes)", "Traced (bytes)", "Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A table of derived against traced peaks; ``title`` says whether it is live or recorded, and with what."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredRow:
+    """A published measurement and its prediction, ready to be printed."""
+
+    what: str
+    gpu: str
+    metric: str
+    measured: str
+    predicted: str
+    difference: str
+    judged: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What the validation section shows."""
+
+    runs: tuple[Run, ...]
+    measured: tuple[MeasuredRow, ...]
+    pictures: tuple[Picture, ...]
+
+
+def validation(model: str, options: Options, comparisons: Sequence[Comparison], verify: bool) -> Validation:
+    """Return the verification of ``model``, traced now or as recorded, and the measured rows.
+
+    Raises DerivationError where ``verify`` is asked for without its extra, or the record is not readable.
+    """
+    run = live(model, options) if verify else recorded(model)
+    return Validation(
+        runs=() if run is None else (run,),
+        measured=tuple(_row(c) for c in comparisons),
+        pictures=(_measured(comparisons), _rules(comparisons)) if comparisons else (),
+    )
+
+
+def comparisons() -> tuple[Comparison, ...]:
+    """Return every published measurement with its prediction."""
+    return measured_vs_predicted()
+
+
+def live(model: str, options: Options) -> Run:
+    """Trace the real modules now; raises DerivationError without the extra."""
+    try:
+        from derivation.verify.verification import VERSIONS, run_verification
+    except ImportError as error:
+        raise DerivationError(f"--verify needs {error.name}: pip install 'diffusion-vram-derivation[verify]'") from None
+    chosen: dict[str, Any] = options.as_dict()
+    rows = [row.as_dict() for row in run_verification(model, **chosen)]
+    return _run("Traced while this report was written", {name: version(name) for name in VERSIONS}, rows)
+
+
+def recorded(model: str) -> Run | None:
+    """Return the recorded verification of ``model``, None without one; raises DerivationError for a broken file."""
+    if not RECORD.exists():
+        return None
+    try:
+        found = json.loads(RECORD.read_text(encoding="utf-8"))
+        rows = [row for row in found["rows"] if row["model"] == model]
+        return _run(f"Recorded on {found['date']}, not run for this report", found["versions"], rows) if rows else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DerivationError(f"{RECORD.name} is not a verification record ({error!r})") from None
+
+
+def _run(title: str, versions: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Run:
+    used = ", ".join(f"{name} {number}" for name, number in versions.items())
+    matches = sum(bool(row["match"]) for row in rows)
+    return Run(
+        title=f"{title}, with {used}: {matches} of {len(rows)} equal to the byte.",
+        columns=COLUMNS,
+        rows=tuple(_verified(row) for row in rows),
+    )
+
+
+def _verified(row: Mapping[str, Any]) -> tuple[str, ...]:
+    guidance = "guidance" if row["guidance"] else "no guidance"
+    run = f"{row['pipeline']} {row['dtype']} {row['attention']}"
+    size = f"{row['height']} × {row['width']}, B={row['batch_size']}, L={row['prompt_length']}, {guidance}; {run}"
+    result = "equal" if row["match"] else "different"
+    numbers = (grouped(row["derived_bytes"]), grouped(row["traced_bytes"]))
+    return (f"{row['scope']} {row['name']}", size, *numbers, result)
+
+
+def _row(c: Comparison) -> MeasuredRow:
+    m = c.measurement
+    return MeasuredRow(
+        what=_what(c),
+        gpu=m.gpu,
+        metric=m.metric,
+        measured=grouped(round(m.value)),
+        predicted=grouped(c.predicted),
+        difference=f"{100 * c.error:+.3f} %".replace("-", "−"),
+        judged="yes" if c.judged else "no: a coefficient was fitted on it",
+        source=m.source,
+    )
+
+
+def _what(c: Comparison) -> str:
+    m = c.measurement
+    size = f"{m.height} × {m.width}, B={m.batch}, " if m.height else ""
+    return f"{m.what.replace('_', ' ')}, {size}{m.dtype}"
+
+
+def _measured(rows: Sequence[Comparison]) -> Picture:
+    shown = [Measured(_label(r), r.predicted, r.measurement.value, _uncertainty(r), r.judged) for r in rows]
+    return picture(
+        "measured",
+        "Predicted against measured",
+        "Published measurements on real GPUs against the derivation with scratch memory and the allocator replay. "
+        "Bars: half of the last printed digit of the measurement; most are narrower than the dots. The scale is linear "
+        "within ±0.1 % and logarithmic beyond.",
+        figures.measured_ratio(shown),
+    )
+
+
+def _label(c: Comparison) -> str:
+    return f"{_what(c)}, {c.measurement.gpu}, {c.measurement.metric}"
+
+
+def _uncertainty(row: Comparison) -> float:
+    """Return half of the measurement's last printed digit, in bytes: two decimals of MiB or GiB, or exact bytes."""
+    value = row.measurement.value
+    if value.is_integer():
+        return 0.0
+    hundredths = value / MIB * 100
+    return 0.005 * (MIB if abs(hundredths - round(hundredths)) < 1e-3 else GIB)
+
+
+def _rules(rows: Sequence[Comparison]) -> Picture:
+    errors: dict[str, list[float]] = {OURS: []}
+    for row in (r for r in rows if r.rules_of_thumb):
+        errors[OURS].append(abs(row.error))
+        for name, nbytes in row.rules_of_thumb.items():
+            errors.setdefault(name, []).append(abs(nbytes / row.measurement.value - 1))
+    names = sorted(errors, key=lambda name: fmean(errors[name]))
+    labels = [f"{name} ({len(errors[name])} rows)" for name in names]
+    return picture(
+        "rules",
+        "Rules of thumb against the derivation",
+        "Mean relative error of each rule on the measured rows that it gives a number for.",
+        figures.rule_errors(labels, [100 * fmean(errors[n]) for n in names], names.index(OURS)),
+    )
