@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 import sympy
@@ -14,7 +15,7 @@ from derivation.config import Checkpoint, load
 from derivation.errors import DerivationError
 from derivation.hardware.memory import device_memory
 from derivation.hardware.profile import hardware
-from derivation.options import Options, positive
+from derivation.options import Options, one_of, positive
 from derivation.pipelines import Pipeline, required
 from derivation.program import Program, Variant
 from derivation.simplify import Grid, Term, maximum
@@ -290,17 +291,29 @@ def derive(
     dtype: str = "float16",
     attention: str = "efficient",
     gpu: str | None = None,
+    method: str = "walk",
     **options: Any,
 ) -> Derivation:
     """Derive the peak memory of ``model``: a bundled id, a checkpoint folder or a live pipeline.
 
-    Raises DerivationError, with one line, for a config or an option that is not supported.
+    ``method`` "walk" interprets diffusers' blocks; "trace" runs the real module with symbolic shapes (a
+    transformer's config, folder or dict; needs the extra ``verify``). Raises DerivationError, with one line,
+    for a config or an option that is not supported.
     """
-    checkpoint = load(model)
+    one_of("method", method, ("walk", "trace"))
     try:
         chosen = Options(pipeline=pipeline, dtype=dtype, attention=attention, gpu=gpu, **options)
     except TypeError as error:
         raise DerivationError(str(error).replace("Options.__init__() ", "")) from None
-    return Derivation(checkpoint, chosen)
+    return Derivation(load(model), chosen) if method == "walk" else _traced(model, chosen)
+
+
+def _traced(model: object, options: Options) -> Derivation:
+    try:
+        trace = import_module("derivation.verify.trace_derive")
+    except ImportError as error:
+        raise DerivationError(f"method = 'trace' needs the extra verify (missing: {error.name})") from None
+    traced: Derivation = trace.trace_derivation(model, options)
+    return traced
 
 

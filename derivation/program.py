@@ -20,9 +20,14 @@ class Variant:
 
     def holds(self, values: Mapping[str, int]) -> bool:
         """Return True if the tape's decisions are those at ``values``."""
-        fixed = all(values[name] == value for name, value in self.tape.fixed.items())
-        ones = all(values[name] == 1 for name in self.tape.ones)
-        return fixed and ones and all(guard.holds(values) for guard in self.tape.guards.values())
+        return decides_alike(self.tape, values)
+
+
+def decides_alike(tape: Tape, values: Mapping[str, int]) -> bool:
+    """Return True if a run at ``values`` would take every decision that ``tape`` took."""
+    fixed = all(values[name] == value for name, value in tape.fixed.items())
+    ones = all(values[name] == 1 for name in tape.ones)
+    return fixed and ones and all(guard.holds(values) for guard in tape.guards.values())
 
 
 class Program:

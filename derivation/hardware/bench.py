@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from math import prod
 
@@ -17,10 +17,12 @@ from derivation.models import decode
 from derivation.ops import elementwise, given
 from derivation.options import Options
 from derivation.pipelines import Pipeline, required
+from derivation.program import decides_alike
 from derivation.symbols import DTYPE_BYTES, Size
 from derivation.tape import Settings, SymTensor, Tape, tape
 
 Values = Mapping[str, int]
+_PIPELINES: dict[Hashable, list[Tape]] = {}
 # pipeline_stable_diffusion.py: the order in which .to() moves the modules
 PIPELINE_ORDER = ("vae", "text_encoder", "unet", "safety_checker")
 
@@ -53,13 +55,25 @@ class Bench:
 
     def call(self, run: Callable[[], object], values: Values) -> ReplayResult:
         """Run one call at ``values``; a library's workspace is allocated by the first call that needs it."""
+        recorded = self._recorded(run, values)
+        self._kept |= recorded.kept
+        return replay(recorded, values).run(self.allocator)
+
+    def _recorded(self, run: Callable[[], object], values: Values) -> Tape:
+        """Return a tape of ``run`` whose decisions hold at ``values``; those of equal pipelines are shared."""
+        known: list[Tape] = []
+        if isinstance(run, Pipeline):
+            known = _PIPELINES.setdefault((run, self.settings, frozenset(self._kept)), [])
+        for recorded in known:
+            if decides_alike(recorded, values):
+                return recorded
         ones = frozenset(name for name, value in values.items() if value == 1)
         recorded = Tape(self.settings, hint=values, ones=ones, kept=set(self._kept))
         with recorded.running():
             outputs = run()
             del outputs
-        self._kept |= recorded.kept
-        return replay(recorded, values).run(self.allocator)
+        known.append(recorded)
+        return recorded
 
     def component(self, name: str, guidance: bool = False) -> Callable[[], object]:
         """Return one component call of the checkpoint."""

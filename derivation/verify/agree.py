@@ -8,11 +8,21 @@ from dataclasses import dataclass
 
 from sympy.polys.rings import PolyElement
 
-from derivation.symbols import as_poly
-from derivation.tape import Allocation, Tape
+from derivation.symbols import as_poly, symbol
+from derivation.tape import Tape
 
-# An allocation and what died since the one before: polynomial of bytes -> how many storages.
-Step = tuple[Allocation, Counter[PolyElement]]
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An allocation's bytes, what died since the one before (bytes -> how many storages), and where it is."""
+
+    nbytes: PolyElement
+    died: Counter[PolyElement]
+    where: str
+
+    def __str__(self) -> str:
+        deaths = ", ".join(f"{count} x {nbytes}" for nbytes, count in self.died.items()) or "nothing"
+        return f"{self.nbytes} B at {self.where} after the death of {deaths}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,38 +39,31 @@ class Agreement:
         return self.parting is None
 
 
-def agree(derived: Tape, traced: Tape) -> Agreement:
+def agree(derived: Tape, traced: Tape, level: int = 0) -> Agreement:
     """Compare every allocation's bytes, and the storages that died before it, as polynomials.
 
     Storages that die between the same two allocations have no order; outputs may be alive at the end of either.
+    With a ``level`` the sides of shallower ones are taken for multiples of its own: h_k = 2^(level - k) h_level.
     """
-    ours, theirs = list(_steps(derived)), list(_steps(traced))
+    ours, theirs = list(_steps(derived, level)), list(_steps(traced, level))
     seen: set[PolyElement] = set()
     for i, (one, other) in enumerate(zip(ours, theirs, strict=False)):
-        if _bytes(one[0]) != _bytes(other[0]) or one[1] != other[1]:
-            return Agreement(i, len(seen), f"allocation {i}: derived {_shown(one)}, traced {_shown(other)}")
-        seen.add(_bytes(one[0]))
+        if (one.nbytes, one.died) != (other.nbytes, other.died):
+            return Agreement(i, len(seen), f"allocation {i}: derived {one}, traced {other}")
+        seen.add(one.nbytes)
     count = min(len(ours), len(theirs))
     parting = f"derived {len(ours)} allocations, traced {len(theirs)}" if len(ours) != len(theirs) else None
     return Agreement(count, len(seen), parting)
 
 
-def _steps(tape: Tape) -> Iterator[Step]:
+def _steps(tape: Tape, level: int) -> Iterator[Step]:
+    multiples = [(symbol(f"{s}{k}"), symbol(f"{s}{level}") * (1 << (level - k))) for k in range(level) for s in "hw"]
     died: Counter[PolyElement] = Counter()
     for event in tape.events:
         allocation = tape.allocations[abs(event) - 1]
+        nbytes = as_poly(allocation.nbytes * allocation.count).compose(multiples)
         if event > 0:
-            yield allocation, died
+            yield Step(nbytes, died, f"{allocation.path} {allocation.op}")
             died = Counter()
         else:
-            died[_bytes(allocation)] += 1
-
-
-def _bytes(allocation: Allocation) -> PolyElement:
-    return as_poly(allocation.nbytes) * allocation.count
-
-
-def _shown(step: Step) -> str:
-    allocation, died = step
-    deaths = ", ".join(f"{count} x {nbytes}" for nbytes, count in died.items()) or "nothing"
-    return f"{_bytes(allocation)} B at {allocation.path} {allocation.op} after the death of {deaths}"
+            died[nbytes] += 1

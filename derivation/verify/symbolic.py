@@ -1,11 +1,12 @@
 """The second derivation: the real modules run with the ring's symbols as tensor sizes, recorded on a tape.
 
 They run on plain ``meta`` tensors whose sizes are SymInts of a ShapeEnv, so the storages are those that the
-numeric trace watches. Not under FakeTensorMode: without Python's dispatcher its kernels specialise the sizes.
+numeric trace watches; FakeTensorMode is left out, as it specialised the sizes of SD 1.5's VAE to their hints.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
@@ -32,7 +33,8 @@ aten = torch.ops.aten
 
 # Distinct primes: every level's sides are odd somewhere and no two sizes are equal by accident.
 GENERIC: Mapping[str, int] = {"B": 3, "L": 89, "h0": 37, "w0": 53}
-IMAGE_FACTOR = 8
+# trace_component takes latents an eighth of the image's sides.
+TRACE_FACTOR = 8
 
 
 def symbolic_trace(
@@ -42,24 +44,25 @@ def symbolic_trace(
     dtype: str = "float16",
     attention: str = "efficient",
     guidance: bool = True,
+    level: int = 0,
 ) -> Tape:
     """Trace ``vae_encode``, ``unet`` or ``vae_decode`` once for all sizes, as ``trace_component`` does for one.
 
+    With a ``level`` the latents' sides are 2^level times that level's, so that every shallower level divides.
     Raises DerivationError where a storage's size is no polynomial or PyTorch fixes a symbol.
     """
     tape = Tape(Settings(dtype, attention))
     sizes = SymbolicSizes(tape, GENERIC)
-    factor = IMAGE_FACTOR
-    if component == "vae_encode":
-        factor = 1 << (len(config["block_out_channels"]) - 1)
+    factor = 1 << (len(config["block_out_channels"]) - 1) if component == "vae_encode" else TRACE_FACTOR
+    factor <<= level
     with sizes.kernels():
         trace = trace_component(
             component,
             config,
             dtype=dtype,
             attention=attention,
-            height=factor * sizes["h0"],
-            width=factor * sizes["w0"],
+            height=factor * sizes[f"h{level}"],
+            width=factor * sizes[f"w{level}"],
             batch_size=sizes["B"],
             prompt_length=sizes["L"],
             guidance=guidance,
@@ -115,6 +118,12 @@ class SymbolicSizes:
             reduce(mul, (self[SYMBOLS[i].name] ** power for i, power in enumerate(monomial) if power), int(c))
             for monomial, c in terms
         )
+
+    def named(self, text: str) -> str:
+        """Return ``text`` with PyTorch's names of symbols replaced by the ring's and their values in this run."""
+        for created, name in self.translation.symbols.items():
+            text = re.sub(rf"\b{created}\b", f"{name} = {self.values[name]}", text)
+        return text
 
     @contextmanager
     def kernels(self) -> Iterator[None]:
@@ -172,7 +181,7 @@ class _Kernels(TorchDispatchMode):
             return self._run(func, args, kwargs)
         key = (func, _described(args), _described(tuple(kwargs.items())))
         if key in self._known:
-            made = [torch.empty_strided(layout.shape, layout.strides, dtype=layout.dtype, device="meta") for layout in self._known[key]]
+            made = [torch.empty_strided(*layout[:2], dtype=layout.dtype, device="meta") for layout in self._known[key]]
             return tuple(made) if len(func._schema.returns) > 1 else made[0]
         out = self._run(func, args, kwargs)
         outputs = out if isinstance(out, tuple) else (out,)
@@ -201,7 +210,8 @@ def _described(value: Any) -> Any:
         return (*map(_described, _layout(value)), value.device)
     if isinstance(value, tuple | list):
         return tuple(_described(part) for part in value)
-    return value.node.expr if isinstance(value, torch.SymInt) else (type(value), value)
+    symbolic = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+    return value.node.expr if symbolic else (type(value), value)
 
 
 class _Upsampling(TorchFunctionMode):
@@ -211,14 +221,14 @@ class _Upsampling(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.interpolate and kwargs.get("mode") == "nearest":
-            return _nearest(*args, kwargs.get("size"), kwargs.get("scale_factor"))
+        if func is F.interpolate and kwargs.get("mode") == "nearest" and kwargs.get("scale_factor") in (None, 2.0):
+            return _nearest(args[0], kwargs.get("size"), kwargs.get("scale_factor"))
         return func(*args, **kwargs)
 
 
 def _nearest(x: Any, size: Any, scale_factor: float | None) -> Any:
     if scale_factor is not None:
-        size = [side * int(scale_factor) for side in x.shape[2:]]
+        size = [int(scale_factor) * side for side in x.shape[2:]]
     return aten.upsample_nearest2d.default(x, list(size))
 
 

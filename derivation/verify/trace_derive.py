@@ -6,12 +6,14 @@ Only the transformer's call: text encoders, VAE, scheduler and the pipeline's ow
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 
 from derivation.api import Derivation
@@ -22,34 +24,33 @@ from derivation.options import Options
 from derivation.program import Program
 from derivation.simplify import Grid
 from derivation.tape import tape
+from derivation.verify.architectures import Inputs, MaskedAttention, Shapes, build_transformer, checked
 from derivation.verify.runs import sdpa_mode
 from derivation.verify.symbolic import SymbolicSizes, record
-from derivation.verify.tracer import Tracer
-from derivation.verify.transformers import Inputs, MaskedAttention, Shapes, build_transformer, checked
+from derivation.verify.tracer import Trace, Tracer
 
 MODEL = "transformer"
 # Distinct primes below every table of positions: they decide what the program asks of generic sizes.
 GENERIC: Mapping[str, int] = {"B": 3, "L": 89, "h1": 37, "w1": 53}
 # Level 1 is the grid of patches, two latents or 16 pixels a side.
 GRID = Grid(8, 2)
+APPLICABLE = ("dtype", "attention", "num_images_per_prompt", "pipeline")
 
 
 def trace_derivation(
-    model: object,
-    dtype: str = "float16",
-    attention: str = "efficient",
-    num_images_per_prompt: int = 1,
-    fixed: Mapping[str, int] | None = None,
+    model: object, options: Options | None = None, fixed: Mapping[str, int] | None = None
 ) -> TracedDerivation:
     """Derive a transformer's call from its real module: a config dict, its file, its folder or its pipeline's.
 
-    Raises DerivationError for a class, a config or an option that is not supported.
+    Of ``options``, ``dtype``, ``attention`` and ``num_images_per_prompt`` apply, and ``pipeline`` makes no
+    difference. Raises DerivationError for a class, a config or an option that is not supported.
     """
-    config, file = read_transformer_config(model)
-    options = Options(
-        pipeline="txt2img", dtype=dtype, attention=attention, num_images_per_prompt=num_images_per_prompt
-    )
-    return TracedDerivation(config, file, options, fixed)
+    options = options or Options()
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name not in APPLICABLE and value != field.default:
+            raise DerivationError(f"{field.name} = {value!r} is not supported with method = 'trace'")
+    return TracedDerivation(*read_transformer_config(model), options, fixed)
 
 
 def read_transformer_config(model: object) -> tuple[dict[str, Any], str]:
@@ -84,13 +85,17 @@ class TracedDerivation(Derivation):
         self.config, self.file = dict(config), file
         super().__init__(_checkpoint(config["_class_name"], file), options, fixed)
 
+    def __repr__(self) -> str:
+        o = self.options
+        return f"TracedDerivation({self.checkpoint.name!r}, {o.dtype}, attention={o.attention})"
+
     @cached_property
     def module(self) -> Any:
         """The real module, on ``meta``."""
         return build_transformer(self.config, self.options.dtype, self.options.attention == "eager")
 
     @property
-    def grid(self) -> Grid:  # type: ignore[override]
+    def grid(self) -> Grid:
         """How image sides map to the patch grid's: level 1 of 2."""
         return GRID
 
@@ -133,32 +138,73 @@ class TracedDerivation(Derivation):
                 raise DerivationError(f"{key} = {value} is not supported (supported: multiples of {GRID.unit})")
         return super().sizes(height, width, batch_size, prompt_length)
 
+    def estimate(
+        self, height: int, width: int, batch_size: int = 1, prompt_length: int = 77, guidance: bool = True
+    ) -> dict[str, Any]:
+        """Return everything known about one call, in bytes, ready for JSON."""
+        return {**super().estimate(height, width, batch_size, prompt_length, guidance), "method": self.method}
+
+    def latex(self) -> str:
+        """Return the headline equation as a LaTeX align environment; exact cases are not enumerated for a trace."""
+        return f"\\begin{{align}}\nM &= {sympy.latex(self.peak)}\n\\end{{align}}"
+
+    def lambdify(self, target: str = "math") -> Callable[..., int]:
+        """Return peak_vram(height, width, prompt_length, batch_size, guidance) in bytes, exact at every size.
+
+        It evaluates this object; ``target`` is "math" (a trace has no generated code).
+        """
+        if target != "math":
+            raise DerivationError(f"target = {shown(target)} is not supported with method = 'trace' (supported: math)")
+
+        def peak_vram(
+            height: int, width: int, prompt_length: int = 77, batch_size: int = 1, guidance: bool = True
+        ) -> int:
+            values = self.sizes(height, width, batch_size, prompt_length)
+            [(peak, _)] = self.program(guidance).at(values).evaluator.peaks(values).values()
+            return self.weights_bytes + peak
+
+        return peak_vram
+
+    def measure(
+        self, height: int, width: int, batch_size: int = 1, prompt_length: int = 77, guidance: bool = True
+    ) -> Trace:
+        """Trace the real module at one size with plain integers: what the closed form must equal."""
+        values = self.sizes(height, width, batch_size, prompt_length)
+        return self._trace(values, guidance)
+
     def _run(self, guidance: bool) -> None:
         """Record the module's call on the active tape."""
-        recorded = tape()
-        sizes = SymbolicSizes(recorded, {**GENERIC, **recorded.fixed})
+        sizes = SymbolicSizes(tape(), {**GENERIC, **tape().fixed})
+        tape().mark(MODEL)
+        try:
+            with sizes.kernels():
+                trace = self._trace(sizes, guidance)
+        except DerivationError as error:
+            raise DerivationError(sizes.named(str(error))) from None
+        record(trace, sizes)
+
+    def _trace(self, sizes: Any, guidance: bool) -> Trace:
+        """Call the module at ``sizes``, symbolic or not, under the tracer; what it rejects is the user's input."""
         rows = sizes["B"] * self.options.num_images_per_prompt * (2 if guidance and self.architecture.doubled else 1)
         shapes = Shapes(rows, sizes["L"], sizes["h1"], sizes["w1"], self.options.dtype)
-        recorded.mark(MODEL)
         inputs = self.architecture.inputs(self.module.config, shapes)
         tracer = Tracer({MODEL: self.module}, _tensors(inputs), stage=MODEL)
-        with torch.no_grad(), sizes.kernels(), self._attention(), tracer:
-            _output = self._call(inputs)
-        record(tracer.trace, sizes)
-
-    def _attention(self) -> ExitStack:
-        scope = ExitStack()
-        scope.enter_context(sdpa_mode(self.options.attention))
-        if self.options.attention in ("efficient", "flash"):
-            scope.enter_context(MaskedAttention())
-        return scope
-
-    def _call(self, inputs: Inputs) -> object:
-        """Call the module; what it rejects is the user's input."""
         try:
-            return self.module(**inputs, return_dict=False)
-        except ValueError as error:
-            raise DerivationError(f"{self.config['_class_name']}: {error}") from None
+            with torch.no_grad(), _attention(self.options.attention), tracer:
+                _output = self.module(**inputs, return_dict=False)
+        except DerivationError:
+            raise
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise DerivationError(f"{self.checkpoint.name}: the real module rejects the call: {error}") from None
+        return tracer.trace
+
+
+def _attention(backend: str) -> ExitStack:
+    scope = ExitStack()
+    scope.enter_context(sdpa_mode(backend))
+    if backend in ("efficient", "flash"):
+        scope.enter_context(MaskedAttention())
+    return scope
 
 
 def _tensors(inputs: Inputs) -> list[torch.Tensor]:

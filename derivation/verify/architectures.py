@@ -20,6 +20,7 @@ from derivation.options import Options
 aten = torch.ops.aten
 
 Inputs = dict[str, Any]
+MAX_LAYERS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,9 @@ def checked(config: Mapping[str, Any], file: str, options: Options) -> Architect
     patch_size = config.get("patch_size", architecture.patch_size)
     if patch_size != architecture.patch_size:
         raise UnsupportedConfig(file, "patch_size", patch_size, str(architecture.patch_size))
+    for key, value in config.items():
+        if "layers" in key and isinstance(value, int) and value > MAX_LAYERS:
+            raise UnsupportedConfig(file, key, value, f"up to {MAX_LAYERS}")
     if options.attention == "eager" and not architecture.eager:
         raise DerivationError(f"{name}: attention = 'eager' is not supported (its processors call SDPA)")
     return architecture
@@ -114,7 +118,11 @@ def build_transformer(config: Mapping[str, Any], dtype: str, eager: bool) -> Any
 
     Raises DerivationError for a config that diffusers rejects.
     """
-    return _build(json.dumps(config, sort_keys=True), dtype, eager)
+    try:
+        values = json.dumps(config, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DerivationError(f"config: no JSON: {error}") from None
+    return _build(values, dtype, eager)
 
 
 @lru_cache(maxsize=4)
@@ -144,7 +152,7 @@ def _cast(model: Any, dtype: torch.dtype) -> Any:
 
 
 class MaskedAttention(TorchFunctionMode):
-    """SDPA with a mask: flash cannot, efficient takes it as a bias expanded to every query.
+    """SDPA with a mask: flash cannot; efficient takes it as a bias expanded to every query, math where heads are odd.
 
     On CUDA a mask whose last side is no multiple of 8 is copied into a padded one first (attention.cpp: pad_bias);
     that copy is not counted.
@@ -158,6 +166,9 @@ class MaskedAttention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention or mask is None:
             return func(*args, **kwargs)
         query, key, value = args
+        alignment = 4 if query.dtype == torch.float32 else 8
+        if query.shape[-1] % alignment:
+            return aten.scaled_dot_product_attention(query, key, value, mask, scale=kwargs.get("scale"))
         bias = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         op = aten._scaled_dot_product_efficient_attention
         return op(query, key, value, bias, False, 0.0, False, scale=kwargs.get("scale"))[0]
