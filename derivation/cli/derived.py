@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,23 +99,57 @@ def export(
 
 
 @expanded
-def verify(model: Model, options: Options, size: Size, prompt: Prompt, json: Json = False) -> None:
+def verify(
+    options: Options,
+    size: Size,
+    prompt: Prompt,
+    model: Model = DEFAULT_MODEL,
+    fuzz: Annotated[int, typer.Option(help="Compare this many seeded random configs instead.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="First seed of --fuzz.", min=0)] = 0,
+    json: Json = False,
+) -> None:
     """Compare with the real modules, traced on the meta device (needs the verify extra); exit code 1 on a mismatch.
 
     Example: derivation verify stable-diffusion-v1-5 --height 520 --width 392 --attention eager
+
+    Example: derivation verify --fuzz 200 --seed 7
     """
     load(model)
     try:
+        from derivation.verify.fuzz import run_fuzz
         from derivation.verify.verification import Size as Call
         from derivation.verify.verification import run_verification
     except ImportError as error:
         raise DerivationError(f"verify needs {error.name or error}: {VERIFY_EXTRA}") from None
+    if fuzz:
+        _report_fuzz(run_fuzz(fuzz, seed), fuzz, json)
+        return
     call = Call(**sizes(size, prompt))
     rows = [row.as_dict() for row in run_verification(model, [call], **asdict(options))]
     matches = all(row["match"] for row in rows)
     output.emit({"match": matches, "rows": rows}, json, _show_verified)
     if not matches:
         raise typer.Exit(1)
+
+
+def _report_fuzz(cases: Iterable[tuple[object, Any]], count: int, json: bool) -> None:
+    """Print each mismatch with the line that reproduces it; exit code 1 if there is one."""
+    failed = []
+    with output.progress() as bar:
+        for case, comparison in bar.track(cases, total=count, description="comparing random configs"):
+            if not comparison.match:
+                failed.append({"reproduce": str(case), **asdict(comparison)})
+    result = {"match": not failed, "cases": count, "failed": failed}
+    output.emit(result, json, _show_fuzzed)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _show_fuzzed(result: Mapping[str, Any]) -> None:
+    for case in result["failed"]:
+        output.line(f"MISMATCH derived {case['derived_bytes']}, traced {case['traced_bytes']}: {case['parting']}")
+        output.line(f"  reproduce: {case['reproduce']}")
+    output.line(f"{result['cases']} random configs, {len(result['failed'])} mismatches")
 
 
 def _show_verified(result: Mapping[str, Any]) -> None:
