@@ -31,7 +31,7 @@ def decides_alike(tape: Tape, values: Mapping[str, int]) -> bool:
 
 
 class Program:
-    """Records ``run`` symbolically (``fixed`` symbols as numbers), and again for sizes at which it decides otherwise."""
+    """Records ``run`` symbolically, ``fixed`` symbols as numbers, and again for sizes at which it decides otherwise."""
 
     def __init__(
         self, run: Callable[[], object], settings: Settings, fixed: Mapping[str, int] | None = None

@@ -33,6 +33,7 @@ Check = Callable[[object, At], T]
 
 
 def integer(low: int = 1, high: int = MAX_SIZE) -> Check[int]:
+    """Return a check that takes integers in a range."""
     def check(value: object, at: At) -> int:
         if type(value) is int and low <= value <= high:
             return value
@@ -42,16 +43,19 @@ def integer(low: int = 1, high: int = MAX_SIZE) -> Check[int]:
 
 
 def flag(value: object, at: At) -> bool:
+    """Return ``value`` if it is a boolean."""
     if isinstance(value, bool):
         return value
     raise at.unsupported(value, "true or false")
 
 
 def flag_or_null(value: object, at: At) -> bool:
+    """Return ``value`` if it is a boolean; null is False."""
     return value is not None and flag(value, at)
 
 
 def number(value: object, at: At) -> float:
+    """Return ``value`` if it is a finite number."""
     if isinstance(value, float) and math.isfinite(value):
         return value
     if type(value) is int and abs(value) < 1 << 53:
@@ -60,22 +64,26 @@ def number(value: object, at: At) -> float:
 
 
 def positive(value: object, at: At) -> float:
+    """Return ``value`` if it is a number above 0."""
     if number(value, at) > 0:
         return number(value, at)
     raise at.unsupported(value, "a number above 0")
 
 
 def text(value: object, at: At) -> str:
+    """Return ``value`` if it is a string."""
     if isinstance(value, str):
         return value
     raise at.unsupported(value, "a string")
 
 
 def anything(value: object, at: At) -> object:
+    """Return any ``value``."""
     return value
 
 
 def one_of(*values: T) -> Check[T]:
+    """Return a check that takes ``values`` alone, their types included."""
     def check(value: object, at: At) -> T:
         for known in values:
             if type(value) is type(known) and value == known:
@@ -86,6 +94,7 @@ def one_of(*values: T) -> Check[T]:
 
 
 def optional(check: Check[T]) -> Check[T | None]:
+    """Return a check that takes null or what ``check`` takes."""
     return lambda value, at: None if value is None else check(value, at)
 
 
