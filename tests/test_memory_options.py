@@ -71,5 +71,5 @@ def test_attention_slicing(folder, slice_size, height, width, batch_size):
 
 
 def test_a_slice_larger_than_the_heads_is_one_line():
-    with pytest.raises(DerivationError, match="attention_slicing = 9 is not supported .*1 to 8 heads"):
+    with pytest.raises(DerivationError, match=r"attention_slicing = 9 is not supported .*1 to 8 heads"):
         derive(SD15, attention_slicing=9).component_peaks(64, 64)

@@ -1,0 +1,62 @@
+"""Derive models' peak GPU memory, write the derivation notes to report/ and refresh formulas/."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from derivation import DerivationError
+from derivation.attention import names
+from derivation.options import DTYPES, PIPELINES
+from derivation.report.job import build_all
+
+DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+OPTIONS = ("pipeline", "dtype", "attention", "gpu")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of the main job."""
+    result = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example: python build_report.py stabilityai/stable-diffusion-2-1 --pipeline txt2img --output report/",
+    )
+    result.add_argument("models", metavar="MODEL", nargs="*", default=[DEFAULT_MODEL], help="bundled ids or folders")
+    result.add_argument("--pipeline", choices=PIPELINES, default="img2img")
+    result.add_argument("--dtype", choices=DTYPES, default="float16")
+    result.add_argument("--attention", choices=names(), default="efficient")
+    result.add_argument("--gpu", help="include what this GPU's libraries allocate (default: tensors only)")
+    result.add_argument("--output", type=Path, default=Path("report"), help="folder to write (default: report/)")
+    result.add_argument("--pdf", action="store_true", help="also typeset the notes, where a TeX engine is installed")
+    result.add_argument("--verify", action="store_true", help="trace the real modules now (needs the extra verify)")
+    result.add_argument("--json", action="store_true", help="print one JSON object: the files and the time taken")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the job and return its exit code: 0, or 2 with one line on stderr."""
+    args = parser().parse_args(arguments)
+    console, start = Console(stderr=True, highlight=False), time.monotonic()
+    options = {name: getattr(args, name) for name in OPTIONS}
+    try:
+        with console.status("starting") as status:
+            progress = status.update if console.is_terminal else lambda step: None
+            paths = build_all(args.models, args.output, args.pdf, args.verify, progress, **options)
+    except DerivationError as error:
+        print(f"build_report.py: {error}", file=sys.stderr)
+        return 2
+    seconds = round(time.monotonic() - start, 1)
+    if args.json:
+        print(json.dumps({"files": [str(path) for path in paths], "seconds": seconds}))
+    elif console.is_terminal:
+        console.print(f"wrote {', '.join(str(path) for path in paths)} in {seconds} s", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""NumPy and PyTorch: int64 arrays that broadcast."""
+
+from __future__ import annotations
+
+from derivation.export.expression import Expression, Writer
+from derivation.export.function import Function
+from derivation.export.limits import limits
+from derivation.export.python import NAMES
+from derivation.export.render import example, render
+
+
+class ArrayWriter(Writer):
+    """Writes expressions for int64 arrays; the template spells out a Max, which is pairwise."""
+
+    def ceil_div(self, dividend: Expression, divisor: int) -> str:
+        """Return the quotient of integers >= 0 with one operation less than two negations take."""
+        return f"({self(dividend)} + {divisor - 1}) // {divisor}"
+
+
+def arrays(function: Function, library: str) -> str:
+    """Return a module with ``peak_vram`` for arrays of ``library``, "numpy" or "torch"."""
+    height, width, peak = example(function.derivation)
+    name = {"numpy": "np", "torch": "torch"}[library]
+    return render(
+        "peak_vram_arrays.py.j2",
+        function,
+        write=ArrayWriter(NAMES),
+        library=library,
+        name=name,
+        limits=limits(function),
+        example={"height": height, "width": width, "bytes": peak},
+    )

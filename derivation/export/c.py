@@ -1,0 +1,39 @@
+"""C: a header with one static inline function on int64_t."""
+
+from __future__ import annotations
+
+from derivation.export.expression import Expression, Writer
+from derivation.export.function import Function
+from derivation.export.limits import limits
+from derivation.export.python import NAMES
+from derivation.export.render import example, render
+
+INT_MAX = 2**31 - 1
+
+
+class CWriter(Writer):
+    """Writes expressions for int64_t, whose division truncates: the same as rounding down for integers >= 0."""
+
+    def integer(self, value: int) -> str:
+        """Return a literal that is never wider than its type."""
+        return str(value) if abs(value) <= INT_MAX else f"INT64_C({value})"
+
+    def floor_div(self, dividend: Expression, divisor: int) -> str:
+        """Return a quotient."""
+        return f"{self.atom(dividend)} / {divisor}"
+
+    def ceil_div(self, dividend: Expression, divisor: int) -> str:
+        """Return a quotient rounded up."""
+        return f"({self(dividend)} + {divisor - 1}) / {divisor}"
+
+
+def c(function: Function) -> str:
+    """Return a header that defines ``peak_vram``."""
+    height, width, peak = example(function.derivation)
+    return render(
+        "peak_vram.h.j2",
+        function,
+        write=CWriter(NAMES),
+        limits=limits(function),
+        example={"height": height, "width": width, "bytes": peak},
+    )

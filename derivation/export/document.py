@@ -1,0 +1,153 @@
+"""JSON: expression trees, described by schema.json, that another program can evaluate without us."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+
+from derivation.api import Derivation
+from derivation.crossover import crossovers, does_not_matter
+from derivation.export.expression import Expression, Let, Name
+from derivation.export.function import CaseCode, Function
+from derivation.export.render import facts, printable
+from derivation.symbols import SYMBOLS
+from derivation.witness import Witness
+
+SCHEMA = "peak_vram/1"
+ARGUMENTS = {"L": ("prompt_length", "tokens"), "B": ("batch_size", "prompts")}
+
+
+def document(function: Function) -> str:
+    """Return the JSON document of a function."""
+    return json.dumps(as_dict(function), indent=1, ensure_ascii=True) + "\n"
+
+
+def as_dict(function: Function) -> dict[str, Any]:
+    """Return the document as plain data."""
+    d, header = function.derivation, facts(function)
+    return {
+        "schema": SCHEMA,
+        "title": header.title,
+        "generator": f"{header.generator}: do not edit",
+        "model": printable(d.checkpoint.name),
+        "options": d.options.as_dict(),
+        "versions": dict(line.split() for line in header.versions),
+        "units": "bytes",
+        "assumptions": list(header.assumptions),
+        "exclusions": list(header.exclusions),
+        "operations": {"guidance": function.operations[True], "no_guidance": function.operations[False]},
+        "weights": d.weights,
+        "arguments": _arguments(function),
+        "symbols": [_let(side, "pixels / VAE scale factor") for side in function.sides],
+        "cases": [_case(case, g, d.weights_bytes) for g, cases in function.cases.items() for case in cases],
+        "headline": {name: _headline(d, g) for name, g in (("guidance", True), ("no_guidance", False))},
+    }
+
+
+def tree(expression: Expression) -> Any:
+    """Return an integer, a name, or {"operator": ..., "operands": [...]}.
+
+    >>> from derivation.export.expression import add
+    >>> tree(add(Name("x"), 1))
+    {'operator': 'add', 'operands': ['x', 1]}
+    """
+    if isinstance(expression, int):
+        return expression
+    if isinstance(expression, Name):
+        return expression.name
+    return {"operator": expression.operator, "operands": [tree(x) for x in expression.operands]}
+
+
+def _arguments(function: Function) -> list[dict[str, Any]]:
+    meanings = {s.name: s.meaning for s in SYMBOLS}
+    multiple = function.factor if function.multiples_only else 1
+    sides = [
+        {
+            "name": name,
+            "meaning": f"image {name}",
+            "units": "pixels",
+            "minimum": function.factor,
+            "multiple_of": multiple,
+            **_fixed(function, f"{name[0]}0", function.factor),
+        }
+        for name in ("height", "width")
+    ]
+    others = [
+        {
+            "name": name,
+            "argument": argument,
+            "meaning": meanings[name],
+            "units": units,
+            "minimum": 1,
+            "default": function.defaults[name],
+            **_fixed(function, name, 1),
+        }
+        for name, (argument, units) in ARGUMENTS.items()
+    ]
+    return [*sides, *others]
+
+
+def _fixed(function: Function, name: str, factor: int) -> dict[str, int]:
+    return {"fixed": function.fixed[name] * factor} if name in function.fixed else {}
+
+
+def _let(let: Let, units: str) -> dict[str, Any]:
+    return {"name": let.name, "value": tree(let.value), "meaning": let.note, "units": units}
+
+
+def _case(case: CaseCode, guidance: bool, weights_bytes: int) -> dict[str, Any]:
+    return {
+        "guidance": guidance,
+        "conditions": [{"left": tree(x.left), "operator": x.operator, "right": x.right} for x in case.conditions],
+        "constants": {"WEIGHTS_BYTES": weights_bytes},
+        "lets": [_let(let, "bytes" if let.note else "elements") for let in case.lets],
+        "value": tree(case.result),
+    }
+
+
+def _headline(derivation: Derivation, guidance: bool) -> dict[str, Any]:
+    stage = derivation.pipeline_stage(guidance)
+    unit = derivation.grid.unit
+    return {
+        "valid_for": f"height and width that are multiples of {unit} pixels; rounding to 512 bytes left out",
+        "weights_bytes": derivation.weights_bytes,
+        "terms": [
+            {
+                "stage": term.point.stage,
+                "bytes": str(term.expression),
+                "latex": sympy.latex(term.expression),
+                "rounding_bytes": term.rounding_bytes,
+                "witness": _witness(witness),
+            }
+            for term, witness in zip(stage.terms, stage.witnesses, strict=True)
+        ],
+        "crossovers": [
+            {"before": c.before, "after": c.after, "latex": c.latex, "at": int(c.at), "sentence": c.sentence}
+            for c in crossovers(derivation, guidance)
+        ],
+        "does_not_matter": [
+            {"quantity": x.quantity, "sentence": x.sentence} for x in does_not_matter(derivation, guidance)
+        ],
+    }
+
+
+def _witness(witness: Witness) -> Mapping[str, Any]:
+    return {
+        "module": witness.module,
+        "operator": witness.op,
+        "tensors": [
+            {
+                "module": tensor.module,
+                "operator": tensor.op,
+                "shape": [str(dim) for dim in tensor.shape],
+                "dtype": tensor.dtype,
+                "bytes": str(tensor.nbytes),
+                "count": str(tensor.count),
+                "category": tensor.category,
+            }
+            for tensor in witness.tensors
+        ],
+    }

@@ -1,0 +1,230 @@
+"""The exact peak as a list of cases: the generic points, and others for sizes at which PyTorch decides otherwise.
+
+A program takes decisions on sizes ("is this dimension larger than 1?"), so that a generic closed form holds
+where the generic decisions hold. Every other combination of decisions is visited here. Theorem: a pipeline's
+live set is what the pipeline holds plus what the running component allocates, so if every component's exact
+peak is the same function under two combinations, so is the pipeline's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from derivation.api import Derivation
+from derivation.liveness import Point, local_maxima
+from derivation.peak import margin, proven_nonnegative, reduce_points
+from derivation.program import Program, Variant
+from derivation.symbols import MAX_LEVELS, Size, free_names, symbol
+from derivation.tape import Guard, Tape
+
+Threshold = tuple[Size, int]
+LiveSet = frozenset[tuple[Size, Size]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A region of sizes: some symbols are 1, some sizes are above a threshold."""
+
+    ones: frozenset[str] = frozenset()
+    above: frozenset[Threshold] = frozenset()
+
+    @property
+    def conditions_count(self) -> int:
+        """How many symbols and sizes are bounded."""
+        return len(self.ones) + len(self.above)
+
+    def contains(self, other: Cell) -> bool:
+        """Return whether every size of ``other`` is one of this cell's."""
+        return self.ones <= other.ones and {_at(size, self.ones) for size, _ in self.above} <= {
+            _at(size, self.ones) for size, _ in other.above
+        }
+
+    def joined(self, other: Cell) -> Cell | None:
+        """Return the sizes of both cells, or None where there are none."""
+        ones = self.ones | other.ones
+        above = {(_at(size, ones), bound) for size, bound in self.above | other.above}
+        if any(isinstance(size, int) and size <= bound for size, bound in above):
+            return None
+        return Cell(ones, frozenset((size, bound) for size, bound in above if not isinstance(size, int)))
+
+    def flipped(self, guard: Guard) -> Cell | None:
+        """Return the part of this cell where ``guard`` is answered the other way, or None if there is none."""
+        if not guard.answer:
+            return self.joined(Cell(above=frozenset([(guard.size, guard.bound)])))
+        if guard.bound == 1:
+            return self.joined(Cell(ones=_with_deeper(free_names(guard.size))))
+        return None
+
+    def values(self, generic: Mapping[str, int]) -> dict[str, int]:
+        """Return sizes in this cell: the ``generic`` ones, but for those that it names."""
+        values = {name: 1 if name in self.ones else size for name, size in generic.items()}
+        for size, bound in self.above:
+            names = free_names(size)
+            for name in {name for name in names if name[0] in "hw"} or names:
+                values[name] = max(values[name], bound + 1)
+        return values
+
+    def conditions(self) -> tuple[Guard, ...]:
+        """Return the fewest decisions that put a size into this cell."""
+        least = [n for n in sorted(self.ones) if n in "BL" or f"{n[0]}{int(n[1:]) - 1}" not in self.ones]
+        ones = [Guard(symbol(name), 1, answer=False) for name in least]
+        above = [Guard(size, bound, answer=True) for size, bound in sorted(self.above, key=str)]
+        return (*ones, *above)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """The points whose Max is the peak beyond the weights, where all ``conditions`` hold."""
+
+    conditions: tuple[Guard, ...]
+    points: tuple[Point, ...]
+
+
+def _with_deeper(names: Iterable[str]) -> frozenset[str]:
+    """Add the deeper levels: a side of 1 is 1 at every level below."""
+    deeper = {f"{n[0]}{k}" for n in names if n[0] in "hw" for k in range(int(n[1:]), MAX_LEVELS)}
+    return frozenset(names) | deeper
+
+
+@lru_cache(maxsize=65536)
+def _at(size: Size, ones: frozenset[str]) -> Size:
+    """Return ``size`` with ``ones`` put to 1."""
+    if isinstance(size, int) or not free_names(size) & ones:
+        return size
+    moved = size.compose([(symbol(name), size.ring(1)) for name in sorted(ones)])
+    return int(moved.LC) if moved.is_ground else moved
+
+
+def _live_set(point: Point, ones: frozenset[str]) -> LiveSet:
+    terms: dict[Size, Size] = {}
+    for nbytes, count in point.terms:
+        moved = _at(nbytes, ones)
+        terms[moved] = terms.get(moved, 0) + _at(count, ones)
+    return frozenset(terms.items())
+
+
+def generic_sizes(derivation: Derivation) -> dict[str, int]:
+    """Return the least sizes at which every symbol that is not fixed is above 1."""
+    unit = derivation.grid.unit
+    return dict.fromkeys(derivation.sizes(unit, unit, 1, 1), 2) | derivation.fixed
+
+
+def regimes(program: Program, generic: Mapping[str, int]) -> list[tuple[Cell, Variant]]:
+    """Return a recorded variant for every combination of decisions that ``program`` can take.
+
+    Sizes at which a variant does not hold violate one of its guards, so they lie in a cell that is visited.
+    """
+    queue, seen, found = [Cell()], {Cell()}, dict[int, tuple[Cell, Variant]]()
+    while queue:
+        cell = queue.pop(0)
+        variant = program.at(cell.values(generic))
+        found.setdefault(id(variant), (cell, variant))
+        flips = {cell.flipped(guard): None for guard in variant.tape.guards.values()}
+        fresh = [flip for flip in flips if flip is not None and flip not in seen]
+        seen.update(fresh)
+        queue += fresh
+    return list(found.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The live sets of one variant, and those that dominate them all."""
+
+    points: tuple[Point, ...]
+    kept: tuple[Point, ...]
+
+    @classmethod
+    def of(cls, tape: Tape) -> Known:
+        """Reduce each stage of ``tape``, then the survivors."""
+        points = local_maxima(tape)
+        stages = {name: [p for p in points if p.stage == name] for name in dict.fromkeys(p.stage for p in points)}
+        survivors = [p for stage in stages.values() for p in reduce_points(stage).kept]
+        return cls(tuple(points), reduce_points(survivors).kept)
+
+    def same_peak(self, cell: Cell, points: Iterable[Point]) -> bool:
+        """Return True if the Max over ``points`` is proven equal to this Max in ``cell``."""
+        occurring = [p for p in self.points if _occurs(p, cell)]
+        before = {_live_set(p, cell.ones) for p in occurring}
+        kept = {_live_set(p, cell.ones) for p in self.kept if _occurs(p, cell)}
+        after = {_live_set(p, cell.ones) for p in points}
+        return _covers(kept, after - before) and _covers(after, kept - after)
+
+
+def _occurs(point: Point, cell: Cell) -> bool:
+    length = symbol("L")
+    return point.max_length is None or all(
+        size != length or bound < point.max_length for size, bound in cell.above
+    )
+
+
+def _covers(uppers: Iterable[LiveSet], lowers: Iterable[LiveSet]) -> bool:
+    """Return True if each of ``lowers`` is proven to take at most what one of ``uppers`` takes."""
+    candidates = [Point(0, "", tuple(upper)) for upper in uppers]
+    return all(
+        any(proven_nonnegative(margin([(upper, 1)], Point(0, "", tuple(lower)))) for upper in candidates)
+        for lower in lowers
+    )
+
+
+def deviations(generic: Known, variants: Iterable[tuple[Cell, Variant]]) -> list[tuple[Cell, Known]]:
+    """Return the cells, in order, in which the peak is another function than in the nearest cell around them."""
+    known = [(Cell(), generic)]
+    for cell, variant in variants:
+        _, nearest = max((k for k in known if k[0].contains(cell)), key=lambda k: k[0].conditions_count)
+        if not nearest.same_peak(cell, local_maxima(variant.tape)):
+            known.append((cell, Known.of(variant.tape)))
+    return known[1:]
+
+
+def exact_cases(derivation: Derivation, guidance: bool) -> tuple[Case, ...]:
+    """Return the cases of the exact peak, most special first: the first whose conditions hold applies."""
+    kept = derivation.record(guidance).pipeline.reduction.kept
+    program, sizes = derivation.program(guidance), generic_sizes(derivation)
+    cells = _component_cells(derivation, guidance) + _own_cells(derivation, guidance)
+    generic = Known(tuple(local_maxima(program.generic.tape)), kept)
+    variants = ((cell, program.at(cell.values(sizes))) for cell in _intersections(cells))
+    special = deviations(generic, variants)
+    cases = [Case(cell.conditions(), known.kept) for cell, known in reversed(special)]
+    return tuple(split for case in [*cases, Case((), kept)] for split in _by_length(case))
+
+
+def _component_cells(derivation: Derivation, guidance: bool) -> list[Cell]:
+    """Return the cells in which some component's peak is another function."""
+    found: list[Cell] = []
+    for name in derivation.calls:
+        (_, generic), *others = regimes(derivation.component(name, guidance), generic_sizes(derivation))
+        found += [cell for cell, _ in deviations(Known.of(generic.tape), others)]
+    return found
+
+
+def _own_cells(derivation: Derivation, guidance: bool) -> list[Cell]:
+    """Return the cells that decisions which no component takes, only the pipeline, lead to."""
+    calls = (derivation.component(name, guidance) for name in derivation.calls)
+    inside = {key for call in calls for key in call.generic.tape.guards}
+    guards = derivation.program(guidance).generic.tape.guards
+    flips = (Cell().flipped(guard) for key, guard in guards.items() if key not in inside)
+    return [cell for cell in flips if cell is not None]
+
+
+def _intersections(cells: Iterable[Cell]) -> list[Cell]:
+    """Return the cells and all their non-empty intersections, the largest cells first."""
+    found: dict[Cell, None] = {}
+    for cell in cells:
+        joined = [both for other in found if (both := cell.joined(other)) is not None]
+        found |= dict.fromkeys([cell, *joined])
+    return sorted(found, key=lambda cell: cell.conditions_count)
+
+
+def _by_length(case: Case) -> tuple[Case, ...]:
+    """Split off the prompt lengths at which some points no longer occur."""
+    limits = {p.max_length for p in case.points if p.max_length is not None}
+    longer = [
+        Case(
+            (*case.conditions, Guard(symbol("L"), limit, answer=True)),
+            tuple(p for p in case.points if p.max_length is None or p.max_length > limit),
+        )
+        for limit in sorted(limits, reverse=True)
+    ]
+    return (*longer, case)

@@ -1,0 +1,35 @@
+"""JavaScript: an ES module on numbers, exact or a RangeError."""
+
+from __future__ import annotations
+
+from derivation.export.expression import Expression, Writer
+from derivation.export.function import Function
+from derivation.export.python import NAMES
+from derivation.export.render import example, render
+
+
+class JavaScriptWriter(Writer):
+    """Writes expressions for doubles that hold integers: a division by 2^k is exact before it is rounded."""
+
+    def max(self, *operands: Expression) -> str:
+        """Return ``Math.max``."""
+        return f"Math.{super().max(*operands)}"
+
+    def floor_div(self, dividend: Expression, divisor: int) -> str:
+        """Return ``Math.floor`` of a quotient."""
+        return f"Math.floor({self.atom(dividend)} / {divisor})"
+
+    def ceil_div(self, dividend: Expression, divisor: int) -> str:
+        """Return ``Math.ceil`` of a quotient."""
+        return f"Math.ceil({self.atom(dividend)} / {divisor})"
+
+
+def javascript(function: Function) -> str:
+    """Return an ES module that exports ``peak_vram``."""
+    height, width, peak = example(function.derivation)
+    return render(
+        "peak_vram.js.j2",
+        function,
+        write=JavaScriptWriter(NAMES),
+        example={"height": height, "width": width, "bytes": peak},
+    )

@@ -1,0 +1,109 @@
+"""Templates own layout; this module finds them, and says what every generated file says about itself."""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+import derivation as package
+from derivation.api import Derivation
+from derivation.errors import DerivationError
+from derivation.export.function import Function
+
+# The versions whose allocations the derivation follows, as in pyproject.toml's "verify" extra.
+VERSIONS = {"torch": "2.13.0", "diffusers": "0.42.1", "transformers": "5.23.0"}
+
+ASSUMPTIONS = (
+    "all models stay on the GPU, in one process, under torch.no_grad()",
+    "one call of the pipeline with the options above, the default output and no callback",
+    "each tensor takes its size rounded up to the CUDA allocator's 512-byte block",
+    "a prompt longer than the text encoder's positions comes as prompt_embeds",
+)
+EXCLUSIONS = (
+    "CUDA context and kernels' images",
+    "what the caching allocator reserves beyond live tensors",
+    "gradients, optimizer state, offloading, LoRA, ControlNet, IP-Adapter",
+)
+LIBRARY_SCRATCH = "scratch memory of cuDNN, cuBLAS and the attention kernels"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the header of a generated file says."""
+
+    title: str
+    generator: str
+    options: tuple[str, ...]
+    versions: tuple[str, ...]
+    assumptions: tuple[str, ...]
+    exclusions: tuple[str, ...]
+    operations: tuple[str, ...]
+
+
+def facts(function: Function) -> Facts:
+    """Return the header of a function's files."""
+    d, count = function.derivation, function.operations
+    scratch = () if d.options.gpu else (LIBRARY_SCRATCH,)
+    return Facts(
+        title=f"Peak GPU memory of {printable(d.checkpoint.name)} ({d.options.pipeline}), in bytes.",
+        generator=f"diffusion-vram-derivation {package.__version__}, from the checkpoint's config files",
+        options=tuple(f"{key}={printable(str(value))}" for key, value in d.options.as_dict().items()),
+        versions=tuple(f"{name} {getattr(d.options, name, None) or version}" for name, version in VERSIONS.items()),
+        assumptions=ASSUMPTIONS,
+        exclusions=(*scratch, *EXCLUSIONS),
+        operations=(f"{count[True]} integer operations with guidance", f"{count[False]} without"),
+    )
+
+
+def printable(text: str) -> str:
+    """Return ``text`` fit for a comment or a string of any target.
+
+    >>> printable('a/b-1.5 */ \\n\"\"\"')
+    'a/b-1.5 _/ ____'
+    """
+    return re.sub(r"[^A-Za-z0-9 ._/,=-]", "_", text)
+
+
+def template_folder() -> Path:
+    """Return the folder of templates: beside the package in a checkout, else where the wheel put it.
+
+    Raises DerivationError where there is none.
+    """
+    beside = Path(__file__).resolve().parents[2] / "templates"
+    installed = Path(sysconfig.get_path("data")) / "share" / "diffusion-vram-derivation" / "templates"
+    for folder in (beside, installed):
+        if (folder / "formulas").is_dir():
+            return folder
+    raise DerivationError(f"no templates in {beside} or {installed}")
+
+
+@lru_cache(maxsize=1)
+def environment() -> Environment:
+    """Return the jinja environment: an undefined name is an error."""
+    loader = FileSystemLoader(template_folder() / "formulas")
+    return Environment(
+        loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+
+
+def render(template: str, function: Function, **values: Any) -> str:
+    """Return a template's text, given the function, its facts and ``values``."""
+    return environment().get_template(template).render(function=function, facts=facts(function), **values)
+
+
+def example(derivation: Derivation) -> tuple[int, int, int]:
+    """Return a height, a width and the peak there from the replayed tape."""
+    height = width = 512
+    grid = derivation.grid
+    if "h0" in derivation.fixed:
+        height = derivation.fixed["h0"] * grid.vae_scale_factor
+    if "w0" in derivation.fixed:
+        width = derivation.fixed["w0"] * grid.vae_scale_factor
+    batch, length = derivation.fixed.get("B", 1), derivation.fixed.get("L", 77)
+    return height, width, derivation.weights_bytes + max(derivation.stage_peaks(height, width, batch, length).values())

@@ -1,0 +1,437 @@
+"""Generated files: up to date, executed, and the same number in every language."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import json
+import operator
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import types
+from itertools import product
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jsonschema import Draft202012Validator
+
+from derivation import DerivationError, derive
+from derivation.crossover import crossovers, does_not_matter
+from derivation.export import CHECKED_IN, TARGETS, compiled, export, generate, regenerate, write
+from derivation.export.exact import generic_sizes, regimes
+from derivation.export.render import VERSIONS
+from derivation.simplify import B, H, L, W
+
+ROOT = Path(__file__).resolve().parent.parent
+FORMULAS = ROOT / "formulas"
+MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SEED = 20
+UPDATE = "pytest tests/test_export.py --update-formulas"
+
+
+@pytest.fixture(scope="module")
+def generated(request):
+    if request.config.getoption("--update-formulas"):
+        regenerate(ROOT)
+    return generate()
+
+
+@pytest.fixture(scope="module")
+def d():
+    return derive(MODEL)
+
+
+@pytest.fixture(scope="module")
+def texts(d):
+    return {target: export(d, target) for target in TARGETS}
+
+
+@pytest.fixture(scope="module")
+def module(texts):
+    loaded = types.ModuleType("peak_vram")
+    exec(compile(texts["python"], "peak_vram.py", "exec"), loaded.__dict__)
+    return loaded
+
+
+def truth(d, height, width, length, batch, guidance):
+    """What the tape replays, with every decision taken at these sizes."""
+    return d.weights_bytes + max(d.stage_peaks(height, width, batch, length, guidance).values())
+
+
+def sizes(count, seed=SEED):
+    """Seeded sizes, from one latent to 4096 pixels, prompts around the encoder's limit, batches around 64."""
+    rng = random.Random(seed)
+    sides = [8, 9, 16, 17, 24, 40, 64, 65, 512, 519, 768, 1024, 4096]
+    return [
+        (
+            rng.choice([rng.choice(sides), rng.randint(8, 4096)]),
+            rng.choice([rng.choice(sides), rng.randint(8, 4096)]),
+            rng.choice([1, 2, 76, 77, 78, 154, rng.randint(1, 5000)]),
+            rng.choice([1, 2, 3, 63, 64, 65, rng.randint(1, 200)]),
+            rng.random() < 0.5,
+        )
+        for _ in range(count)
+    ]
+
+
+def test_checked_in_files_are_up_to_date(generated):
+    on_disk = {name: (FORMULAS / name).read_text() for name in generated if (FORMULAS / name).is_file()}
+    stale = sorted(name for name, text in generated.items() if on_disk.get(name) != text)
+    assert not stale, f"rewrite with: {UPDATE}"
+
+
+def test_no_stray_files(generated):
+    files = (path for path in FORMULAS.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    present = {str(path.relative_to(FORMULAS)) for path in files}
+    assert present == set(generated)
+
+
+def test_versions_are_those_of_the_verify_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = dict(line.split("==") for line in project["optional-dependencies"]["verify"] if "==" in line)
+    assert {name: pinned[name] for name in VERSIONS} == VERSIONS
+
+
+@pytest.mark.parametrize("case", sizes(60), ids=str)
+def test_python_equals_the_replayed_tape(d, module, case):
+    assert module.peak_vram(*case) == truth(d, *case), f"d.stage_peaks at {case}"
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_python_equals_the_replayed_tape_where_sizes_are_one(d, module, guidance):
+    rng = random.Random(SEED)
+    cells = list(product((8, 16, 24, 40, 80), (8, 16, 24, 40, 80), (1, 2, 77, 78), (1, 2, 63, 64)))
+    for height, width, length, batch in rng.sample(cells, 24):
+        case = (height, width, length, batch, guidance)
+        assert module.peak_vram(*case) == truth(d, *case), case
+
+
+def test_branches_equal_the_replayed_tape():
+    """Without guidance, eager attention on a batch of one skips copies that larger batches make."""
+    d = derive(MODEL, attention="eager")
+    peak_vram = compiled(d, "math")
+    long_prompts = [(h, w, n, 1, g) for h, w in ((8, 8), (64, 512)) for n in (1, 20_000) for g in (True, False)]
+    for case in [*long_prompts, *sizes(16)]:
+        assert peak_vram(*case) == truth(d, *case), case
+
+
+def test_regimes_reach_every_decision(d):
+    """A component's variants cover all combinations of sizes that are 1 and of thresholds."""
+    for name in ("unet", "vae_decode"):
+        variants = [variant for _, variant in regimes(d.component(name, False), generic_sizes(d))]
+        for height, width, length, batch in product((1, 2, 3, 5, 9), (1, 2, 3, 5, 9), (1, 2), (1, 2, 64)):
+            values = {"B": batch, "L": length, **d.grid.sizes(8 * height, 8 * width)}
+            assert any(v.holds(values) for v in variants), (name, values)
+
+
+def test_txt2img_takes_multiples_only():
+    d = derive(MODEL, pipeline="txt2img")
+    peak_vram = compiled(d, "math")
+    assert peak_vram(512, 520) == truth(d, 512, 520, 77, 1, True)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        peak_vram(512, 519)
+
+
+def test_exporting_leaves_the_derivation_usable():
+    before, after = derive(MODEL), derive(MODEL)
+    compiled(after)
+    for sizes_ in ((8, 8, 1, 1), (8, 64, 64, 2), (64, 16, 2, 78)):
+        assert after.component_peaks(*sizes_) == before.component_peaks(*sizes_)
+        assert after.stage_peaks(*sizes_) == before.stage_peaks(*sizes_)
+
+
+def test_fixed_sizes():
+    d = derive(MODEL).at(batch_size=1, prompt_length=77)
+    peak_vram = compiled(d, "math")
+    assert peak_vram(512, 768) == truth(d, 512, 768, 77, 1, True)
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        peak_vram(512, 768, batch_size=2)
+
+
+# The same number everywhere.
+
+INPUTS = sizes(10_000, seed=7)
+
+
+@pytest.fixture(scope="module")
+def expected(module):
+    return [module.peak_vram(*case) for case in INPUTS]
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_arrays_agree(d, expected, library):
+    pytest.importorskip(library)
+    height, width, length, batch, guidance = (np.array(column) for column in zip(*INPUTS, strict=True))
+    if library == "torch":
+        import torch
+
+        height, width, length, batch, guidance = map(torch.tensor, (height, width, length, batch, guidance))
+    peaks = compiled(d, library)(height, width, length, batch, guidance)
+    assert peaks.tolist() == expected
+
+
+def test_arrays_broadcast(d, module):
+    peaks = d.lambdify("numpy")(np.array([[512], [768]]), np.array([512, 1024]))
+    assert peaks.tolist() == [[module.peak_vram(h, w) for w in (512, 1024)] for h in (512, 768)]
+    with pytest.raises(ValueError, match="width is from 8"):
+        d.lambdify("numpy")(512, [8, 7])
+    with pytest.raises(TypeError):
+        d.lambdify("numpy")(512.0, 512)
+
+
+def test_math_agrees(d, module):
+    assert d.lambdify("math")(512, 768) == module.peak_vram(512, 768)
+
+
+COMPARE = {">": operator.gt, "==": operator.eq}
+
+
+def evaluate(tree, names):
+    """The whole interpreter that another program needs."""
+    if isinstance(tree, int):
+        return tree
+    if isinstance(tree, str):
+        return names[tree]
+    x = [evaluate(operand, names) for operand in tree["operands"]]
+    match tree["operator"]:
+        case "add" | "mul" | "max" as name:
+            return {"add": sum, "mul": prod, "max": max}[name](x)
+        case "floor_div":
+            return x[0] // x[1]
+        case "ceil_div":
+            return -(-x[0] // x[1])
+
+
+def peak_of(document, names, guidance):
+    for let in document["symbols"]:
+        names[let["name"]] = evaluate(let["value"], names)
+    for case in document["cases"]:
+        holds = all(COMPARE[c["operator"]](evaluate(c["left"], names), c["right"]) for c in case["conditions"])
+        if case["guidance"] == guidance and holds:
+            names |= case["constants"]
+            for let in case["lets"]:
+                names[let["name"]] = evaluate(let["value"], names)
+            return evaluate(case["value"], names)
+    raise AssertionError("no case holds")
+
+
+def test_json_agrees(texts, expected):
+    document = json.loads(texts["json"])
+    found = [
+        peak_of(document, {"height": h, "width": w, "L": length, "B": batch}, guidance)
+        for h, w, length, batch, guidance in INPUTS
+    ]
+    assert found == expected
+
+
+def test_json_fits_the_schema(texts):
+    schema = json.loads((ROOT / "derivation/export/schema.json").read_text())
+    Draft202012Validator.check_schema(schema)
+    Draft202012Validator(schema).validate(json.loads(texts["json"]))
+
+
+def test_json_names_modules(texts):
+    terms = json.loads(texts["json"])["headline"]["guidance"]["terms"]
+    assert terms[0]["stage"] == "vae_decode"
+    assert terms[0]["witness"]["module"].startswith("vae.decoder.")
+
+
+def run(command, stdin="", cwd=None):
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, cwd=cwd)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    return done.stdout
+
+
+def test_javascript_agrees(texts, expected, tmp_path):
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed")
+    (tmp_path / "peak_vram.mjs").write_text(texts["javascript"])
+    (tmp_path / "inputs.json").write_text(json.dumps(INPUTS))
+    (tmp_path / "main.mjs").write_text(
+        'import { readFileSync } from "node:fs";\n'
+        'import { peak_vram } from "./peak_vram.mjs";\n'
+        'const inputs = JSON.parse(readFileSync(new URL("inputs.json", import.meta.url)));\n'
+        "let limit = false;\n"
+        "try { peak_vram(2 ** 26, 2 ** 26); } catch (error) { limit = error instanceof RangeError; }\n"
+        "console.log(JSON.stringify([limit, inputs.map((x) => peak_vram(...x))]));\n"
+    )
+    assert json.loads(run(["node", str(tmp_path / "main.mjs")])) == [True, expected]
+
+
+def test_c_agrees(texts, expected, tmp_path):
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler is installed")
+    (tmp_path / "peak_vram.h").write_text(texts["c"])
+    (tmp_path / "main.c").write_text(
+        '#include <inttypes.h>\n#include <stdio.h>\n#include "peak_vram.h"\n'
+        "int main(void) {\n  int64_t h, w, l, b;\n  int g;\n"
+        '  while (scanf("%" SCNd64 "%" SCNd64 "%" SCNd64 "%" SCNd64 "%d", &h, &w, &l, &b, &g) == 5)\n'
+        '    printf("%" PRId64 "\\n", peak_vram(h, w, l, b, g));\n  return 0;\n}\n'
+    )
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-fsanitize=undefined"]
+    run([compiler, *flags, str(tmp_path / "main.c"), "-o", str(tmp_path / "main")])
+    limits = [int(n) for n in re.findall(r"#define PEAK_VRAM_MAX_\w+ (\d+)", texts["c"])]
+    side, length, batch = limits
+    corner, beyond = (side, side, length, batch, True), (side + 1, side, length, batch, True)
+    rows = [*INPUTS, corner, beyond]
+    out = run([str(tmp_path / "main")], "\n".join(" ".join(str(int(x)) for x in row) for row in rows))
+    *found, largest, refused = map(int, out.split())
+    assert found == expected
+    assert (largest, refused) == (compiled_corner(texts, corner), -1)
+
+
+def compiled_corner(texts, corner):
+    namespace = {"__name__": "corner"}
+    exec(texts["python"], namespace)
+    return namespace["peak_vram"](*corner)
+
+
+# The generated Python.
+
+
+def test_doctests(module):
+    results = doctest.testmod(module)
+    assert results.attempted >= 2
+    assert results.failed == 0
+
+
+def test_python_runs_alone(texts, tmp_path):
+    script = tmp_path / "peak_vram.py"
+    script.write_text(texts["python"])
+    out = run([sys.executable, "-I", str(script), "--height", "768", "--width", "512"])
+    assert out == "3345398272 bytes (3.116 GiB)\n"
+    command = [sys.executable, "-I", str(script), "--height", "4", "--width", "8"]
+    bad = subprocess.run(command, capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert "at least 8" in bad.stderr
+
+
+def test_python_needs_the_standard_library_only(texts):
+    tree = ast.parse(texts["python"])
+    modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    modules |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert modules <= set(sys.stdlib_module_names)
+
+
+def test_origin_signature(module):
+    assert module.f(512, 768, 77) == module.peak_vram(512, 768)
+    assert module.f(512, 768, 77, batch_size=3, guidance_scale=1.0) == module.peak_vram(512, 768, 77, 3, False)
+    without = module.peak_vram(512, 768, guidance=False)
+    assert module.f(512, 768, 77, guidance=False, num_inference_steps=5, strength=0.3) == without
+    with pytest.raises(TypeError, match="unexpected arguments: heigth"):
+        module.f(512, 768, heigth=3)
+
+
+@pytest.mark.parametrize("bad", [(7, 512), (512, 0), (512, 512, 0), (512, 512, 77, 0)])
+def test_bad_sizes(module, bad):
+    with pytest.raises(ValueError, match="at least"):
+        module.peak_vram(*bad)
+
+
+def test_floats_are_refused(module):
+    with pytest.raises(TypeError):
+        module.peak_vram(512.0, 512)
+
+
+# LaTeX.
+
+
+def test_latex_is_balanced(texts):
+    body = re.sub(r"\\[{}]", "", texts["latex"])
+    assert body.count("{") == body.count("}")
+    assert sorted(re.findall(r"\\begin{(\S+?)}", body)) == sorted(re.findall(r"\\end{(\S+?)}", body))
+    assert texts["latex"].count(r"\left\{") == texts["latex"].count(r"\right\}")
+    assert "M_{\\mathrm{peak}}" in body
+
+
+def formulas_of(latex):
+    displays = re.findall(r"\\begin{align\*}.*?\\end{align\*}", latex, re.DOTALL)
+    inline = re.findall(r"\$([^$]+)\$", re.sub(r"(?m)^%.*$", "", latex))
+    return [*displays, *inline]
+
+
+def test_latex_passes_katex(texts):
+    script = (
+        "const katex = require('katex'); const fs = require('fs');"
+        "for (const x of JSON.parse(fs.readFileSync(0))) katex.renderToString(x, {strict: 'error', displayMode: true});"
+        "console.log('ok');"
+    )
+    node = shutil.which("node")
+    if node is None or subprocess.run([node, "-e", "require('katex')"], capture_output=True, cwd=ROOT).returncode != 0:
+        pytest.skip("node with the katex package is not installed")
+    assert run([node, "-e", script], json.dumps(formulas_of(texts["latex"])), cwd=ROOT) == "ok\n"
+
+
+def test_latex_compiles(texts, tmp_path):
+    if shutil.which("pdflatex") is None:
+        pytest.skip("pdflatex is not installed")
+    (tmp_path / "peak_vram.tex").write_text(texts["latex"])
+    (tmp_path / "main.tex").write_text(
+        "\\documentclass{article}\\usepackage{amsmath}\\begin{document}\\input{peak_vram}\\end{document}"
+    )
+    run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"], cwd=tmp_path)
+
+
+# Writing.
+
+
+def test_write(d, tmp_path):
+    [path] = write(d, ["python"], tmp_path / "new" / "folder")
+    assert path.read_text() == export(d, "python")
+    assert [p.name for p in path.parent.iterdir()] == ["peak_vram.py"]
+
+
+def test_unwritable_directory(d, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DerivationError, match="cannot be written"):
+        write(d, ["python"], tmp_path / "file")
+
+
+def test_unknown_target(d):
+    for call in (lambda: export(d, "fortran"), lambda: compiled(d, "latex"), lambda: write(d, ["x"], ".")):
+        with pytest.raises(DerivationError, match="is not supported"):
+            call()
+
+
+def test_checked_in_folders_are_distinct():
+    assert len({entry.folder for entry in CHECKED_IN}) == len(CHECKED_IN)
+
+
+# Crossovers.
+
+
+@pytest.mark.parametrize("attention", ["efficient", "eager"])
+def test_area_crossovers_are_where_the_winner_changes(attention):
+    d = derive(MODEL, attention=attention)
+    terms = d.pipeline_stage().terms
+    for c in (c for c in crossovers(d) if c.axis == "area"):
+        for area, stage in ((int(c.at), c.before), (int(c.at) + 1, c.after)):
+            at = {H: area, W: 1, L: c.given["L"], B: c.given["B"]}
+            assert max(terms, key=lambda term: term.expression.subs(at)).point.stage == stage
+
+
+def test_length_crossover_is_symbolic(d):
+    [crossing] = [c for c in crossovers(d) if c.axis == "length"]
+    assert (crossing.before, crossing.after) == ("vae_decode", "unet")
+    assert {H, W} <= crossing.threshold.free_symbols
+    assert int(crossing.at) == 35_679
+
+
+def test_does_not_matter(d):
+    found = {item.quantity: item.sentence for item in does_not_matter(d)}
+    assert "35,679 tokens" in found["prompt length"]
+    assert "From 5 UNet calls on" in found["number of denoising steps, strength"]
+
+
+def test_fewer_steps_never_take_more(module):
+    for steps in (1, 2, 3, 4):
+        d = derive(MODEL, num_inference_steps=steps, strength=1.0)
+        for guidance in (True, False):
+            assert truth(d, 512, 512, 77, 1, guidance) <= module.peak_vram(512, 512, guidance=guidance)

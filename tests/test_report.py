@@ -1,0 +1,302 @@
+"""The report: what it says, how it is written, and its calculator in a headless browser."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from derivation import DerivationError, derive
+from derivation.config.checkpoint import BUNDLED
+from derivation.report import build, calculator, content
+from derivation.report.answer import SIZES, answer
+from derivation.report.reduction import reductions
+from derivation.report.render import write_files
+from derivation.report.text import grouped, tex
+from derivation.report.walk import walks
+
+MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+ROOT = Path(__file__).parent.parent
+BROWSERS = ("chromium", "google-chrome", "chromium-browser")
+CHROMIUM = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+VOID = {"meta", "link", "br", "wbr", "input", "img", "hr", "use", "path"}
+SEED, STATES = 20261123, 24
+
+
+@pytest.fixture(scope="module")
+def derivation():
+    return derive(MODEL)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    [page] = build([MODEL], folder)
+    return page
+
+
+def no_measurements():
+    return ()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Leave out what takes long: other precisions and backends, and the measured rows."""
+    for module in (calculator, content):
+        monkeypatch.setattr(module, "BACKENDS_SHOWN", ("efficient",))
+    monkeypatch.setattr(calculator, "DTYPES", ("float16",))
+    monkeypatch.setattr(content, "comparisons", no_measurements)
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and collects ids, in-page links and everything that would be loaded."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.links, self.loaded = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        if tag == "a":
+            self.links.append(attributes["href"])
+        else:
+            self.loaded += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_says_what_the_derivation_says(report, derivation):
+    text = report.read_text()
+    for side in SIZES:
+        estimate = derivation.estimate(side, side)
+        assert grouped(estimate["peak_tensor_bytes"]) in text
+        assert grouped(estimate["weights_bytes"]) in text
+        for nbytes in estimate["stages"].values():
+            assert grouped(nbytes) in text
+    for nbytes in derivation.component_peaks(512, 512).values():
+        assert grouped(nbytes) in text
+
+
+def test_the_page_is_well_formed_and_loads_nothing(report):
+    page = Page(report.read_text())
+    assert len(page.ids) == len(set(page.ids))
+    assert all(link[1:] in page.ids for link in page.links if link.startswith("#"))
+    assert all(value.startswith(("#", "data:")) for value in page.loaded)
+    assert "@import" not in report.read_text()
+    assert not re.search(r"url\((?!#)", report.read_text())
+
+
+def test_the_page_stays_below_three_megabytes(report):
+    assert report.stat().st_size < 3_000_000
+
+
+def test_markdown_latex_and_every_figure_they_name_are_there(report):
+    for ending, pattern in ((".md", r"\]\((figures/[^)]*)\)"), (".tex", r"\\includegraphics\[[^]]*\]\{([^}]*)\}")):
+        text = report.with_suffix(ending).read_text()
+        named = re.findall(pattern, text)
+        assert named
+        assert all((report.parent / name).stat().st_size for name in named)
+        assert not (report.parent / ".tmp").exists()
+
+
+def test_every_witness_adds_up_to_its_polynomial(derivation):
+    found = answer(derivation)
+    rows = [row for stage in found.stages for row in stage.polynomials]
+    assert rows
+    for row in (*rows, *found.polynomials):
+        assert row.witness.total == row.terms
+        assert row.witness.bytes_at == row.bytes_at
+
+
+def test_the_walk_ends_at_the_component_peaks(derivation):
+    peaks = derivation.component_peaks(512, 512)
+    assert {walk.name: walk.peak_bytes for walk in walks(derivation)} == peaks
+
+
+def test_large_dropped_points_come_with_proofs(derivation):
+    found = reductions(derivation)
+    assert sum(r.candidates for r in found) == derivation.record().points
+    assert all(r.proofs for r in found if r.dominated)
+
+
+def test_the_same_input_gives_the_same_files(tmp_path, small):
+    first, second = (tmp_path / name for name in "ab")
+    for folder in (first, second):
+        build([MODEL], folder)
+    names = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(second) for path in second.rglob("*") if path.is_file())
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+def test_a_hostile_model_name_stays_text(tmp_path, small):
+    hostile = tmp_path / "<img src=x onerror=alert(1)>`|$&%_{"
+    shutil.copytree(BUNDLED / MODEL, hostile)
+    [page] = build([str(hostile)], tmp_path / "out")
+    text = page.read_text()
+    assert "<img" not in text
+    assert "&lt;img src=x onerror=alert(1)&gt;" in text.replace("<wbr>", "")
+    assert tex(hostile.name) in page.with_suffix(".tex").read_text()
+    assert "<img" not in re.sub(r"`[^`\n]*`", "", page.with_suffix(".md").read_text())
+
+
+def test_the_calculator_data_cannot_end_its_script():
+    assert "<" not in calculator._script({"title": "</script><!--"})
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(DerivationError, match="cannot write") as caught:
+        write_files(tmp_path / "file" / "below", {"a.txt": "new"})
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_failure_while_writing_leaves_the_old_files(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    (tmp_path / "b").write_text("in the way")
+    with pytest.raises(DerivationError):
+        write_files(tmp_path, {"a.txt": "new", "b/c.txt": "new"})
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b"]
+
+
+def test_the_main_job_reports_a_bad_request_in_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "build_report.py"), "no/such-model", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_pdf_without_an_engine_says_so(monkeypatch, capsys, tmp_path):
+    from derivation.report import job
+
+    monkeypatch.setattr(job.shutil, "which", lambda name: None)
+    assert job._typeset([tmp_path / "x.html"], lambda step: None) == []
+    assert "no TeX engine" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex is installed")
+def test_the_latex_source_compiles(report):
+    from derivation.report import job
+
+    [pdf] = job._typeset([report], lambda step: None)
+    assert pdf.read_bytes().startswith(b"%PDF")
+
+
+def states():
+    """Return random states of the calculator's form."""
+    chosen = random.Random(SEED)
+    return [
+        {
+            "height": chosen.randint(128, 2048),
+            "width": chosen.randint(128, 2048),
+            "batch_size": chosen.choice((1, 1, 2, 5)),
+            "prompt_length": chosen.choice((77, 77, 2, 154, chosen.randint(3, 400))),
+            "dtype": chosen.choice(("float16", "bfloat16", "float32")),
+            "attention": chosen.choice(calculator.BACKENDS_SHOWN),
+            "gpu": "rtx-4090",
+            "guidance": chosen.random() < 0.6,
+        }
+        for _ in range(STATES)
+    ]
+
+
+PROBE = """<script>
+const collected = [];
+for (const state of STATES) {
+  location.hash = new URLSearchParams(Object.entries(state)).toString();
+  dispatchEvent(new Event("hashchange"));
+  const { total, peak } = document.getElementById("calc-results").dataset;
+  const bars = [...document.querySelectorAll("#calc-bars li")].map((li) => li.dataset);
+  collected.push({
+    total: Number(total), peak, error: document.getElementById("calc-error").hidden,
+    stages: Object.fromEntries(bars.map(({ stage, bytes }) => [stage, Number(bytes)])),
+    largest: document.getElementById("calc-largest").textContent, hash: location.hash,
+    verdict: document.getElementById("calc-verdict").dataset.verdict,
+  });
+}
+const out = document.createElement("pre");
+out.id = "collected";
+out.textContent = JSON.stringify(collected);
+document.body.append(out);
+</script></body>"""
+
+
+def browse(page, tmp_path):
+    """Return the page's DOM after its scripts ran, and what the browser logged to the console."""
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr", "--virtual-time-budget=10000", "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@needs_chromium
+def test_the_calculator_says_what_python_says(report, tmp_path):
+    wanted = states()
+    page = tmp_path / "page.html"
+    page.write_text(report.read_text().replace("</body>", PROBE.replace("STATES", json.dumps(wanted))))
+    dom, console = browse(page, tmp_path)
+    assert console == []
+    collected = json.loads(re.search(r'<pre id="collected">(.*?)</pre>', dom, re.S)[1].replace("&amp;", "&"))
+    for state, shown in zip(wanted, collected, strict=True):
+        size = {key: state[key] for key in ("height", "width", "batch_size", "prompt_length", "guidance")}
+        d = derive(MODEL, dtype=state["dtype"], attention=state["attention"])
+        expected = d.stage_peaks(**size)
+        for stage, nbytes in shown["stages"].items():
+            assert nbytes == expected[stage], (state, stage)
+        assert set(expected) - set(shown["stages"]) <= {"text_encoder"}, state
+        assert shown["total"] == d.weights_bytes + max(expected.values()), state
+        assert shown["error"], state
+        assert f"height={state['height']}" in shown["hash"]
+
+
+@needs_chromium
+def test_the_largest_image_fits_and_the_next_does_not(report, tmp_path, derivation):
+    state = {"height": 512, "width": 512, "batch_size": 1, "prompt_length": 77, "gpu": "rtx-3060", "guidance": True}
+    page = tmp_path / "page.html"
+    page.write_text(report.read_text().replace("</body>", PROBE.replace("STATES", json.dumps([state]))))
+    dom, _ = browse(page, tmp_path)
+    [shown] = json.loads(re.search(r'<pre id="collected">(.*?)</pre>', dom, re.S)[1].replace("&amp;", "&"))
+    side = int(re.search(r"square: (\d+)", shown["largest"])[1])
+    room = 12517900288
+    assert max(derivation.stage_peaks(side, side).values()) + derivation.weights_bytes <= room
+    assert max(derivation.stage_peaks(side + 8, side + 8).values()) + derivation.weights_bytes > room
+
+
+def test_the_main_job_is_quiet_in_a_pipe_and_answers_json(tmp_path, monkeypatch, capsys, small):
+    spec = importlib.util.spec_from_file_location("build_report", ROOT / "build_report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr("derivation.report.job.ROOT", tmp_path)
+    assert module.main(["--output", str(tmp_path / "out"), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert [Path(name).suffix for name in json.loads(shown.out)["files"]] == [".html"]
+    assert any((tmp_path / "formulas").rglob("peak_vram.py"))
