@@ -8,16 +8,21 @@ peak is the same function under two combinations, so is the pipeline's.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from derivation.api import Derivation
+from derivation.errors import DerivationError
 from derivation.liveness import Point, local_maxima
 from derivation.peak import margin, proven_nonnegative, reduce_points
 from derivation.program import Program, Variant
 from derivation.symbols import MAX_LEVELS, Size, free_names, symbol
 from derivation.tape import Guard, Tape
+
+# A size compared with more thresholds than this counts something, such as tiles, without end.
+MAX_THRESHOLDS = 3
 
 Threshold = tuple[Size, int]
 LiveSet = frozenset[tuple[Size, Size]]
@@ -115,6 +120,7 @@ def regimes(program: Program, generic: Mapping[str, int]) -> list[tuple[Cell, Va
     """Return a recorded variant for every combination of decisions that ``program`` can take.
 
     Sizes at which a variant does not hold violate one of its guards, so they lie in a cell that is visited.
+    Raises DerivationError where the combinations have no end.
     """
     queue, seen, found = [Cell()], {Cell()}, dict[int, tuple[Cell, Variant]]()
     while queue:
@@ -123,9 +129,17 @@ def regimes(program: Program, generic: Mapping[str, int]) -> list[tuple[Cell, Va
         found.setdefault(id(variant), (cell, variant))
         flips = {cell.flipped(guard): None for guard in variant.tape.guards.values()}
         fresh = [flip for flip in flips if flip is not None and flip not in seen]
+        for flip in fresh:
+            _check_finite(flip)
         seen.update(fresh)
         queue += fresh
     return list(found.values())
+
+
+def _check_finite(cell: Cell) -> None:
+    size, count = Counter(size for size, _ in cell.above).most_common(1)[0] if cell.above else (1, 0)
+    if count > MAX_THRESHOLDS:
+        raise DerivationError(f"no closed form: the pipeline takes ever more decisions on {size}, as VAE tiling does")
 
 
 @dataclass(frozen=True, slots=True)

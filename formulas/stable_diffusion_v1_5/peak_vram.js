@@ -8,7 +8,7 @@
  Units: bytes, exact for every size that the pipeline accepts.
  Assumptions:
    - all models stay on the GPU, in one process, under torch.no_grad()
-   - one call of the pipeline, with its default output, callbacks and attention slicing off
+   - one call of the pipeline with the options above, the default output and no callback
    - each tensor takes its size rounded up to the CUDA allocator's 512-byte block
    - a prompt longer than the text encoder's positions comes as prompt_embeds
  Not included:
