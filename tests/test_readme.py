@@ -9,7 +9,9 @@ from derivation.hardware.evidence import Comparison, measured_vs_predicted
 README = Path(__file__).resolve().parent.parent / "README.md"
 START, END = "<!-- measured: start -->\n", "<!-- measured: end -->"
 MIB = 1 << 20
-HEAD = "| GPU, what | metric | measured MiB | predicted MiB | error | within | rules of thumb |\n|---|---|--:|--:|--:|---|---|\n"
+HEAD = """| GPU, what | metric | measured MiB | predicted MiB | error | within | rules of thumb |
+|---|---|--:|--:|--:|---|---|
+"""
 
 
 def cells(comparison: Comparison) -> list[str]:
