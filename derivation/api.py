@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ import sympy
 
 from derivation.components import Component, components, parameter_count, parameters, weights_bytes
 from derivation.config import Checkpoint, load
+from derivation.config.document import from_document, to_document
 from derivation.errors import DerivationError
 from derivation.hardware.memory import device_memory
 from derivation.hardware.profile import hardware
@@ -65,6 +67,25 @@ class Derivation:
     def __repr__(self) -> str:
         o = self.options
         return f"Derivation({self.checkpoint.name!r}, {o.pipeline}, {o.dtype}, attention={o.attention})"
+
+    def __reduce__(self) -> tuple[type[Derivation], tuple[Checkpoint, Options, dict[str, int]]]:
+        return Derivation, (self.checkpoint, self.options, self.fixed)
+
+    def to_json(self) -> str:
+        """Return the configs, options and fixed sizes that the derivation follows from, as JSON."""
+        document = {"checkpoint": to_document(self.checkpoint), "options": self.options.as_dict(), "fixed": self.fixed}
+        return json.dumps(document)
+
+    @classmethod
+    def from_json(cls, text: str) -> Derivation:
+        """Return the derivation of ``to_json``; raises DerivationError for anything else."""
+        try:
+            document = json.loads(text)
+            return cls(from_document(document["checkpoint"]), Options(**document["options"]), document["fixed"])
+        except DerivationError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise DerivationError(f"not a derivation: {error}") from None
 
     def _repr_latex_(self) -> str:
         return f"$\\displaystyle {sympy.latex(self.peak)}$"
@@ -126,7 +147,9 @@ class Derivation:
         return self._components[key]
 
     def record(self, guidance: bool = True) -> Record:
-        """Return every intermediate of the symbolic derivation."""
+        """Return every intermediate of the symbolic derivation; raises DerivationError where it has no end."""
+        if self.options.vae_tiling and not {"h0", "w0"} <= self.fixed.keys():
+            raise DerivationError("vae_tiling = True has no closed form in H and W: fix them with at(height=, width=)")
         if guidance not in self._records:
             self._records[guidance] = derive_record(self.program(guidance), self.grid)
         return self._records[guidance]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import combinations, pairwise
 from math import ceil, isqrt
 
@@ -76,6 +77,7 @@ def in_area(expression: sympy.Expr) -> sympy.Expr | None:
     return sympy.Add(*(c * A**h for (h, _), c in polynomial.terms()))
 
 
+@lru_cache(maxsize=16)
 def crossovers(
     derivation: Derivation,
     guidance: bool = True,
@@ -134,6 +136,7 @@ def _threshold(
     return sympy.simplify(nearest.subs(A, H * W))
 
 
+@lru_cache(maxsize=16)
 def does_not_matter(derivation: Derivation, guidance: bool = True) -> tuple[Irrelevant, ...]:
     """Return what the peak does not depend on, each with the threshold from which on or up to which that holds."""
     found = [_orientation(derivation, guidance), _length(derivation, guidance), _steps(derivation, guidance)]

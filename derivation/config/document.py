@@ -1,0 +1,51 @@
+"""A checkpoint as plain JSON values and back, through the same checks as config files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from ..errors import DerivationError
+from .checkpoint import Checkpoint
+from .clip import clip_text_config, clip_vision_config
+from .models import unet_config, vae_config
+from .schedulers import SchedulerConfig, scheduler_config
+
+
+def to_document(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return a checkpoint's configs as JSON values."""
+    document = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+    for name in READERS:
+        part = document[name]
+        if isinstance(part, SchedulerConfig):
+            document[name] = {"class_name": part.class_name, **part.options}
+        elif part is not None:
+            document[name] = asdict(part)
+    return document
+
+
+def from_document(document: Mapping[str, Any]) -> Checkpoint:
+    """Return the checkpoint of ``to_document``; raises DerivationError for anything else."""
+    names = {field.name for field in fields(Checkpoint)}
+    if not isinstance(document, Mapping) or set(document) != names:
+        raise DerivationError(f"checkpoint: expected an object with the keys {', '.join(sorted(names))}")
+    values = dict(document)
+    for name, read in READERS.items():
+        if values[name] is not None:
+            values[name] = read(dict(values[name]))
+    return Checkpoint(**values)
+
+
+def _named(read: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
+    return lambda part: read(part, class_name=part.pop("class_name", None))
+
+
+READERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "unet": unet_config,
+    "vae": vae_config,
+    "text_encoder": _named(clip_text_config),
+    "text_encoder_2": _named(clip_text_config),
+    "safety_checker": clip_vision_config,
+    "scheduler": _named(scheduler_config),
+}
