@@ -56,6 +56,9 @@ def test_every_card_has_its_architecture_entry() -> None:
 
 def test_t4() -> None:
     t4 = lookup("Tesla T4")
-    # 15828320256 B / 2^30 = 14.74 GiB, torch; 15360 MiB, nvidia-smi; 100 MiB of context by evidence.md.
-    assert (t4.total_memory_bytes, t4.nvidia_smi_bytes, t4.context_bytes) == (15828320256, 15360 * MIB, 100 * MIB)
+    # 15828320256 B / 2^30 = 14.74 GiB, torch; 15360 MiB, nvidia-smi
+    assert (t4.total_memory_bytes, t4.nvidia_smi_bytes) == (15828320256, 15360 * MIB)
+    # context: the median of 0.111, 0.112, 0.139 and 0.150 GiB, (0.112 + 0.139) / 2 = 0.1255 GiB = 128.5 MiB
+    assert t4.context_bytes is not None
+    assert abs(t4.context_bytes / 2**30 - (0.112 + 0.139) / 2) < 5e-5
     assert t4.compute_capability == (7, 5) and t4.sm_count == 40

@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 import pytest
 
-from derivation import ops
+from derivation import derive, ops
 from derivation.attention import names, scaled_dot_product_attention
 from derivation.config import load
 from derivation.errors import DerivationError
 from derivation.hardware import evidence
 from derivation.hardware.allocator import CachingAllocator
 from derivation.hardware.bench import Bench
-from derivation.hardware.profile import Hardware, NearestProfile, context_bytes, hardware, parse_version
+from derivation.hardware.profile import Hardware, NearestProfile, hardware, parse_version
 from derivation.hardware.replay import Replay
 from derivation.hardware.simulate import replay
 from derivation.liveness import Evaluator, alive_at
@@ -347,8 +347,14 @@ def test_unknown_hardware():
         hardware("t4", torch="2.1")
     with pytest.raises(DerivationError, match="no convolution workspace"):
         Hardware((6, 1)).convolution_workspace("float16", False)
-    with pytest.raises(DerivationError, match="context"):
-        context_bytes("h100")
+
+
+def test_a_context_that_nobody_documented_is_that_of_the_nearest_card_and_says_so():
+    derivation = derive(CHECKPOINT.name, gpu="t4", attention="sdpa")
+    assert derivation.estimate(64, 64)["context_source"] == "Tesla T4"
+    with pytest.warns(NearestProfile):
+        found = derive(CHECKPOINT.name, gpu="h100", attention="sdpa").estimate(64, 64)
+    assert found["context_source"].startswith("nearest documented card: ")
 
 
 def test_a_loop_replays_as_its_iterations_written_out():
