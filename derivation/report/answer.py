@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import sympy
 
 from derivation.api import Derivation, Stage
+from derivation.pipelines import Pipeline
 from derivation.report.text import PixelTerms, as_pixel_terms, human, pixel_terms, shape_text, value_at
 from derivation.symbols import DTYPE_BYTES
 from derivation.witness import Witness, WitnessTensor
@@ -265,7 +266,7 @@ def assumptions(d: Derivation) -> list[tuple[str, str]]:
         (
             "Run",
             f"{o.pipeline}, {o.num_inference_steps} steps"
-            + (f", strength {o.strength or 'by default'}" if o.pipeline == "img2img" else "")
+            + (f", strength {Pipeline(d.checkpoint, o, True).strength}" if o.pipeline != "txt2img" else "")
             + f", {o.num_images_per_prompt} image{'s' * (o.num_images_per_prompt > 1)} per prompt, classifier-free "
             "guidance on unless stated otherwise.",
         ),
