@@ -26,7 +26,7 @@ from derivation.tape import Settings
 from derivation.witness import Witness, witness_at
 
 DEFAULT_PROMPT_LENGTH = 77
-MIB_SIDE_LIMIT = 1 << 20
+MAX_SIDE_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Derivation:
         """How image sides map to level sides."""
         vae = required(self.checkpoint.vae, "vae")
         levels = 1 if self.checkpoint.unet is None else len(self.checkpoint.unet.block_out_channels)
-        return Grid(2 ** (len(vae.block_out_channels) - 1), levels)
+        return Grid(vae.scale_factor, levels)
 
     @cached_property
     def calls(self) -> dict[str, Component]:
@@ -211,8 +211,8 @@ class Derivation:
             raise DerivationError(f"{key} = {value} is not supported (supported: integers from {factor})")
         if self.options.pipeline == "txt2img" and value % factor:
             raise DerivationError(f"{key} = {value} is not supported (supported: multiples of {factor})")
-        if value > MIB_SIDE_LIMIT:
-            raise DerivationError(f"{key} = {value} is not supported (supported: up to {MIB_SIDE_LIMIT})")
+        if value > MAX_SIDE_PIXELS:
+            raise DerivationError(f"{key} = {value} is not supported (supported: up to {MAX_SIDE_PIXELS})")
 
     def component_peaks(
         self,

@@ -74,7 +74,7 @@ def _text(config: CLIPTextConfig, name: str) -> object:
 
 def _encode(config: AutoencoderKLConfig) -> object:
     """``vae.encode(x).latent_dist.sample()``: x [B, 3, H, W]."""
-    factor = vae_scale_factor(config)
+    factor = config.scale_factor
     x = _input(tape().size("B"), config.in_channels, factor * tape().size("h0"), factor * tape().size("w0"))
     with tape().scope("vae"):
         return models.encode(x, config).sample()
@@ -112,11 +112,6 @@ def _check(config: CLIPVisionConfig, options: Options) -> object:
     side = config.image_size
     clip_input = _input(images(options), config.num_channels, side, side)
     return models.StableDiffusionSafetyChecker("safety_checker", clip_input, clip_input, config=config)
-
-
-def vae_scale_factor(config: AutoencoderKLConfig) -> int:
-    """Return image pixels per latent, along a side."""
-    return 1 << (len(config.block_out_channels) - 1)
 
 
 @lru_cache(maxsize=64)

@@ -17,7 +17,7 @@ from typing import Any
 
 import sympy
 
-from derivation.api import DEFAULT_PROMPT_LENGTH, MIB_SIDE_LIMIT, Derivation
+from derivation.api import DEFAULT_PROMPT_LENGTH, MAX_SIDE_PIXELS, Derivation
 from derivation.errors import DerivationError, shown
 from derivation.options import positive
 from derivation.simplify import B, H, L, W
@@ -167,7 +167,7 @@ def _largest(request: Request, aspect: tuple[int, int], batch_size: int, step: i
         return sides(aspect, step, n)
 
     guess = int((side or step) / step)
-    n = last_that_fits(lambda n: request.fits(*size(n), batch_size), guess, MIB_SIDE_LIMIT // step)
+    n = last_that_fits(lambda n: request.fits(*size(n), batch_size), guess, MAX_SIDE_PIXELS // step)
     return request.image(*size(n), batch_size) if n else None
 
 

@@ -121,11 +121,6 @@ def sub(a: SymTensor, b: SymTensor) -> SymTensor:
     return elementwise("sub", a, b)
 
 
-def rsub(a: SymTensor) -> SymTensor:
-    """``scalar - a``."""
-    return elementwise("rsub", a)
-
-
 def mul(a: SymTensor, *others: SymTensor) -> SymTensor:
     """``a * b`` or ``a * scalar``."""
     return elementwise("mul", a, *others)

@@ -5,9 +5,6 @@ from __future__ import annotations
 from derivation.ops import Linear, elementwise, mul
 from derivation.tape import SymTensor, block
 
-# One result each: torch.nn.SiLU, Mish, GELU, ReLU.
-SINGLE_RESULT = ("silu", "swish", "mish", "gelu", "relu")
-
 
 def activation(x: SymTensor, act_fn: str) -> SymTensor:
     """Apply an activation that allocates its result alone."""

@@ -78,7 +78,7 @@ def tile_sample_min_size(config: AutoencoderKLConfig) -> int:
 
 def tile_latent_min_size(config: AutoencoderKLConfig) -> int:
     """Side of a decoder tile in latents."""
-    return int(tile_sample_min_size(config) / 2 ** (len(config.block_out_channels) - 1))
+    return tile_sample_min_size(config) // config.scale_factor
 
 
 def _tiled_encode(x: SymTensor, config: AutoencoderKLConfig) -> SymTensor:

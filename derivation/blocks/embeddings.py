@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from derivation.blocks.activations import activation
 from derivation.ops import Linear, add, cat, div, elementwise, empty, mul, to
-from derivation.symbols import Size
 from derivation.tape import SymTensor, block
 
 
@@ -42,8 +41,3 @@ def TimestepEmbedding(
     sample = activation(sample, act_fn)
     sample = Linear("linear_2", sample, time_embed_dim)
     return sample
-
-
-def timestep_vector(timestep: SymTensor, batch: Size) -> SymTensor:
-    """``timesteps.expand(batch)``: [1] -> [batch]."""
-    return timestep.expand(batch)

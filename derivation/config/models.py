@@ -124,6 +124,11 @@ class AutoencoderKLConfig:
     use_post_quant_conv: bool = key(flag, True)
     mid_block_add_attention: bool = key(flag, True)
 
+    @property
+    def scale_factor(self) -> int:
+        """Image pixels per latent, along a side (``vae_scale_factor`` of diffusers' pipelines)."""
+        return 1 << (len(self.block_out_channels) - 1)
+
 
 def _blocks(mapping: object, file: str, default: int) -> int:
     """Count the blocks of a model by its ``down_block_types``."""

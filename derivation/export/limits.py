@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from derivation.api import MIB_SIDE_LIMIT
+from derivation.api import MAX_SIDE_PIXELS
 from derivation.export.expression import value
 from derivation.export.function import WEIGHTS, Function
 
@@ -29,7 +29,7 @@ def limits(function: Function) -> Limits:
     are a sum with counts >= 0; so the largest is at the corner of the domain, below 2 max(cases) there.
     """
     length, batch = function.fixed.get("L", MAX_LENGTH), function.fixed.get("B", MAX_BATCH)
-    side = MIB_SIDE_LIMIT
+    side = MAX_SIDE_PIXELS
     while side > function.factor and _largest(function, side, length, batch) >= MAX_BYTES:
         side //= 2
     return Limits(side, length, batch)

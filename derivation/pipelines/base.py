@@ -88,7 +88,7 @@ class Pipeline:
     @property
     def vae_scale_factor(self) -> int:
         """Image pixels per latent, along a side."""
-        return 1 << (len(self.vae.block_out_channels) - 1)
+        return self.vae.scale_factor
 
     @property
     def images(self) -> Size:

@@ -48,7 +48,7 @@ class VaeWeights:
 def vae_parameters(config: AutoencoderKLConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Return (path, shape) of every parameter, in the order of ``AutoencoderKL.parameters()``."""
     recorded = Tape(Settings("float32", "math"))
-    side = 1 << (len(config.block_out_channels) - 1)
+    side = config.scale_factor
     with recorded.running():
         encode(given((1, config.in_channels, side, side), "float32"), config)
         decode(given((1, config.latent_channels, 1, 1), "float32"), config)

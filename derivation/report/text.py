@@ -51,11 +51,6 @@ def grouped(number: int) -> str:
     return f"{number:,}".replace(",", NARROW_SPACE)
 
 
-def gib(nbytes: float) -> str:
-    """Return bytes as GiB (1 GiB = 2^30 bytes) with two decimals."""
-    return f"{nbytes / GIB:.2f}{NARROW_SPACE}GiB"
-
-
 def human(nbytes: int) -> str:
     """Return bytes in the binary unit that gives one to four digits before the point.
 
