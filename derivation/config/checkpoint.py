@@ -1,16 +1,16 @@
-"""Where configs come from: a bundled id, a checkpoint folder, or a live pipeline."""
+"""The configs of one pipeline, or of one of its components, checked and put together."""
 
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import DerivationError, shown
+from ..errors import DerivationError
 from .checks import At, Check, anything, flag, one_of, strict
 from .clip import TEXT_CLASSES, CLIPTextConfig, CLIPVisionConfig, clip_text_config, clip_vision_config
 from .models import AutoencoderKLConfig, UNet2DConditionConfig, unet_config, vae_config
@@ -18,6 +18,8 @@ from .schedulers import DEFAULTS, SchedulerConfig, scheduler_config
 
 BUNDLED = Path(__file__).resolve().parent.parent / "configs"
 INDEX = "model_index.json"
+# h94/IP-Adapter: models/image_encoder, OpenCLIP ViT-H/14, which ip-adapter_sd15 and ip-adapter_sdxl_vit-h read
+IMAGE_ENCODER = BUNDLED / "h94" / "IP-Adapter" / "image_encoder" / "config.json"
 MAX_FILE_BYTES = 4 << 20
 PIPELINES = (
     "StableDiffusionPipeline",
@@ -31,9 +33,10 @@ PIPELINES = (
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The configs of one pipeline; a component may be None.
+    """The configs of one pipeline, or of one component alone; a component may be None.
 
-    ``source`` is "bundled", the folder, or the class name of the live pipeline.
+    ``source`` is "bundled", the folder, the file of a component alone, or the class name of the live pipeline;
+    ``pipeline_class`` is "" for a component alone.
     """
 
     name: str
@@ -48,6 +51,16 @@ class Checkpoint:
     force_zeros_for_empty_prompt: bool
     requires_aesthetics_score: bool
     requires_safety_checker: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are the configs of a pipeline, not of a component alone."""
+        return bool(self.pipeline_class)
+
+    def require_whole(self, needed_by: str) -> None:
+        """Raise DerivationError for a component alone."""
+        if not self.whole:
+            raise DerivationError(f"{self.source}: {needed_by} needs a whole checkpoint ({INDEX} and its components)")
 
 
 class Part(NamedTuple):
@@ -128,9 +141,10 @@ def _flags(index: object, file: str) -> dict[str, object]:
     return given
 
 
-def _checkpoint(
+def assembled(
     name: str, source: str, file: str, named: object, index: object, parts: Mapping[str, Part]
 ) -> Checkpoint:
+    """Return the checkpoint of a pipeline's index and components, all checked; raises ``DerivationError``."""
     pipeline_class = one_of(*PIPELINES)(named, At(file, "_class_name"))
     given = _flags(index, file)
     built: dict[str, Any] = dict.fromkeys(COMPONENTS)
@@ -149,82 +163,20 @@ def _checkpoint(
     )
 
 
-def _entry(value: object, at: At) -> str | None:
-    """Return the class of a ``[library, class]`` entry, None where it is null."""
-    if value is None or value == [None, None]:
-        return None
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(item, str) for item in value):
-        return str(value[1])
-    raise at.unsupported(value, "[library, class] or [null, null]")
+@cache
+def image_encoder() -> CLIPVisionConfig:
+    """Return the config of the published IP-Adapters' image encoder."""
+    return clip_vision_config(read_json(IMAGE_ENCODER), str(IMAGE_ENCODER))
 
 
-def _folder(name: str, folder: Path, source: str) -> Checkpoint:
-    index = read_json(folder / INDEX)
-    file = str(folder / INDEX)
-    if not isinstance(index, Mapping):
-        raise DerivationError(f"{file}: expected a JSON object, got {shown(index)}")
-    parts = {}
-    for part_name, component in COMPONENTS.items():
-        class_name = _entry(index.get(part_name), At(file, part_name))
-        if class_name is None:
-            continue
-        one_of(*component.classes)(class_name, At(file, part_name))
-        path = folder / part_name / component.file
-        parts[part_name] = Part(class_name, read_json(path), str(path))
-    return _checkpoint(name, source, file, index.get("_class_name"), index, parts)
-
-
-def _raw_config(component: object, file: str) -> object:
-    """Return the config of a live component as a dict: diffusers' FrozenDict, or transformers' ``to_dict()``."""
-    config = getattr(component, "config", None)
-    if isinstance(config, Mapping):
-        return dict(config)
-    if callable(to_dict := getattr(config, "to_dict", None)):
-        return to_dict()
-    raise DerivationError(f"{file}: {type(component).__name__} has no config that can be read")
-
-
-def _live(pipeline: object) -> Checkpoint:
-    pipeline_class = type(pipeline).__name__
-    parts = {}
-    for part_name in COMPONENTS:
-        if (component := getattr(pipeline, part_name, None)) is None:
-            continue
-        component = getattr(component, "_orig_mod", component)  # torch.compile
-        file = f"{pipeline_class}.{part_name}.config"
-        parts[part_name] = Part(type(component).__name__, _raw_config(component, file), file)
-    config = getattr(pipeline, "config", None)
-    index = dict(config) if isinstance(config, Mapping) else {}
-    name = index.get("_name_or_path") or pipeline_class
-    return _checkpoint(str(name), pipeline_class, f"{pipeline_class}.config", pipeline_class, index, parts)
-
-
-def bundled() -> tuple[str, ...]:
-    """Return the ids of the bundled checkpoints, sorted."""
-    return tuple(sorted(f"{path.parts[-3]}/{path.parts[-2]}" for path in BUNDLED.glob(f"*/*/{INDEX}")))
-
-
-def _named(source: str) -> Checkpoint:
-    ids = bundled()
-    found = [name for name in ids if source in (name, name.split("/")[1])]
-    if len(found) == 1:
-        return _folder(found[0], BUNDLED / found[0], "bundled")
-    problem = "a file, not a folder" if os.path.isfile(source) else "a broken link" if os.path.islink(source) else ""
-    hint = f"pass a folder in diffusers' format ({INDEX} in it) or a bundled id: {', '.join(ids)}"
-    raise DerivationError(f"{shown(source)} is {problem or 'neither a folder nor a bundled id'}; {hint}")
-
-
-def load(source: object) -> Checkpoint:
-    """Return the checkpoint of a bundled id, a folder in diffusers' format, or a live pipeline.
-
-    >>> load("stable-diffusion-v1-5").unet.block_out_channels
-    (320, 640, 1280, 1280)
-    """
-    if isinstance(source, str | os.PathLike):
-        path = os.fspath(source)
-        if not isinstance(path, str):
-            raise DerivationError(f"{shown(path)}: a path must be text")
-        return _folder(path, Path(path), path) if os.path.isdir(path) else _named(path)
-    if hasattr(source, "unet") or hasattr(source, "vae"):
-        return _live(source)
-    raise DerivationError(f"cannot read {shown(source)}: pass a bundled id, a checkpoint folder, or a pipeline")
+def alone(name: str, source: str, parts: Mapping[str, Any]) -> Checkpoint:
+    """Return the checkpoint of components without a pipeline."""
+    return Checkpoint(
+        name=name,
+        source=source,
+        pipeline_class="",
+        force_zeros_for_empty_prompt=False,
+        requires_aesthetics_score=False,
+        requires_safety_checker=False,
+        **{**dict.fromkeys(COMPONENTS), **parts},
+    )

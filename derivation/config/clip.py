@@ -57,7 +57,10 @@ class CLIPTextConfig:
 
 @dataclass(frozen=True, slots=True)
 class CLIPVisionConfig:
-    """The vision tower of ``StableDiffusionSafetyChecker``; ``projection_dim`` is the width of its projection."""
+    """The vision tower of ``StableDiffusionSafetyChecker`` or of ``CLIPVisionModelWithProjection``.
+
+    ``projection_dim`` is the width of its projection.
+    """
 
     hidden_size: int = key(size, 768)
     intermediate_size: int = key(size, 3072)
@@ -105,7 +108,7 @@ def _tower(mapping: object, file: str) -> tuple[object, str, dict[str, object]]:
 
 
 def clip_vision_config(mapping: object, file: str = "safety_checker/config.json") -> CLIPVisionConfig:
-    """Return the checked vision tower of a safety checker, from a nested or a flat dict; raises ``DerivationError``."""
+    """Return the checked vision tower of a model, from a nested or a flat dict; raises ``DerivationError``."""
     tower, prefix, outer = _tower(mapping, file)
     values = read(CLIPVisionConfig, tower, file, extra=EXTRA, prefix=prefix)
     for name, value in outer.items():

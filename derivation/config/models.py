@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .checks import (
@@ -36,6 +36,8 @@ MID = one_of("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 UP = one_of("UpBlock2D", "CrossAttnUpBlock2D")
 CROSS_DOWN = ("CrossAttnDownBlock2D",) * 3
 CROSS_UP = ("CrossAttnUpBlock2D",) * 3
+# pipeline_stable_diffusion.py: vae_scale_factor without a VAE
+VAE_SCALE_FACTOR = 8
 ACCEPTED: dict[str, Check[Any]] = {"dropout": number, "addition_embed_type_num_heads": size}
 
 
@@ -99,6 +101,34 @@ class UNet2DConditionConfig:
     class_embeddings_concat: bool = key(one_of(False), False)
     mid_block_only_cross_attention: bool | None = key(one_of(None, False), None)
     cross_attention_norm: None = key(one_of(None), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ControlNetConfig(UNet2DConditionConfig):
+    """The config of ``ControlNetModel``: the encoder of a UNet."""
+
+    conditioning_channels: int = 3
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+
+    @property
+    def conditioning_factor(self) -> int:
+        """Pixels of the conditioning image per latent, along a side."""
+        return 1 << (len(self.conditioning_embedding_out_channels) - 1)
+
+    @classmethod
+    def from_unet(cls, unet: UNet2DConditionConfig) -> ControlNetConfig:
+        """``ControlNetModel.from_unet``, for a sample of latents alone, as the pipelines pass it.
+
+        Raises DerivationError for a UNet that ControlNetModel has no arguments for.
+        """
+        for name in ("layers_per_block", "cross_attention_dim"):
+            if len(set(getattr(unet, name))) > 1:
+                raise At("ControlNetModel", name).unsupported(getattr(unet, name), "one value for all blocks")
+        if unet.mid_block_type is None:
+            raise At("ControlNetModel", "mid_block_type").unsupported(None, "a block")
+        copied = {field.name: getattr(unet, field.name) for field in fields(unet)}
+        own = {"in_channels": unet.out_channels, "conv_in_kernel": 3, "time_embedding_dim": None}
+        return cls(**{**copied, **own})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,179 @@
+"""Where configs come from: a bundled id, a folder, one file, the Hugging Face Hub, or a live pipeline."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ..errors import DerivationError, shown
+from . import hub
+from .checkpoint import BUNDLED, COMPONENTS, INDEX, Checkpoint, Part, alone, assembled, read_json
+from .checks import At, one_of
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+FILES = tuple(dict.fromkeys(component.file for component in COMPONENTS.values()))
+CLASSES = {name: part for part, component in reversed(COMPONENTS.items()) for name in component.classes}
+# transformers' CLIPTextConfig and CLIPConfig, where no architecture is named
+MODEL_TYPES = {"clip_text_model": "CLIPTextModel", "clip": "StableDiffusionSafetyChecker"}
+# unet_2d_condition.py: what load_ip_adapter writes into the config of a UNet
+IP_ADAPTER = ("encoder_hid_dim_type", "ip_image_proj")
+
+
+def load(source: object, revision: str | None = None, local_files_only: bool = False) -> Checkpoint:
+    """Return the checkpoint of a bundled id, a folder or a file in diffusers' format, a Hub id, or a live pipeline.
+
+    A file is a ``model_index.json``, or one component's config. A Hub id is "org/name" or "org/name@revision";
+    with ``local_files_only`` it is read from the Hub's cache alone. Raises DerivationError.
+
+    >>> load("stable-diffusion-v1-5").unet.block_out_channels
+    (320, 640, 1280, 1280)
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, str | os.PathLike):
+        path = os.fspath(source)
+        if not isinstance(path, str):
+            raise DerivationError(f"{shown(path)}: a path must be text")
+        found = _local(path) if revision is None else None
+        return found or _named(path, revision, local_files_only)
+    if is_live(source) and revision is None:
+        return _live(source)
+    raise DerivationError(f"cannot read {shown(source)}: pass a bundled id, a checkpoint folder, or a pipeline")
+
+
+def bundled() -> tuple[str, ...]:
+    """Return the ids of the bundled checkpoints, sorted."""
+    return tuple(sorted(f"{path.parts[-3]}/{path.parts[-2]}" for path in BUNDLED.glob(f"*/*/{INDEX}")))
+
+
+def is_live(source: object) -> bool:
+    """Return whether ``source`` is an object with a pipeline's components."""
+    return hasattr(source, "unet") or hasattr(source, "vae")
+
+
+def _local(path: str) -> Checkpoint | None:
+    """Return the checkpoint of a folder or a file, None where there is neither."""
+    folder = Path(path)
+    if os.path.isfile(path):
+        if folder.name != INDEX:
+            return _component(path, folder)
+        folder = folder.parent
+    elif not os.path.isdir(path):
+        return None
+    if not os.path.lexists(folder / INDEX):
+        for file in FILES:
+            if os.path.isfile(folder / file):
+                return _component(path, folder / file)
+    return _pipeline(str(folder), str(folder), lambda file: folder / file)
+
+
+def _named(given: str, revision: str | None, local_files_only: bool) -> Checkpoint:
+    """Return the checkpoint of a bundled id, or of a Hub id; a revision is the Hub's."""
+    name, _, pinned = (given, "", revision) if revision is not None else given.partition("@")
+    ids = bundled()
+    short = [known for known in ids if name in (known, known.split("/")[1])]
+    name = short[0] if len(short) == 1 else name
+    if name in ids and not pinned:
+        return _pipeline(name, "bundled", lambda file: BUNDLED / name / file)
+    if HUB_ID.fullmatch(name) and not os.path.islink(given):
+        return _hub(name, pinned or None, local_files_only)
+    problem = "a broken link" if os.path.islink(given) else "neither a file, a folder nor an id of the Hugging Face Hub"
+    if pinned:
+        problem = f"not an id of the Hugging Face Hub, so it has no revision {shown(pinned)}"
+    hint = f"pass a folder in diffusers' format ({INDEX} in it) or a bundled id: {', '.join(ids)}"
+    raise DerivationError(f"{shown(name if pinned else given)} is {problem}; {hint}")
+
+
+def _hub(name: str, revision: str | None, local_files_only: bool) -> Checkpoint:
+    """Return the checkpoint of a repository: a pipeline, or a component alone; its files are of one commit."""
+    label = name if revision is None else f"{name}@{revision}"
+    try:
+        index = hub.fetch(name, INDEX, revision, local_files_only)
+    except hub.MissingFile as missing:
+        try:
+            return _component(label, hub.fetch(name, FILES[0], revision, local_files_only))
+        except hub.MissingFile:
+            raise missing from None
+    commit = index.parent.name
+    return _pipeline(label, str(index.parent), lambda file: hub.fetch(name, file, commit, local_files_only))
+
+
+def _entry(value: object, at: At) -> str | None:
+    """Return the class of a ``[library, class]`` entry, None where it is null."""
+    if value is None or value == [None, None]:
+        return None
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(item, str) for item in value):
+        return str(value[1])
+    raise at.unsupported(value, "[library, class] or [null, null]")
+
+
+def _pipeline(name: str, source: str, path_of: Callable[[str], Path]) -> Checkpoint:
+    """Return the checkpoint whose files ``path_of`` finds by their path in its folder."""
+    index_path = path_of(INDEX)
+    index, file = read_json(index_path), str(index_path)
+    if not isinstance(index, Mapping):
+        raise DerivationError(f"{file}: expected a JSON object, got {shown(index)}")
+    parts = {}
+    for part_name, component in COMPONENTS.items():
+        class_name = _entry(index.get(part_name), At(file, part_name))
+        if class_name is None:
+            continue
+        one_of(*component.classes)(class_name, At(file, part_name))
+        path = path_of(f"{part_name}/{component.file}")
+        parts[part_name] = Part(class_name, read_json(path), str(path))
+    return assembled(name, source, file, index.get("_class_name"), index, parts)
+
+
+def _component(name: str, path: Path) -> Checkpoint:
+    """Return the checkpoint of one component's config file."""
+    file = str(path)
+    content = read_json(path)
+    if not isinstance(content, Mapping):
+        raise DerivationError(f"{file}: expected a JSON object, got {shown(content)}")
+    class_name = _class_name(content, file)
+    part_name = CLASSES[class_name]
+    built = COMPONENTS[part_name].build(Part(class_name, content, file))
+    return alone(name, file, {part_name: built})
+
+
+def _class_name(content: Mapping[str, object], file: str) -> str:
+    """Return the class of a config: diffusers' ``_class_name``, else transformers' ``architectures``."""
+    named, key = content.get("_class_name"), "_class_name"
+    if named is None and content.get("architectures") is not None:
+        architectures, key = content["architectures"], "architectures"
+        named = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else architectures
+    elif named is None and content.get("model_type") is not None:
+        named, key = content["model_type"], "model_type"
+        one_of(*MODEL_TYPES)(named, At(file, key))
+        named = MODEL_TYPES[str(named)]
+    return one_of(*sorted(CLASSES))(named, At(file, key))
+
+
+def _raw_config(component: object, file: str) -> object:
+    """Return the config of a live component as a dict: diffusers' FrozenDict, or transformers' ``to_dict()``."""
+    config = getattr(component, "config", None)
+    if isinstance(config, Mapping):
+        return {key: value for key, value in config.items() if (key, value) != IP_ADAPTER}
+    if callable(to_dict := getattr(config, "to_dict", None)):
+        return to_dict()
+    raise DerivationError(f"{file}: {type(component).__name__} has no config that can be read")
+
+
+def _live(pipeline: object) -> Checkpoint:
+    class_name = type(pipeline).__name__
+    parts = {}
+    for part_name in COMPONENTS:
+        if (component := getattr(pipeline, part_name, None)) is None:
+            continue
+        component = getattr(component, "_orig_mod", component)  # torch.compile
+        file = f"{class_name}.{part_name}.config"
+        parts[part_name] = Part(type(component).__name__, _raw_config(component, file), file)
+    config = getattr(pipeline, "config", None)
+    index = dict(config) if isinstance(config, Mapping) else {}
+    name = index.get("_name_or_path") or class_name
+    plain = class_name
+    if index.pop("controlnet", None) is not None:
+        plain = class_name.replace("ControlNet", "")
+    return assembled(str(name), class_name, f"{class_name}.config", plain, index, parts)
