@@ -10,28 +10,25 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
 from derivation.config import load
-from derivation.errors import DerivationError, shown
+from derivation.errors import DerivationError
 from derivation.fit import fit, peak_tensor_bytes
-from derivation.options import DTYPES, Options
+from derivation.live import FREEU, MODELS, attentions, first_parameter, live_options, models_of, up_blocks
 from derivation.recommend import Call, recommend
 
-# diffusers' attention processors by class name, and the option they stand for; None: F.scaled_dot_product_attention
-PROCESSORS: dict[str, str | None] = {"AttnProcessor": "eager", "AttnProcessor2_0": None}
-# What a pipeline can switch on in its VAE, and the option that says so
-VAE_SWITCHES = {"use_slicing": "vae_slicing", "use_tiling": "vae_tiling"}
+# What a pipeline can set on its VAE
+VAE_SWITCHES = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_overlap_factor")
 
 # (height, width, prompt_length, batch_size, guidance) -> bytes, weights included
 Sizes = tuple[int, int, int, int, bool]
 Peak = Callable[[int, int, int, int, bool], int]
 Watch = Callable[[Any], tuple[object, ...]]
-MODELS = ("text_encoder", "text_encoder_2", "vae", "unet", "safety_checker")
 
 
 @dataclass(frozen=True)
@@ -103,31 +100,13 @@ def _known(pipe: Any, compiled: bool, options: dict[str, Any]) -> _Known:
     known = _KNOWN.get(pipe)
     given = (compiled, *sorted(options.items()))
     if known is None or known.signature != (given, known.watched(pipe)):
-        models = _models(pipe)
-        parameters = {name: _first_parameter(model) for name, model in models.items()}
+        models = models_of(pipe)
+        parameters = {name: first_parameter(model) for name, model in models.items()}
         watched = _watch(models, parameters)
         derivation = Derivation(load(pipe), live_options(pipe, **options))
         known = _Known((given, watched(pipe)), watched, parameters, derivation, _peak(derivation, compiled), {})
         _KNOWN[pipe] = known
     return known
-
-
-def live_options(pipe: Any, **options: Any) -> Options:
-    """Return the options that ``pipe`` runs with; raises DerivationError for what is not supported."""
-    models = _models(pipe)
-    found: dict[str, Any] = {
-        "pipeline": _pipeline(type(pipe).__name__),
-        "dtype": _dtype(models),
-        "attention": _attention(models),
-        "safety_checker": getattr(pipe, "safety_checker", None) is not None,
-    }
-    known = {option.name for option in fields(Options)}
-    for switch, option in VAE_SWITCHES.items():
-        if getattr(models.get("vae"), switch, False):
-            found[option] = True
-    if unknown := [name for name in (*found, *options) if name not in known]:
-        raise DerivationError(f"{type(pipe).__name__}: {unknown[0]} is not supported (supported: {', '.join(known)})")
-    return Options(**{**found, **options})
 
 
 def cuda_free_bytes() -> int:
@@ -164,84 +143,32 @@ def _advice(derivation: Derivation, budget: int, sizes: Sizes) -> tuple[str, ...
     return tuple(lines)
 
 
-def _models(pipe: Any) -> dict[str, Any]:
-    """Return the pipeline's models by name."""
-    models = {name: getattr(pipe, name, None) for name in MODELS}
-    return {name: getattr(model, "_orig_mod", model) for name, model in models.items() if model is not None}
-
-
-def _pipeline(class_name: str) -> str:
-    if "Img2Img" in class_name:
-        return "img2img"
-    return "inpaint" if "Inpaint" in class_name else "txt2img"
-
-
-def _first_parameter(model: Any) -> Callable[[], Any]:
-    """Return how to get at a model's first parameter; at the model itself where it has none."""
-    named = getattr(model, "named_parameters", None)
-    path = next((name for name, _ in named()), None) if callable(named) else None
-    if path is None:
-        return lambda: model
-    *scope, leaf = path.split(".")
-    for name in scope:
-        model = getattr(model, name)
-    return lambda: getattr(model, leaf)
-
-
-def _dtype(models: dict[str, Any]) -> str:
-    dtypes = {name: getattr(_first_parameter(model)(), "dtype", None) for name, model in models.items()}
-    found = {str(dtype).removeprefix("torch.") for dtype in dtypes.values()}
-    if len(found) != 1 or not found <= set(DTYPES):
-        supported = ", ".join(DTYPES)
-        raise DerivationError(f"dtype = {shown(dtypes)} is not supported (supported: all one of {supported})")
-    return found.pop()
-
-
-def _attention(models: dict[str, Any]) -> str:
-    names = {type(processor).__name__ for processor in _processors(models.values())}
-    options = {PROCESSORS.get(name, "") for name in names} or {None}
-    if len(options) != 1 or "" in options:
-        supported = ", ".join(PROCESSORS)
-        raise DerivationError(f"attn_processors = {sorted(names)} is not supported (supported: one of {supported})")
-    return options.pop() or _sdpa_backend()
-
-
-def _sdpa_backend() -> str:
-    """Return the backend that F.scaled_dot_product_attention takes: flash since sm80, else memory-efficient."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
-        return "flash"
-    return "efficient"
-
-
-def _attentions(models: Iterable[Any]) -> Iterator[Any]:
-    """Yield the attention modules of the UNet and the VAE."""
-    for model in models:
-        modules = getattr(model, "modules", None)
-        yield from (m for m in (modules() if callable(modules) else ()) if hasattr(m, "processor"))
-
-
-def _processors(models: Iterable[Any]) -> Iterator[Any]:
-    for model in models:
-        found = getattr(model, "attn_processors", {})
-        yield from found.values() if isinstance(found, dict) else ()
-
-
 def _watch(models: Mapping[str, Any], parameters: Mapping[str, Callable[[], Any]]) -> Watch:
     """Return a function of microseconds whose result changes with whatever the derivation depends on."""
-    attentions = list(_attentions(models.values()))
-    vae = models.get("vae")
+    modules = list(attentions(models.values()))
+    vae, unet, blocks = models.get("vae"), models.get("unet"), list(up_blocks(models))
     first = list(parameters.values())
 
     def watched(pipe: Any) -> tuple[object, ...]:
         return (
-            *[id(getattr(pipe, name, None)) for name in MODELS],
+            *[id(getattr(pipe, name, None)) for name in (*MODELS, "controlnet")],
             *[getattr(parameter(), "dtype", None) for parameter in first],
-            *[type(module.processor) for module in attentions],
-            *[getattr(vae, switch, False) for switch in VAE_SWITCHES],
+            *[_strides(parameter()) for parameter in first],
+            *[(type(module.processor), getattr(module.processor, "slice_size", None)) for module in modules],
+            *[getattr(vae, switch, None) for switch in VAE_SWITCHES],
+            *[getattr(block, FREEU[0], None) for block in blocks],
+            *[id(getattr(model, "_hf_hook", None)) for model in models.values()],
+            id(getattr(unet, "encoder_hid_proj", None)),
+            tuple(getattr(unet, "peft_config", ())),
+            getattr(pipe, "num_fused_loras", 0),
         )
 
     return watched
+
+
+def _strides(parameter: Any) -> object:
+    stride = getattr(parameter, "stride", None)
+    return stride() if callable(stride) else None
 
 
 def _device(parameter: Any) -> str:
