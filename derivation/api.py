@@ -12,17 +12,19 @@ from typing import Any
 import sympy
 
 from derivation.components import Component, components, parameter_count, parameters, weights_bytes
-from derivation.config import Checkpoint, load
+from derivation.config import VAE_SCALE_FACTOR, Checkpoint, is_live, load
 from derivation.config.document import from_document, to_document
 from derivation.errors import DerivationError
 from derivation.hardware.memory import device_memory
 from derivation.hardware.profile import hardware
-from derivation.options import Options, one_of, positive
-from derivation.pipelines import Pipeline, required
+from derivation.live import live_options
+from derivation.options import Options, one_of, options_of, positive
+from derivation.pipelines import Pipeline
+from derivation.pipelines.offload import resident
 from derivation.program import Program, Variant
 from derivation.simplify import Grid, Term, maximum
 from derivation.spine import Record, StageRecord, derive_record
-from derivation.tape import Settings
+from derivation.tape import Settings, tape
 from derivation.witness import Witness, witness_at
 
 DEFAULT_PROMPT_LENGTH = 77
@@ -95,14 +97,14 @@ class Derivation:
         """What the symbolic modules read; raises DerivationError for an unknown GPU or version."""
         o = self.options
         card = None if o.gpu is None else hardware(o.gpu, torch=o.torch, diffusers=o.diffusers, scratch=o.scratch)
-        return Settings(o.dtype, o.attention, card, o.vae_slicing, o.vae_tiling, o.attention_slicing)
+        return o.settings(card)
 
     @cached_property
     def grid(self) -> Grid:
-        """How image sides map to level sides."""
-        vae = required(self.checkpoint.vae, "vae")
-        levels = 1 if self.checkpoint.unet is None else len(self.checkpoint.unet.block_out_channels)
-        return Grid(vae.scale_factor, levels)
+        """How image sides map to level sides; without a VAE a latent is 8 pixels wide."""
+        vae, unet = self.checkpoint.vae, self.checkpoint.unet
+        factor = VAE_SCALE_FACTOR if vae is None else vae.scale_factor
+        return Grid(factor, 1 if unet is None else len(unet.block_out_channels))
 
     @cached_property
     def calls(self) -> dict[str, Component]:
@@ -115,9 +117,14 @@ class Derivation:
         return parameters(self.checkpoint, self.options)
 
     @cached_property
+    def resident(self) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
+        """Parameters and buffers that are on the GPU throughout a call: all, or what offload leaves there."""
+        return resident(self.parameters, self.options)
+
+    @cached_property
     def weights(self) -> dict[str, int]:
-        """Bytes of each model's parameters and buffers, each tensor in 512-byte blocks."""
-        return {model: weights_bytes(entries) for model, entries in self.parameters.items()}
+        """Bytes of each model's ``resident`` parameters and buffers, each tensor in 512-byte blocks."""
+        return {model: weights_bytes(entries) for model, entries in self.resident.items()}
 
     @property
     def parameter_counts(self) -> dict[str, int]:
@@ -126,15 +133,25 @@ class Derivation:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of all weights on the GPU."""
+        """Bytes of all weights that are on the GPU throughout; others are part of the stages that use them."""
         return sum(self.weights.values())
 
     def program(self, guidance: bool = True) -> Program:
-        """Return the whole pipeline as a recordable run."""
+        """Return the whole pipeline as a recordable run; of a component alone, its calls, each a stage."""
         if guidance not in self._pipelines:
             pipeline = Pipeline(self.checkpoint, self.options, guidance)
-            self._pipelines[guidance] = Program(pipeline.__call__, self.settings, self.fixed)
+            run = pipeline.__call__ if self.checkpoint.whole else lambda: self._call_each(guidance)
+            self._pipelines[guidance] = Program(run, self.settings, self.fixed)
         return self._pipelines[guidance]
+
+    def _call_each(self, guidance: bool) -> None:
+        """Run every component call on the active tape, each on inputs that exist before it."""
+        if not self.calls:
+            raise DerivationError(f"{self.checkpoint.source}: nothing in it runs on the GPU: pass a whole checkpoint")
+        for name, component in self.calls.items():
+            tape().mark(name)
+            _outputs = component.call(self.options, guidance)
+            del _outputs
 
     def component(self, name: str, guidance: bool = True) -> Program:
         """Return one component call as a recordable run; raises DerivationError for an unknown name."""
@@ -203,6 +220,7 @@ class Derivation:
             self._check_side(key, value)
         positive("batch_size", batch_size)
         positive("prompt_length", prompt_length)
+        self._check_prompt_length(prompt_length)
         return {"B": batch_size, "L": prompt_length, **self.grid.sizes(height, width)}
 
     def _check_side(self, key: str, value: int) -> None:
@@ -214,6 +232,13 @@ class Derivation:
         if value > MAX_SIDE_PIXELS:
             raise DerivationError(f"{key} = {value} is not supported (supported: up to {MAX_SIDE_PIXELS})")
 
+    def _check_prompt_length(self, prompt_length: int) -> None:
+        """Raise for more tokens than a text encoder alone takes; a pipeline cuts longer prompts into chunks."""
+        config = self.checkpoint.text_encoder
+        if not self.checkpoint.whole and config is not None and prompt_length > config.max_position_embeddings:
+            supported = f"up to max_position_embeddings = {config.max_position_embeddings}"
+            raise DerivationError(f"prompt_length = {prompt_length} is not supported (supported: {supported})")
+
     def component_peaks(
         self,
         height: int,
@@ -224,6 +249,7 @@ class Derivation:
     ) -> dict[str, int]:
         """Return each component call's peak bytes: storages allocated during the call, 512-byte blocks.
 
+        The component's weights count where sequential offload loads them during the call, else they precede it.
         A text encoder takes at most its number of positions; longer prompts reach it in chunks.
         Raises DerivationError for a size that the pipeline rejects.
         """
@@ -249,7 +275,7 @@ class Derivation:
         prompt_length: int = DEFAULT_PROMPT_LENGTH,
         guidance: bool = True,
     ) -> dict[str, int]:
-        """Return each stage's peak bytes over the whole pipeline call, weights excluded."""
+        """Return each stage's peak bytes over the whole pipeline call, beyond ``weights_bytes``."""
         values = self.sizes(height, width, batch_size, prompt_length)
         peaks = self.program(guidance).at(values).evaluator.peaks(values)
         return {name: peak for name, (peak, _) in peaks.items()}
@@ -290,7 +316,7 @@ class Derivation:
         """Return what the allocator and nvidia-smi would say on the GPU, if one is named."""
         if self.options.gpu is None:
             return {}
-        return device_memory(self.options.gpu, self.parameters, variant.tape, values).as_dict()
+        return device_memory(self.options.gpu, self.resident, variant.tape, values).as_dict()
 
     def latex(self) -> str:
         """Return the equation as a LaTeX align environment."""
@@ -310,25 +336,32 @@ class Derivation:
 
 def derive(
     model: object,
-    pipeline: str = "img2img",
-    dtype: str = "float16",
-    attention: str = "efficient",
+    pipeline: str | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
     gpu: str | None = None,
     method: str = "walk",
+    revision: str | None = None,
+    local_files_only: bool = False,
     **options: Any,
 ) -> Derivation:
-    """Derive the peak memory of ``model``: a bundled id, a checkpoint folder or a live pipeline.
+    """Derive the peak memory of ``model``: a bundled id, a folder, a config file, a Hub id or a live pipeline.
+
+    What is not given is read off a live pipeline, and is Options' default elsewhere. A Hub id is "org/name" or
+    "org/name@revision"; with ``local_files_only`` it is read from the Hub's cache alone. The derivation of one
+    component's config is that of its calls.
 
     ``method`` "walk" interprets diffusers' blocks; "trace" runs the real module with symbolic shapes (a
     transformer's config, folder or dict; needs the extra ``verify``). Raises DerivationError, with one line,
     for a config or an option that is not supported.
     """
     one_of("method", method, ("walk", "trace"))
-    try:
-        chosen = Options(pipeline=pipeline, dtype=dtype, attention=attention, gpu=gpu, **options)
-    except TypeError as error:
-        raise DerivationError(str(error).replace("Options.__init__() ", "")) from None
-    return Derivation(load(model), chosen) if method == "walk" else _traced(model, chosen)
+    named = {"pipeline": pipeline, "dtype": dtype, "attention": attention, "gpu": gpu}
+    given = {**{name: value for name, value in named.items() if value is not None}, **options}
+    if method == "trace":
+        return _traced(model, options_of(given))
+    chosen = live_options(model, **given) if is_live(model) else options_of(given)
+    return Derivation(load(model, revision, local_files_only), chosen)
 
 
 def _traced(model: object, options: Options) -> Derivation:

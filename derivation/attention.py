@@ -21,6 +21,8 @@ EAGER = "eager"
 SDPA = "sdpa"
 # Taken by that choice alone, never asked for.
 CUDNN = "cudnn"
+# xformers.ops.memory_efficient_attention is the kernel that PyTorch took over as its memory-efficient backend.
+ALIASES = {"xformers": "efficient"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def backend(
 
 def names() -> tuple[str, ...]:
     """Return every value that the ``attention`` option takes."""
-    return (EAGER, SDPA, *(name for name in BACKENDS if name != CUDNN))
+    return (EAGER, SDPA, *(name for name in BACKENDS if name != CUDNN), *ALIASES)
 
 
 def scaled_dot_product_attention(

@@ -6,7 +6,7 @@ A call's inputs exist before it, its outputs are alive at its end.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
@@ -16,12 +16,14 @@ from derivation.config import (
     Checkpoint,
     CLIPTextConfig,
     CLIPVisionConfig,
+    ControlNetConfig,
     UNet2DConditionConfig,
+    image_encoder,
 )
 from derivation.ops import given
 from derivation.options import Options
 from derivation.symbols import DTYPE_BYTES, Size, ceil512
-from derivation.tape import Settings, SymTensor, Tape, tape
+from derivation.tape import SymTensor, Tape, tape
 
 # SDXL's added time ids: original size, crop, target size (pipeline_stable_diffusion_xl.py)
 TIME_IDS = 6
@@ -43,10 +45,14 @@ def components(checkpoint: Checkpoint, options: Options) -> dict[str, Component]
         found.append(Component("text_encoder", "text_encoder", lambda o, g: _text(text, "text_encoder")))
     if (text_2 := checkpoint.text_encoder_2) is not None:
         found.append(Component("text_encoder_2", "text_encoder_2", lambda o, g: _text(text_2, "text_encoder_2")))
+    if options.ip_adapter_tokens is not None:
+        found.append(Component("image_encoder", "image_encoder", lambda o, g: _encode_image(image_encoder())))
     if (vae := checkpoint.vae) is not None:
         found.append(Component("vae_encode", "vae", lambda o, g: _encode(vae)))
     if (unet := checkpoint.unet) is not None:
         pooled = None if checkpoint.text_encoder_2 is None else checkpoint.text_encoder_2.projection_dim
+        if options.controlnets:
+            found.append(Component("controlnet", "controlnet", lambda o, g: _controlnet(unet, o, g, pooled)))
         found.append(Component("unet", "unet", lambda o, g: _unet(unet, o, g, pooled)))
     if vae is not None:
         found.append(Component("vae_decode", "vae", lambda o, g: _decode(vae, o)))
@@ -72,6 +78,12 @@ def _text(config: CLIPTextConfig, name: str) -> object:
     return model(name, input_ids, config=config)
 
 
+def _encode_image(config: CLIPVisionConfig) -> object:
+    """``image_encoder(pixel_values)`` of one image."""
+    pixel_values = _input(1, config.num_channels, config.image_size, config.image_size)
+    return models.CLIPVisionModelWithProjection("image_encoder", pixel_values, config=config)
+
+
 def _encode(config: AutoencoderKLConfig) -> object:
     """``vae.encode(x).latent_dist.sample()``: x [B, 3, H, W]."""
     factor = config.scale_factor
@@ -89,13 +101,36 @@ def _decode(config: AutoencoderKLConfig, options: Options) -> object:
 
 def _unet(config: UNet2DConditionConfig, options: Options, guidance: bool, pooled: int | None) -> object:
     """``unet(sample, timestep, encoder_hidden_states, return_dict=False)``: two rows an image with guidance."""
+    sample, embeds, added = _latent_inputs(config, options, guidance, pooled)
+    image_embeds = None
+    if options.ip_adapter_tokens is not None:
+        image_embeds = _input(images(options) * (2 if guidance else 1), 1, image_encoder().projection_dim)
+    return models.UNet2DConditionModel(
+        "unet", sample, given((1,), "int64"), embeds, added, image_embeds=image_embeds, config=config
+    )
+
+
+def _controlnet(unet: UNet2DConditionConfig, options: Options, guidance: bool, pooled: int | None) -> object:
+    """``controlnet(sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale, return_dict=False)``.
+
+    controlnet_cond [rows, 3, 8 h0, 8 w0], a list of them for MultiControlNetModel.
+    """
+    config = ControlNetConfig.from_unet(unet)
+    sample, embeds, added = _latent_inputs(config, options, guidance, pooled)
+    height, width = (config.conditioning_factor * tape().size(name) for name in ("h0", "w0"))
+    image = _input(sample.shape[0], config.conditioning_channels, height, width)
+    return models.controlnet(sample, given((1,), "int64"), embeds, [image] * options.controlnets, added, config=config)
+
+
+def _latent_inputs(
+    config: UNet2DConditionConfig, options: Options, guidance: bool, pooled: int | None
+) -> tuple[SymTensor, SymTensor, tuple[SymTensor, SymTensor] | None]:
+    """sample [rows, in_channels, h0, w0], encoder_hidden_states [rows, L, K], and SDXL's added conditions."""
     rows = images(options) * (2 if guidance else 1)
     sample = _input(rows, config.in_channels, tape().size("h0"), tape().size("w0"))
     embeds = _input(rows, tape().size("L"), config.cross_attention_dim[0])
-    added = None
-    if config.addition_embed_type == "text_time":
-        added = _added_cond(config, rows, pooled)
-    return models.UNet2DConditionModel("unet", sample, given((1,), "int64"), embeds, added, config=config)
+    added = _added_cond(config, rows, pooled) if config.addition_embed_type == "text_time" else None
+    return sample, embeds, added
 
 
 def _added_cond(config: UNet2DConditionConfig, rows: Size, pooled: int | None) -> tuple[SymTensor, SymTensor]:
@@ -119,7 +154,7 @@ def parameters(checkpoint: Checkpoint, options: Options) -> dict[str, dict[str, 
     """Return the parameters and buffers of each model: path -> (shape, dtype)."""
     found: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {}
     for component in components(checkpoint, options).values():
-        recorded = Tape(Settings(options.dtype, "efficient"))
+        recorded = Tape(replace(options.settings(), attention="efficient", attention_slicing=None, offload=None))
         with recorded.running():
             component.call(options, False)
         found.setdefault(component.model, {}).update(recorded.parameters)
@@ -131,6 +166,11 @@ def weights_bytes(entries: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
     return sum(ceil512(prod(shape) * DTYPE_BYTES[dtype]) for shape, dtype in entries.values())
 
 
+def is_buffer(entry: tuple[tuple[int, ...], str]) -> bool:
+    """Return whether (shape, dtype) is a buffer's: those alone are int64."""
+    return entry[1] == "int64"
+
+
 def parameter_count(entries: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
-    """Return the number of floating-point parameters (buffers are int64)."""
-    return sum(prod(shape) for shape, dtype in entries.values() if dtype != "int64")
+    """Return the number of parameters, buffers aside."""
+    return sum(prod(entry[0]) for entry in entries.values() if not is_buffer(entry))

@@ -101,7 +101,7 @@ class Request:
         values = self.derivation.sizes(image.height, image.width, image.batch_size, self.prompt_length)
         tape = self.derivation.program(self.guidance).at(values).tape
         try:
-            found = device_memory(gpu, self.derivation.parameters, tape, values)
+            found = device_memory(gpu, self.derivation.resident, tape, values)
         except OutOfMemoryError:
             return None
         return None if found.verdict.startswith("out of memory") else found.reserved

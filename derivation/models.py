@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from derivation.blocks.activations import activation
+from derivation.blocks.attention_processor import Conditions
 from derivation.blocks.autoencoder_kl import decode, encode
-from derivation.blocks.embeddings import TimestepEmbedding, get_timestep_embedding
-from derivation.blocks.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
+from derivation.blocks.controlnet import ControlNetModel, MultiControlNetModel, Residuals
+from derivation.blocks.embeddings import (
+    MultiIPAdapterImageProjection,
+    TimestepEmbedding,
+    get_timestep_embedding,
+    one_timestep,
+)
+from derivation.blocks.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from derivation.blocks.safety_checker import StableDiffusionSafetyChecker
-from derivation.blocks.transformer_2d import TransformerSpec
 from derivation.blocks.unet_2d_blocks import (
-    BlockSpec,
     CrossAttnDownBlock2D,
     CrossAttnUpBlock2D,
     DownBlock2D,
     UNetMidBlock2D,
     UNetMidBlock2DCrossAttn,
     UpBlock2D,
+    down_spec,
+    mid_spec,
+    up_spec,
 )
-from derivation.config import UNet2DConditionConfig
-from derivation.ops import Conv2d, GroupNorm, add, cat, empty, to
+from derivation.config import ControlNetConfig, UNet2DConditionConfig
+from derivation.ops import Conv2d, GroupNorm, add, cat, to
 from derivation.symbols import Size
-from derivation.tape import Category, SymTensor, block
+from derivation.tape import SymTensor, block, tape
 
 __all__ = [
     "CLIP_TEXT_MODELS",
     "CLIPTextModel",
     "CLIPTextModelWithProjection",
+    "CLIPVisionModelWithProjection",
+    "Residuals",
     "StableDiffusionSafetyChecker",
     "UNet2DConditionModel",
+    "controlnet",
     "decode",
     "encode",
 ]
@@ -44,13 +57,16 @@ def UNet2DConditionModel(
     timestep: SymTensor,
     encoder_hidden_states: SymTensor,
     added_cond: tuple[SymTensor, SymTensor] | None = None,
+    residuals: Residuals | None = None,
     *,
+    image_embeds: SymTensor | None = None,
     config: UNet2DConditionConfig,
 ) -> SymTensor:
     """sample [N, in_channels, h, w], encoder_hidden_states [N, L, K] -> [N, out_channels, h, w].
 
     ``timestep`` [1], or a scalar on the CPU, which is copied inside; ``added_cond`` = text_embeds [N, P]
-    and time_ids [N, T] where addition_embed_type is text_time.
+    and time_ids [N, T] where addition_embed_type is text_time; ``residuals`` = down_block_additional_residuals
+    and mid_block_additional_residual of a ControlNet; ``image_embeds`` [N, 1, P] goes to an IP-Adapter.
     """
     t_emb = _time_embed(sample, timestep, config)
     time_embed_dim = config.time_embedding_dim or 4 * config.block_out_channels[0]
@@ -59,6 +75,7 @@ def UNet2DConditionModel(
     if added_cond is not None:
         aug_emb = _aug_embed(emb, added_cond, config)
     emb = add(emb, aug_emb) if aug_emb is not None else emb
+    conditions = _process_encoder_hidden_states(encoder_hidden_states, image_embeds, config)
 
     sample = Conv2d(
         "conv_in",
@@ -70,22 +87,31 @@ def UNet2DConditionModel(
 
     down_block_res_samples: tuple[SymTensor, ...] = (sample,)
     for i, down_block_type in enumerate(config.down_block_types):
-        spec = _down_spec(config, i)
+        spec = down_spec(config, i)
         if down_block_type == "CrossAttnDownBlock2D":
             sample, res_samples = CrossAttnDownBlock2D(
-                f"down_blocks.{i}", sample, emb, encoder_hidden_states, spec=spec
+                f"down_blocks.{i}", sample, emb, conditions, spec=spec
             )
         else:
             sample, res_samples = DownBlock2D(f"down_blocks.{i}", sample, emb, spec=spec)
         down_block_res_samples += res_samples
 
+    if residuals is not None:
+        new_down_block_res_samples: tuple[SymTensor, ...] = ()
+        for down_block_res_sample, additional_residual in zip(down_block_res_samples, residuals[0], strict=True):
+            down_block_res_sample = add(down_block_res_sample, additional_residual)
+            new_down_block_res_samples += (down_block_res_sample,)
+        down_block_res_samples = new_down_block_res_samples
+
     if config.mid_block_type == "UNetMidBlock2DCrossAttn":
-        sample = UNetMidBlock2DCrossAttn("mid_block", sample, emb, encoder_hidden_states, spec=_mid_spec(config))
+        sample = UNetMidBlock2DCrossAttn("mid_block", sample, emb, conditions, spec=mid_spec(config))
     elif config.mid_block_type == "UNetMidBlock2D":
-        sample = UNetMidBlock2D("mid_block", sample, emb, spec=_mid_spec(config), attention=None)
+        sample = UNetMidBlock2D("mid_block", sample, emb, spec=mid_spec(config), attention=None)
+    if residuals is not None:
+        sample = add(sample, residuals[1])
 
     for i, up_block_type in enumerate(config.up_block_types):
-        spec = _up_spec(config, i)
+        spec = up_spec(config, i)
         res_samples = down_block_res_samples[-spec.layers :]
         down_block_res_samples = down_block_res_samples[: -spec.layers]
         upsample_size: tuple[Size, Size] | None = None
@@ -93,7 +119,7 @@ def UNet2DConditionModel(
             upsample_size = down_block_res_samples[-1].shape[2:]  # type: ignore[assignment]
         if up_block_type == "CrossAttnUpBlock2D":
             sample = CrossAttnUpBlock2D(
-                f"up_blocks.{i}", sample, res_samples, emb, upsample_size, encoder_hidden_states, spec=spec
+                f"up_blocks.{i}", sample, res_samples, emb, upsample_size, conditions, spec=spec
             )
         else:
             sample = UpBlock2D(f"up_blocks.{i}", sample, res_samples, emb, upsample_size, spec=spec)
@@ -110,11 +136,33 @@ def UNet2DConditionModel(
     return sample
 
 
+def controlnet(
+    sample: SymTensor,
+    timestep: SymTensor,
+    encoder_hidden_states: SymTensor,
+    controlnet_cond: Sequence[SymTensor],
+    added_cond: tuple[SymTensor, SymTensor] | None = None,
+    *,
+    config: ControlNetConfig,
+) -> Residuals:
+    """A pipeline's ``controlnet``: ControlNetModel for one image, MultiControlNetModel for several.
+
+    What is set on the UNet alone does not reach it; set_attention_slice, which MultiControlNetModel lacks, reaches one.
+    """
+    off = {"channels_last": False, "lora_rank": None, "ip_adapter_tokens": None}
+    if len(controlnet_cond) == 1:
+        with tape().setting(**off):
+            return ControlNetModel(
+                "controlnet", sample, timestep, encoder_hidden_states, controlnet_cond[0], added_cond, config=config
+            )
+    with tape().setting(**off, attention_slicing=None):
+        return MultiControlNetModel(
+            "controlnet", sample, timestep, encoder_hidden_states, controlnet_cond, added_cond, config=config
+        )
+
+
 def _time_embed(sample: SymTensor, timestep: SymTensor, config: UNet2DConditionConfig) -> SymTensor:
-    timesteps = timestep
-    if timesteps.ndim == 0:
-        timesteps = empty((1,), timestep.dtype, "_to_copy", Category.PIPELINE)
-    timesteps = timesteps.expand(sample.shape[0])
+    timesteps = one_timestep(timestep).expand(sample.shape[0])
     t_emb = get_timestep_embedding(
         timesteps, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos
     )
@@ -140,52 +188,17 @@ def _aug_embed(
     return TimestepEmbedding("add_embedding", add_embeds, time_embed_dim=time_embed_dim, act_fn=config.act_fn)
 
 
-def _transformers(config: UNet2DConditionConfig, level: int, depths: tuple[int, ...]) -> tuple[TransformerSpec, ...]:
-    return tuple(
-        TransformerSpec(
-            heads=config.attention_head_dim[level],
-            layers=depth,
-            groups=config.norm_num_groups,
-            use_linear_projection=config.use_linear_projection,
-            upcast_attention=config.upcast_attention,
-        )
-        for depth in depths
+def _process_encoder_hidden_states(
+    encoder_hidden_states: SymTensor, image_embeds: SymTensor | None, config: UNet2DConditionConfig
+) -> Conditions:
+    """``process_encoder_hidden_states``: with an IP-Adapter, a tuple with its tokens [N, 1, tokens, K]."""
+    tokens = tape().settings.ip_adapter_tokens
+    if image_embeds is None or tokens is None:
+        return encoder_hidden_states
+    image_embeds = MultiIPAdapterImageProjection(
+        "encoder_hid_proj",
+        image_embeds,
+        cross_attention_dim=config.cross_attention_dim[0],
+        num_image_text_embeds=tokens,
     )
-
-
-def _down_spec(config: UNet2DConditionConfig, i: int) -> BlockSpec:
-    return BlockSpec(
-        out_channels=config.block_out_channels[i],
-        layers=config.layers_per_block[i],
-        groups=config.norm_num_groups,
-        act_fn=config.act_fn,
-        resample=i < len(config.block_out_channels) - 1,
-        transformers=_transformers(config, i, config.transformer_layers_per_block[i]),
-    )
-
-
-def _mid_spec(config: UNet2DConditionConfig) -> BlockSpec:
-    cross = config.mid_block_type == "UNetMidBlock2DCrossAttn"
-    depths = config.transformer_layers_per_block[-1][:1]
-    return BlockSpec(
-        out_channels=config.block_out_channels[-1],
-        layers=1 if cross else 0,
-        groups=config.norm_num_groups,
-        act_fn=config.act_fn,
-        resample=False,
-        transformers=_transformers(config, -1, depths) if cross else None,
-    )
-
-
-def _up_spec(config: UNet2DConditionConfig, i: int) -> BlockSpec:
-    level = len(config.block_out_channels) - 1 - i
-    depths = config.reverse_transformer_layers_per_block[i]
-    return BlockSpec(
-        out_channels=config.block_out_channels[level],
-        layers=config.layers_per_block[level] + 1,
-        groups=config.norm_num_groups,
-        act_fn=config.act_fn,
-        resample=level > 0,
-        transformers=_transformers(config, level, depths),
-    )
-
+    return encoder_hidden_states, image_embeds

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 
 from derivation.hardware import kernels
 from derivation.symbols import SYMBOLS, Size, nonnegative_from_one
-from derivation.tape import Category, SymTensor, block, contiguous_strides, tape
+from derivation.tape import EXCLUDED_FROM_CPU_OFFLOAD, Category, SymTensor, block, contiguous_strides, tape
+
+# the models that the option channels_last converts
+CHANNELS_LAST_MODELS = ("unet", "vae")
 
 
 def empty(
@@ -33,9 +36,16 @@ def given(shape: Sequence[Size], dtype: str) -> SymTensor:
 
 
 def parameter(name: str, shape: Sequence[int], dtype: str | None = None) -> SymTensor:
-    """Register a parameter or buffer of the current module and return it."""
+    """Register a parameter, or with ``dtype`` a buffer, of the current module and return it.
+
+    Under sequential offload a parameter is on the GPU while its module runs (accelerate/hooks.py: AlignDevicesHook).
+    """
     here = tape()
-    dtype = dtype or here.settings.dtype
+    model = here.path[0]
+    if dtype is None:
+        dtype = here.dtypes.get(model, here.settings.dtype)
+        if here.settings.offload == "sequential" and model not in EXCLUDED_FROM_CPU_OFFLOAD:
+            here.load_leaf(name, tuple(shape), dtype)
     here.parameters[".".join([*here.path, name])] = (tuple(shape), dtype)
     return given(shape, dtype)
 
@@ -48,6 +58,8 @@ def half_up(dim: Size) -> Size:
     """
     if isinstance(dim, int):
         return -(-dim // 2)
+    if not any(coefficient % 2 for coefficient in dim.values()):
+        return dim.quo_ground(2)
     name = SYMBOLS[next(i for i, power in enumerate(dim.leading_expv()) if power)].name
     if dim != dim.ring(1) * tape().size(name) or name[0] not in "hw":
         raise ValueError(f"ceil({dim} / 2) has no symbol")
@@ -155,10 +167,12 @@ def reshape(x: SymTensor, *shape: Size) -> SymTensor:
 
 
 def cat(tensors: Sequence[SymTensor], dim: int) -> SymTensor:
-    """``torch.cat``: shapes agree except along ``dim``."""
+    """``torch.cat``: shapes agree except along ``dim``; channels_last where every tensor is (TensorShape.cpp)."""
     first = tensors[0]
     total: Size = sum((tensor.shape[dim] for tensor in tensors[1:]), start=first.shape[dim])
-    return empty((*first.shape[:dim], total, *first.shape[dim + 1 :]), first.dtype, "cat")
+    shape = (*first.shape[:dim], total, *first.shape[dim + 1 :])
+    channels_last = all(tensor.is_channels_last() for tensor in tensors)
+    return empty(shape, first.dtype, "cat", strides=format_strides(shape, channels_last))
 
 
 def repeat(x: SymTensor, *times: Size) -> SymTensor:
@@ -205,9 +219,10 @@ def format_strides(shape: tuple[Size, ...], channels_last: bool) -> tuple[Size, 
 
 
 def pad(x: SymTensor, right: int, bottom: int) -> SymTensor:
-    """``F.pad(x, (0, right, 0, bottom))``."""
+    """``F.pad(x, (0, right, 0, bottom))`` in ``x``'s memory format (PadNd.cpp: constant_pad_nd)."""
     *lead, height, width = x.shape
-    return empty((*lead, height + bottom, width + right), x.dtype, "constant_pad_nd")
+    shape = (*lead, height + bottom, width + right)
+    return empty(shape, x.dtype, "constant_pad_nd", strides=format_strides(shape, x.is_channels_last()))
 
 
 def pad_last(x: SymTensor, right: int) -> SymTensor:
@@ -223,6 +238,7 @@ def Conv2d(
     batch, in_channels, height, width = x.shape
     assert isinstance(in_channels, int)
     weight = parameter("weight", (out_channels, in_channels, kernel, kernel))
+    weight = weight.view_as(weight.shape, format_strides(weight.shape, _weights_channels_last()))
     if bias:
         parameter("bias", (out_channels,))
     sides = (conv_size(side, kernel, stride, padding) for side in (height, width))
@@ -230,23 +246,43 @@ def Conv2d(
 
 
 def convolution(x: SymTensor, weight: SymTensor, shape: tuple[Size, ...]) -> SymTensor:
-    """``aten::convolution``: always row-major on meta (meta_conv), in ``x``'s format on CUDA (ConvUtils.h)."""
+    """``aten::convolution``: row-major on meta for any weight (_meta_registrations.py: meta_conv).
+
+    On CUDA it runs in channels_last where the input or the weight is, and the input is copied to that format
+    (ConvUtils.h: cudnn_conv_suggest_memory_format).
+    """
     if tape().settings.hardware is None:
         return empty(shape, x.dtype, "convolution")
-    channels_last = x.is_channels_last()
-    x = x if channels_last else contiguous(x)
+    channels_last = x.is_channels_last() or _weights_channels_last()
+    x = _in_format(x, channels_last)
     out = empty(shape, x.dtype, "convolution", strides=format_strides(shape, channels_last))
     kernels.convolution_buffers(x, out, weight, channels_last)
     return out
 
 
+def _weights_channels_last() -> bool:
+    """Return whether ``Module.to(memory_format=torch.channels_last)`` was called on the current model."""
+    here = tape()
+    return here.settings.channels_last and bool(here.path) and here.path[0] in CHANNELS_LAST_MODELS
+
+
+def _in_format(x: SymTensor, channels_last: bool) -> SymTensor:
+    """``x.contiguous(memory_format=...)``; with one channel or one pixel both formats are the same."""
+    if not channels_last:
+        return contiguous(x)
+    if x.is_channels_last() or x.permute(0, 2, 3, 1).is_contiguous():
+        return x
+    return empty(x.shape, x.dtype, "clone", strides=format_strides(x.shape, True))
+
+
 @block
-def Linear(x: SymTensor, out_features: int, *, bias: bool = True) -> SymTensor:
+def Linear(x: SymTensor, out_features: int, *, bias: bool = True, frozen: bool = False) -> SymTensor:
     """``torch.nn.Linear``: [*, C] -> [*, out_features].
 
-    A biased call on a row-major input is one addmm. Otherwise the input is folded to 2-D (a copy where no
-    view exists: the weight requires grad, so LinearAlgebra.cpp should_fold is true), and the bias is added
-    in place on CUDA, out of place under any dispatch mode (Linear.cpp, TensorSubclassLikeUtils.h).
+    A biased call on a row-major input is one addmm. Otherwise the input is folded to 2-D, a copy where no
+    view exists, unless the weight is ``frozen`` (requires no grad) and a fold would copy: then it is one bmm
+    (LinearAlgebra.cpp: should_fold). The bias is added in place on CUDA, out of place under any dispatch mode
+    (Linear.cpp, TensorSubclassLikeUtils.h).
     """
     *lead, in_features = x.shape
     assert isinstance(in_features, int)
@@ -260,8 +296,37 @@ def Linear(x: SymTensor, out_features: int, *, bias: bool = True) -> SymTensor:
         out = _matrix(x, rows, out_features, "addmm").view(*lead, out_features)
         kernels.cublaslt_workspace()
         return out
-    out = _matrix(reshape(x, rows, in_features), rows, out_features, "mm").view(*lead, out_features)
+    if frozen and not _folds(x):
+        out = empty((*lead, out_features), x.dtype, "bmm")
+        kernels.cublas_workspace()
+    else:
+        out = _matrix(reshape(x, rows, in_features), rows, out_features, "mm").view(*lead, out_features)
     return add(out, out) if bias and tape().settings.hardware is None else out
+
+
+def _folds(x: SymTensor) -> bool:
+    """Return whether the leading dimensions are one evenly strided block: stride[i] = stride[i+1] * shape[i+1]."""
+    return all(x.strides[i] == x.strides[i + 1] * x.shape[i + 1] for i in range(x.ndim - 2))
+
+
+@block
+def LoraLinear(x: SymTensor, out_features: int, *, bias: bool, rank: int) -> SymTensor:
+    """peft's ``lora.Linear`` (tuners/lora/layer.py): base_layer(x) + lora_B(lora_A(x)) * scaling, no dropout.
+
+    A and B have the base layer's dtype (tuners_utils.py: _move_adapter_to_device_of_base_layer). ``fuse_lora``
+    merges them into the base layer, which then runs alone, and keeps them until ``unload_lora_weights``.
+    Every other weight of the model is frozen (lora/model.py: _mark_only_adapters_as_trainable).
+    """
+    result = Linear("base_layer", x, out_features, bias=bias, frozen=True)
+    if tape().settings.lora_fused:
+        in_features = x.shape[-1]
+        assert isinstance(in_features, int)
+        parameter("lora_A.default.weight", (rank, in_features))
+        parameter("lora_B.default.weight", (out_features, rank))
+        return result
+    return add(
+        result, mul(Linear("lora_B.default", Linear("lora_A.default", x, rank, bias=False), out_features, bias=False))
+    )
 
 
 def _matrix(x: SymTensor, rows: Size, columns: int, op: str) -> SymTensor:

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from derivation import attention
 from derivation.errors import DerivationError
-from derivation.hardware.profile import SCRATCH
+from derivation.hardware.profile import SCRATCH, Hardware
 from derivation.schedulers import SCHEDULERS
+from derivation.tape import Settings
 
 PIPELINES = ("txt2img", "img2img", "inpaint")
 DTYPES = ("float16", "bfloat16", "float32")
+OFFLOADS = ("model", "sequential")
+# autoencoder_kl.py: tile_overlap_factor
+TILE_OVERLAP_FACTOR = 0.25
 # diffusers' examples run 50 steps
 DEFAULT_STEPS = 50
 MAX_STEPS = 1000
+MAX_CONTROLNETS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """The choices of a run, named as diffusers' pipelines name them; raises DerivationError for a bad one.
 
-    ``torch``, ``diffusers`` and ``scratch`` are read where a ``gpu`` is named; ``vae_slicing``, ``vae_tiling`` and
-    ``attention_slicing`` ("auto", "max" or a number) are what the pipeline's ``enable_...`` methods set.
+    ``attention`` "xformers" is another name of "efficient", which replaces it.
+    ``torch``, ``diffusers`` and ``scratch`` are read where a ``gpu`` is named; ``vae_slicing``, ``vae_tiling``,
+    ``attention_slicing`` ("auto", "max" or a number) and ``offload`` ("model", "sequential") are what the pipeline's
+    ``enable_...`` methods set; ``tile_sample_min_size`` (None: the VAE's sample_size) and ``tile_overlap_factor`` are
+    the VAE's attributes. ``channels_last`` is the memory format of the weights of UNet and VAE. ``lora_rank`` is the
+    rank of a LoRA on the UNet's attention projections, ``lora_fused`` whether ``fuse_lora`` merged it;
+    ``controlnets`` counts ControlNets made from the UNet; ``ip_adapter_tokens`` is how many image tokens an
+    IP-Adapter adds.
     ``strength`` None is the default of the pipeline's class; ``scheduler`` replaces the checkpoint's, as
     ``Class.from_config(pipe.scheduler.config)`` does; ``negative_prompt`` says whether one is given.
     """
@@ -42,9 +55,18 @@ class Options:
     clip_skip: int | None = None
     vae_slicing: bool = False
     vae_tiling: bool = False
+    tile_sample_min_size: int | None = None
+    tile_overlap_factor: float = TILE_OVERLAP_FACTOR
     attention_slicing: str | int | None = None
+    channels_last: bool = False
+    offload: str | None = None
+    lora_rank: int | None = None
+    lora_fused: bool = False
+    controlnets: int = 0
+    ip_adapter_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "attention", attention.ALIASES.get(self.attention, self.attention))
         one_of("pipeline", self.pipeline, PIPELINES)
         one_of("dtype", self.dtype, DTYPES)
         one_of("attention", self.attention, attention.names())
@@ -62,11 +84,55 @@ class Options:
             positive("clip_skip", self.clip_skip)
         if self.attention_slicing not in (None, "auto", "max"):
             positive("attention_slicing", self.attention_slicing)
+        for name in ("tile_sample_min_size", "lora_rank", "ip_adapter_tokens"):
+            if getattr(self, name) is not None:
+                positive(name, getattr(self, name))
+        if not 0 <= self.tile_overlap_factor <= 0.5:
+            raise DerivationError(f"tile_overlap_factor = {self.tile_overlap_factor} is not in [0, 0.5]")
+        if self.ip_adapter_tokens is not None and self.attention_slicing is not None:
+            raise DerivationError(
+                f"ip_adapter_tokens = {self.ip_adapter_tokens} is not supported with attention_slicing: "
+                "its processor replaces the IP-Adapter's"
+            )
+        if self.lora_fused and self.lora_rank is None:
+            raise DerivationError("lora_fused = True is not supported without a lora_rank")
+        if self.offload is not None:
+            one_of("offload", self.offload, OFFLOADS)
+        if type(self.controlnets) is not int or not 0 <= self.controlnets <= MAX_CONTROLNETS:
+            raise DerivationError(
+                f"controlnets = {self.controlnets!r} is not supported (supported: integers from 0 to {MAX_CONTROLNETS})"
+            )
         one_of("scratch", self.scratch, SCRATCH)
+
+    def settings(self, hardware: Hardware | None = None) -> Settings:
+        """Return what the symbolic modules read of these options."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        read = {field.name: own[field.name] for field in fields(Settings) if field.name in own}
+        return Settings(hardware=hardware, **read)
 
     def as_dict(self) -> dict[str, object]:
         """Return the options by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def options_of(given: Mapping[str, Any]) -> Options:
+    """Return the options called ``given``; raises DerivationError for a name that is none."""
+    try:
+        return Options(**given)
+    except TypeError as error:
+        raise DerivationError(str(error).replace("Options.__init__() ", "")) from None
+
+
+def flag(name: str, value: object) -> str:
+    """Return the command line argument that sets an option.
+
+    >>> flag("vae_tiling", True), flag("lora_rank", 4)
+    ('--vae-tiling', '--lora-rank 4')
+    """
+    key = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{key}" if value else f"--no-{key}"
+    return f"--{key} {value}"
 
 
 def one_of(key: str, value: object, supported: tuple[str, ...]) -> None:

@@ -19,6 +19,9 @@ from derivation.symbols import DTYPE_BYTES, Size, evaluate, nonnegative_from_one
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# _exclude_from_cpu_offload of diffusers' pipelines
+EXCLUDED_FROM_CPU_OFFLOAD = ("safety_checker",)
+
 
 class Category(Enum):
     """What an allocation is for."""
@@ -62,7 +65,14 @@ class Settings:
     hardware: Hardware | None = None
     vae_slicing: bool = False
     vae_tiling: bool = False
+    tile_sample_min_size: int | None = None
+    tile_overlap_factor: float = 0.25
     attention_slicing: str | int | None = None
+    channels_last: bool = False
+    offload: str | None = None
+    lora_rank: int | None = None
+    lora_fused: bool = False
+    ip_adapter_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +98,16 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A recorded call that may be copied: its events, its first allocation, and its result without storage."""
+    """A recorded call that may be copied: its events, its first allocation, and its results without storage.
+
+    ``left`` holds each result's allocation, counted from the first.
+    """
 
     start: int
     end: int
     allocation: int
-    output: SymTensor
+    outputs: tuple[SymTensor, ...]
+    left: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -104,7 +118,8 @@ class Tape:
     decide guards, ``ones`` the symbols that are 1 in this run, ``fixed`` those with another value;
     ``events`` holds i + 1 where allocation i appears and -(i + 1) where it dies; ``parameters`` maps a
     parameter's or buffer's module path to its shape and dtype; ``loops`` holds event ranges (start, end, times)
-    that the real program runs ``times`` times in all.
+    that the real program runs ``times`` times in all; ``dtypes`` maps a model to its parameters' dtype where that
+    was changed; ``leaves`` holds, for each open scope, the parameters that are on the GPU until it is left.
     """
 
     settings: Settings
@@ -121,6 +136,8 @@ class Tape:
     kept: set[str] = field(default_factory=set)
     alive: set[int] = field(default_factory=set)
     runs: dict[Hashable, Run] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    leaves: list[list[Storage | None]] = field(default_factory=list)
 
     def exceeds(self, size: Size, bound: int) -> bool:
         """Return whether ``size`` > ``bound``, recording the decision where it depends on a symbol.
@@ -155,13 +172,25 @@ class Tape:
         self, shape: tuple[Size, ...], dtype: str, op: str, category: Category, count: Size = 1
     ) -> Storage | None:
         """Record a new storage, or ``count`` alike; returns None where there are no elements."""
+        return self._allocate(".".join(self.path), shape, dtype, op, category, count)
+
+    def load(self, path: str, shape: tuple[int, ...], dtype: str) -> Storage | None:
+        """Record a weight that is moved to the GPU."""
+        return self._allocate(path, shape, dtype, "load", Category.WEIGHT)
+
+    def load_leaf(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
+        """Record a parameter of the current module that is on the GPU until the module returns."""
+        self.leaves[-1].append(self.load(".".join([*self.path, name]), shape, dtype))
+
+    def _allocate(
+        self, path: str, shape: tuple[Size, ...], dtype: str, op: str, category: Category, count: Size = 1
+    ) -> Storage | None:
         nbytes: Size = DTYPE_BYTES[dtype]
         for dim in shape:
             nbytes = nbytes * dim
         if nbytes == 0 or count == 0:
             return None
         index = len(self.allocations)
-        path = ".".join(self.path)
         self.allocations.append(Allocation(index, path, op, shape, dtype, nbytes, category, count))
         self.alive.add(index)
         self.events.append(index + 1)
@@ -190,30 +219,33 @@ class Tape:
         self.alive.discard(index)
         self.events.append(-index - 1)
 
-    def repeated(self, key: Hashable, run: Callable[[], SymTensor]) -> SymTensor:
+    def repeated(self, key: Hashable, run: Callable[[], tuple[SymTensor, ...]]) -> tuple[SymTensor, ...]:
         """Return ``run()``, copying its events where a run with the same ``key`` is on the tape already.
 
         ``key`` must determine every event of ``run``, which frees nothing that was alive before it and leaves
-        its result alone alive.
+        its results alone alive, each in a storage of its own.
         """
         key = (key, frozenset(self.kept))
         if key in self.runs:
             return self._copy(self.runs[key])
         event, allocation = len(self.events), len(self.allocations)
-        output = run()
-        self.runs[key] = Run(event, len(self.events), allocation, output.without_storage())
-        return output
+        outputs = run()
+        left = tuple(output.storage.index - allocation for output in outputs if output.storage is not None)
+        bare = tuple(output.without_storage() for output in outputs)
+        self.runs[key] = Run(event, len(self.events), allocation, bare, left)
+        return outputs
 
-    def _copy(self, run: Run) -> SymTensor:
-        shift = len(self.allocations) - run.allocation
+    def _copy(self, run: Run) -> tuple[SymTensor, ...]:
+        first = len(self.allocations)
+        shift = first - run.allocation
         born = [event for event in self.events[run.start : run.end] if event > 0]
         self.allocations += [replace(self.allocations[e - 1], index=e - 1 + shift) for e in born]
         self.events += [e + shift if e > 0 else e - shift for e in self.events[run.start : run.end]]
-        dead = {-event for event in self.events[run.start : run.end]}
-        [left] = [event - 1 + shift for event in born if event not in dead]
-        self.alive.add(left)
-        output = run.output
-        return SymTensor(Storage(self, left), output.shape, output.dtype, output.strides)
+        self.alive.update(first + index for index in run.left)
+        return tuple(
+            SymTensor(Storage(self, first + index), output.shape, output.dtype, output.strides)
+            for index, output in zip(run.left, run.outputs, strict=True)
+        )
 
     def mark(self, stage: str) -> None:
         """Begin the stage called ``stage`` at this event."""
@@ -223,10 +255,22 @@ class Tape:
     def scope(self, name: str) -> Iterator[None]:
         """Enter the submodule called ``name``."""
         self.path.append(name)
+        self.leaves.append([])
         try:
             yield
         finally:
             self.path.pop()
+            self.leaves.pop()
+
+    @contextmanager
+    def setting(self, **changes: object) -> Iterator[None]:
+        """Change the settings until the block's end."""
+        settings = self.settings
+        self.settings = replace(settings, **changes)  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            self.settings = settings
 
     @contextmanager
     def running(self) -> Iterator[Tape]:
@@ -249,11 +293,11 @@ def tape() -> Tape:
 class Storage:
     """The memory behind one or more tensors; its death is recorded on the tape."""
 
-    __slots__ = ("_index", "_tape")
+    __slots__ = ("_tape", "index")
 
     def __init__(self, owner: Tape, index: int) -> None:
         self._tape: Tape | None = owner
-        self._index = index
+        self.index = index
 
     def disown(self) -> None:
         """Leave the memory allocated for good."""
@@ -261,7 +305,7 @@ class Storage:
 
     def __del__(self) -> None:
         if self._tape is not None:
-            self._tape.release(self._index)
+            self._tape.release(self.index)
 
 
 def contiguous_strides(shape: Sequence[Size]) -> tuple[Size, ...]:
@@ -299,6 +343,11 @@ class SymTensor:
     def strides(self) -> tuple[Size, ...]:
         """Strides in elements."""
         return contiguous_strides(self.shape) if self._strides is None else self._strides
+
+    @property
+    def layout(self) -> tuple[str, tuple[Size, ...], tuple[Size, ...]]:
+        """dtype, shape and strides."""
+        return self.dtype, self.shape, self.strides
 
     @property
     def ndim(self) -> int:

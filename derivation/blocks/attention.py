@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from derivation.blocks.activations import GEGLU
-from derivation.blocks.attention_processor import Attention, AttentionSpec
+from derivation.blocks.attention_processor import Attention, AttentionSpec, Conditions
 from derivation.errors import DerivationError
 from derivation.ops import LayerNorm, Linear, add
 from derivation.tape import SymTensor, block, tape
@@ -35,13 +35,23 @@ def attention_slice(heads: int) -> int | None:
 
 @block
 def BasicTransformerBlock(
-    hidden_states: SymTensor, encoder_hidden_states: SymTensor | None, *, heads: int, upcast_attention: bool
+    hidden_states: SymTensor,
+    encoder_hidden_states: Conditions | None,
+    *,
+    heads: int,
+    upcast_attention: bool,
+    lora_rank: int | None = None,
 ) -> SymTensor:
     """[N, S, C] -> [N, S, C]: self-attention, cross-attention to [N, L, K], feed-forward."""
     dim = hidden_states.shape[-1]
     assert isinstance(dim, int)
     spec = AttentionSpec(
-        dim, heads, dim // heads, upcast_attention=upcast_attention, slice_size=attention_slice(heads)
+        dim,
+        heads,
+        dim // heads,
+        upcast_attention=upcast_attention,
+        slice_size=attention_slice(heads),
+        lora_rank=lora_rank,
     )
 
     norm_hidden_states = LayerNorm("norm1", hidden_states)

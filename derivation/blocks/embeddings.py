@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from derivation.blocks.activations import activation
-from derivation.ops import Linear, add, cat, div, elementwise, empty, mul, to
-from derivation.tape import SymTensor, block
+from derivation.ops import LayerNorm, Linear, add, cat, div, elementwise, empty, mul, to
+from derivation.tape import Category, SymTensor, block
+
+
+def one_timestep(timestep: SymTensor) -> SymTensor:
+    """Return a model's ``timestep`` as [1]: a scalar that is an input is on the CPU, and copied."""
+    if timestep.ndim:
+        return timestep
+    if timestep.storage is None:
+        return empty((1,), timestep.dtype, "_to_copy", Category.PIPELINE)
+    return timestep.unsqueeze(0)
 
 
 def get_timestep_embedding(timesteps: SymTensor, embedding_dim: int, *, flip_sin_to_cos: bool) -> SymTensor:
@@ -41,3 +50,29 @@ def TimestepEmbedding(
     sample = activation(sample, act_fn)
     sample = Linear("linear_2", sample, time_embed_dim)
     return sample
+
+
+@block
+def ImageProjection(image_embeds: SymTensor, *, cross_attention_dim: int, num_image_text_embeds: int) -> SymTensor:
+    """[N, P] -> [N, num_image_text_embeds, cross_attention_dim]."""
+    batch = image_embeds.shape[0]
+    image_embeds = Linear("image_embeds", image_embeds, num_image_text_embeds * cross_attention_dim)
+    image_embeds = image_embeds.view(batch, num_image_text_embeds, cross_attention_dim)
+    image_embeds = LayerNorm("norm", image_embeds)
+    return image_embeds
+
+
+@block
+def MultiIPAdapterImageProjection(
+    image_embeds: SymTensor, *, cross_attention_dim: int, num_image_text_embeds: int
+) -> SymTensor:
+    """One ImageProjection: image_embeds [N, 1, P] -> [N, 1, num_image_text_embeds, cross_attention_dim]."""
+    batch, _, width = image_embeds.shape
+    image_embed = image_embeds.view(batch, width)
+    image_embed = ImageProjection(
+        "image_projection_layers.0",
+        image_embed,
+        cross_attention_dim=cross_attention_dim,
+        num_image_text_embeds=num_image_text_embeds,
+    )
+    return image_embed.unsqueeze(1)

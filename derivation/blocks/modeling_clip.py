@@ -181,3 +181,11 @@ def CLIPVisionModel(pixel_values: SymTensor, *, config: CLIPVisionConfig) -> tup
     return last_hidden_state, pooled_output
 
 
+@block
+def CLIPVisionModelWithProjection(pixel_values: SymTensor, *, config: CLIPVisionConfig) -> SymTensor:
+    """[N, 3, S, S] -> image_embeds [N, projection_dim]."""
+    vision_outputs = CLIPVisionModel("vision_model", pixel_values, config=config)
+    image_embeds = Linear("visual_projection", vision_outputs[1], config.projection_dim, bias=False)
+    return image_embeds
+
+

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from derivation.blocks.attention import BasicTransformerBlock
+from derivation.blocks.attention_processor import Conditions
 from derivation.ops import Conv2d, GroupNorm, Linear, add, contiguous, reshape
 from derivation.symbols import Size
 from derivation.tape import SymTensor, block
@@ -19,11 +20,12 @@ class TransformerSpec:
     groups: int
     use_linear_projection: bool
     upcast_attention: bool
+    lora_rank: int | None = None
 
 
 @block
 def Transformer2DModel(
-    hidden_states: SymTensor, encoder_hidden_states: SymTensor | None, *, spec: TransformerSpec
+    hidden_states: SymTensor, encoder_hidden_states: Conditions | None, *, spec: TransformerSpec
 ) -> SymTensor:
     """[N, C, h, w] -> [N, C, h, w] through ``spec.layers`` transformer blocks over h w tokens."""
     batch, channels, height, width = hidden_states.shape
@@ -38,6 +40,7 @@ def Transformer2DModel(
             encoder_hidden_states,
             heads=spec.heads,
             upcast_attention=spec.upcast_attention,
+            lora_rank=spec.lora_rank,
         )
     output = _project_out(hidden_states, residual, (batch, height, width, inner_dim), channels, spec)
     return output
@@ -53,7 +56,7 @@ def _project_in(hidden_states: SymTensor, inner_dim: int, spec: TransformerSpec)
     else:
         channels = hidden_states.shape[1]
         hidden_states = reshape(hidden_states.permute(0, 2, 3, 1), batch, height * width, channels)
-        hidden_states = Linear("proj_in", hidden_states, inner_dim)
+        hidden_states = Linear("proj_in", hidden_states, inner_dim, frozen=spec.lora_rank is not None)
     return hidden_states
 
 

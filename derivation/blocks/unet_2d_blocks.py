@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from derivation.blocks.attention_processor import Attention, AttentionSpec
+from derivation.blocks.attention_processor import Attention, AttentionSpec, Conditions
 from derivation.blocks.downsampling import Downsample2D
 from derivation.blocks.resnet import ResnetBlock2D
 from derivation.blocks.transformer_2d import Transformer2DModel, TransformerSpec
 from derivation.blocks.upsampling import Upsample2D
+from derivation.config import UNet2DConditionConfig
 from derivation.ops import cat
 from derivation.symbols import Size
-from derivation.tape import SymTensor, block
+from derivation.tape import SymTensor, block, tape
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def DownBlock2D(
 
 @block
 def CrossAttnDownBlock2D(
-    hidden_states: SymTensor, temb: SymTensor, encoder_hidden_states: SymTensor, *, spec: BlockSpec
+    hidden_states: SymTensor, temb: SymTensor, encoder_hidden_states: Conditions, *, spec: BlockSpec
 ) -> tuple[SymTensor, tuple[SymTensor, ...]]:
     """DownBlock2D with a Transformer2DModel after each resnet."""
     assert spec.transformers is not None
@@ -71,7 +72,7 @@ def CrossAttnDownBlock2D(
 
 @block
 def UNetMidBlock2DCrossAttn(
-    hidden_states: SymTensor, temb: SymTensor, encoder_hidden_states: SymTensor, *, spec: BlockSpec
+    hidden_states: SymTensor, temb: SymTensor, encoder_hidden_states: Conditions, *, spec: BlockSpec
 ) -> SymTensor:
     """[N, C, h, w] -> [N, C, h, w]: a resnet, then transformer and resnet for each layer."""
     assert spec.transformers is not None
@@ -123,7 +124,7 @@ def CrossAttnUpBlock2D(
     res_hidden_states_tuple: tuple[SymTensor, ...],
     temb: SymTensor,
     upsample_size: tuple[Size, Size] | None,
-    encoder_hidden_states: SymTensor,
+    encoder_hidden_states: Conditions,
     *,
     spec: BlockSpec,
 ) -> SymTensor:
@@ -160,3 +161,57 @@ def UpDecoderBlock2D(hidden_states: SymTensor, *, spec: BlockSpec) -> SymTensor:
     if spec.resample:
         hidden_states = Upsample2D("upsamplers.0", hidden_states)
     return hidden_states
+
+
+def _transformers(config: UNet2DConditionConfig, level: int, depths: tuple[int, ...]) -> tuple[TransformerSpec, ...]:
+    return tuple(
+        TransformerSpec(
+            heads=config.attention_head_dim[level],
+            layers=depth,
+            groups=config.norm_num_groups,
+            use_linear_projection=config.use_linear_projection,
+            upcast_attention=config.upcast_attention,
+            lora_rank=tape().settings.lora_rank,
+        )
+        for depth in depths
+    )
+
+
+def down_spec(config: UNet2DConditionConfig, i: int) -> BlockSpec:
+    """Return what down block ``i`` is built with."""
+    return BlockSpec(
+        out_channels=config.block_out_channels[i],
+        layers=config.layers_per_block[i],
+        groups=config.norm_num_groups,
+        act_fn=config.act_fn,
+        resample=i < len(config.block_out_channels) - 1,
+        transformers=_transformers(config, i, config.transformer_layers_per_block[i]),
+    )
+
+
+def mid_spec(config: UNet2DConditionConfig) -> BlockSpec:
+    """Return what the mid block is built with."""
+    cross = config.mid_block_type == "UNetMidBlock2DCrossAttn"
+    depths = config.transformer_layers_per_block[-1][:1]
+    return BlockSpec(
+        out_channels=config.block_out_channels[-1],
+        layers=1 if cross else 0,
+        groups=config.norm_num_groups,
+        act_fn=config.act_fn,
+        resample=False,
+        transformers=_transformers(config, -1, depths) if cross else None,
+    )
+
+
+def up_spec(config: UNet2DConditionConfig, i: int) -> BlockSpec:
+    """Return what up block ``i`` is built with."""
+    level = len(config.block_out_channels) - 1 - i
+    depths = config.reverse_transformer_layers_per_block[i]
+    return BlockSpec(
+        out_channels=config.block_out_channels[level],
+        layers=config.layers_per_block[level] + 1,
+        groups=config.norm_num_groups,
+        act_fn=config.act_fn,
+        resample=level > 0,
+        transformers=_transformers(config, level, depths),
+    )

@@ -46,7 +46,7 @@ def convolution_buffers(
 ) -> None:
     """The weight in channels_last where the convolution runs so, and cuDNN's workspace (cudnn/Conv_v8.cpp)."""
     *_, kernel_height, kernel_width = weight.shape
-    copied = channels_last and kernel_height != 1 and kernel_width != 1
+    copied = channels_last and not weight.is_channels_last() and kernel_height != 1 and kernel_width != 1
     weight_copy = _buffer(weight.shape, weight.dtype, "convolution weight") if copied else None
     factors = hardware.convolution_workspace(x.dtype, channels_last)
     elements = factors.input * x.numel() + factors.output * out.numel() + factors.weight * weight.numel()

@@ -17,7 +17,7 @@ from derivation.tape import Tape
 
 Parameters = Mapping[str, Mapping[str, tuple[tuple[int, ...], str]]]
 # diffusers' pipelines register their modules in this order, in which .to("cuda") moves them
-LOAD_ORDER = ("vae", "text_encoder", "text_encoder_2", "unet", "safety_checker")
+LOAD_ORDER = ("vae", "text_encoder", "text_encoder_2", "unet", "safety_checker", "image_encoder")
 
 
 @dataclass(frozen=True, slots=True)

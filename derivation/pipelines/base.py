@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from derivation.config import AutoencoderKLConfig, Checkpoint, SchedulerConfig, UNet2DConditionConfig
@@ -11,6 +11,7 @@ from derivation.errors import DerivationError
 from derivation.models import decode, encode
 from derivation.ops import elementwise, empty, mul
 from derivation.options import Options
+from derivation.pipelines.offload import Models
 from derivation.schedulers import Scheduler, make_scheduler
 from derivation.symbols import Size
 from derivation.tape import Category, SymTensor, tape
@@ -31,6 +32,10 @@ DEFAULT_STRENGTH = {
     ("StableDiffusion", "inpaint"): 1.0,
     ("StableDiffusionXL", "img2img"): 0.3,
     ("StableDiffusionXL", "inpaint"): 0.9999,
+    ("StableDiffusionControlNet", "img2img"): 0.8,
+    ("StableDiffusionControlNet", "inpaint"): 1.0,
+    ("StableDiffusionXLControlNet", "img2img"): 0.8,
+    ("StableDiffusionXLControlNet", "inpaint"): 0.9999,
 }
 
 FAMILIES: dict[str, Callable[[Pipeline], None]] = {}
@@ -48,15 +53,22 @@ def family(prefix: str) -> Callable[[Callable[[Pipeline], None]], Callable[[Pipe
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """A checkpoint, options, and whether classifier-free guidance is on."""
+    """A checkpoint, options, and whether classifier-free guidance is on; ``models`` is the call's."""
 
     checkpoint: Checkpoint
     options: Options
     guidance: bool
+    _models: Models | None = field(default=None, repr=False, compare=False)
 
     def __call__(self) -> None:
         """Record the whole pipeline on the active tape; raises DerivationError for what it does not support."""
-        FAMILIES[self.family](self)
+        FAMILIES[self.family](replace(self, _models=Models(self.checkpoint, self.options)))
+
+    @property
+    def models(self) -> Models:
+        """The weights in this call."""
+        assert self._models is not None
+        return self._models
 
     @property
     def family(self) -> str:
@@ -108,7 +120,7 @@ class Pipeline:
     @property
     def strength(self) -> float:
         """The part of the schedule that runs."""
-        task, family = self.options.pipeline, self.family
+        task, family = self.options.pipeline, self.family + "ControlNet" * (self.options.controlnets > 0)
         if task == "txt2img":
             return 1.0
         return DEFAULT_STRENGTH[family, task] if self.options.strength is None else self.options.strength
@@ -136,11 +148,13 @@ class Pipeline:
 
     def encode(self, image: SymTensor) -> SymTensor:
         """``retrieve_latents(vae.encode(image))``."""
+        self.models.pre_forward("vae")
         with tape().scope("vae"):
             return encode(image, self.vae).sample()
 
     def decode(self, latents: SymTensor) -> SymTensor:
         """``vae.decode(latents)``."""
+        self.models.pre_forward("vae")
         with tape().scope("vae"):
             return decode(latents, self.vae)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from derivation.models import UNet2DConditionModel
+from derivation.models import Residuals, UNet2DConditionModel
 from derivation.ops import add, cat, empty, given, mul, sub
 from derivation.pipelines.base import Pipeline
+from derivation.pipelines.controlnet import Control
 from derivation.pipelines.inpaint import Inpainting
 from derivation.schedulers import Scheduler
 from derivation.symbols import Size
@@ -22,12 +23,15 @@ class Denoising:
         scheduler: Scheduler,
         latents: SymTensor,
         inpainting: Inpainting | None = None,
+        control: Control | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.scheduler = scheduler
         self.latents = latents
         self.inpainting = inpainting
+        self.control = control
         self.moments: tuple[SymTensor, SymTensor] | None = None
+        self.image_embeds: SymTensor | None = None
         self.timesteps: SymTensor | None = None
         if tape().settings.hardware is not None:
             self.timesteps = empty((scheduler.num_timesteps,), scheduler.timestep_dtype, "_to_copy", Category.PIPELINE)
@@ -52,20 +56,40 @@ class Denoising:
                 self.scheduler.step_index += skipped
                 i += skipped
 
-    def unet(self, prompt_embeds: SymTensor, added_cond: tuple[SymTensor, SymTensor] | None) -> SymTensor:
-        """The UNet on the step's input; calls on the same layout are the same events."""
-        sample = self.latent_model_input
-        key = ("unet", sample.dtype, sample.shape, sample.strides)
-        return tape().repeated(
+    def unet(
+        self,
+        prompt_embeds: SymTensor,
+        added_cond: tuple[SymTensor, SymTensor] | None,
+        residuals: Residuals | None,
+    ) -> SymTensor:
+        """The UNet on the step's input; calls on the same layouts are the same events."""
+        sample, config = self.latent_model_input, self.pipeline.unet
+        moved = self.pipeline.models.pre_forward("unet")
+        down, mid = residuals or ((), None)
+        key = ("unet", moved, sample.layout, *(x.layout for x in (*down, mid) if x is not None))
+        [noise_pred] = tape().repeated(
             key,
-            lambda: UNet2DConditionModel(
-                "unet", sample, self.timestep(), prompt_embeds, added_cond, config=self.pipeline.unet
+            lambda: (
+                UNet2DConditionModel(
+                    "unet",
+                    sample,
+                    self.timestep(moved),
+                    prompt_embeds,
+                    added_cond,
+                    residuals,
+                    image_embeds=self.image_embeds,
+                    config=config,
+                ),
             ),
         )
+        return noise_pred
 
-    def timestep(self) -> SymTensor:
-        """Return the step's entry of ``timesteps``: a view on a GPU, a scalar on the CPU without one."""
-        return given((), self.scheduler.timestep_dtype) if self.timesteps is None else self.timesteps.narrow(0, 1)
+    def timestep(self, moved: bool) -> SymTensor:
+        """Return the step's entry of ``timesteps``: a view on a GPU, else a scalar on the CPU unless ``moved``."""
+        if self.timesteps is not None:
+            return self.timesteps.narrow(0, 1)
+        dtype = self.scheduler.timestep_dtype
+        return empty((), dtype, "_to_copy", Category.PIPELINE) if moved else given((), dtype)
 
     def iteration(
         self, prompt_embeds: SymTensor, added_cond: tuple[SymTensor, SymTensor] | None, last: bool
@@ -74,12 +98,16 @@ class Denoising:
         guidance = self.pipeline.guidance
         self.latent_model_input = cat([self.latents] * 2, 0) if guidance else self.latents
         self.latent_model_input = self.scheduler.scale_model_input(self.latent_model_input)
+        residuals = None
+        if self.control is not None:
+            moved = self.pipeline.models.pre_forward("controlnet")
+            residuals = self.control(self.latent_model_input, self.timestep(moved), prompt_embeds, added_cond)
         if self.inpainting is not None and self.inpainting.nine_channels:
             masked = [self.latent_model_input, self.inpainting.mask, self.inpainting.masked_image_latents]
             self.latent_model_input = cat(masked, 1)
             del masked
 
-        self.noise_pred = self.unet(prompt_embeds, added_cond)
+        self.noise_pred = self.unet(prompt_embeds, added_cond, residuals)
         if guidance:
             self.noise_pred_uncond, self.noise_pred_text = self.noise_pred.chunk(2, 0)
             self.noise_pred = add(self.noise_pred_uncond, mul(sub(self.noise_pred_text, self.noise_pred_uncond)))

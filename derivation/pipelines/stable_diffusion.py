@@ -17,8 +17,10 @@ from derivation.pipelines.base import (
     family,
     required,
 )
+from derivation.pipelines.controlnet import prepare_control
 from derivation.pipelines.denoising import Denoising
 from derivation.pipelines.inpaint import Inpainting, prepare_latents, prepare_mask_latents
+from derivation.pipelines.ip_adapter import prepare_ip_adapter_image_embeds
 from derivation.schedulers import Scheduler
 from derivation.tape import Category, SymTensor, tape
 
@@ -27,35 +29,49 @@ from derivation.tape import Category, SymTensor, tape
 def stable_diffusion(pipeline: Pipeline) -> None:
     """Record ``StableDiffusionPipeline.__call__``, or its Img2Img or Inpaint variant."""
     task = pipeline.options.pipeline
-    # each constructor corrects an outdated scheduler config
-    outdated = {"skip_prk_steps": True} if task == "inpaint" else {"clip_sample": False}
-    scheduler = pipeline.scheduler(steps_offset=1, **outdated)
+    scheduler = pipeline.scheduler(**corrections(pipeline))
 
     tape().mark(TEXT_ENCODER)
     prompt_embeds, negative_prompt_embeds = encode_prompt(pipeline)
     if negative_prompt_embeds is not None:
         prompt_embeds = cat([negative_prompt_embeds, prompt_embeds], 0)
+    image_embeds = prepare_ip_adapter_image_embeds(pipeline)
 
     tape().mark(PREPARE_LATENTS if task == "txt2img" else VAE_ENCODE)
+    control = prepare_control(pipeline)
     if task == "inpaint":
         latents_outputs = prepare_latents(pipeline, scheduler, encode_vae_image)
         masks = prepare_mask_latents(pipeline, encode_vae_image)
         inpainting = Inpainting(pipeline.guidance, latents_outputs, *masks)
-        loop = Denoising(pipeline, scheduler, latents_outputs[0], inpainting)
+        loop = Denoising(pipeline, scheduler, latents_outputs[0], inpainting, control)
     elif task == "img2img":
-        loop = Denoising(pipeline, scheduler, prepare_image_latents(pipeline, scheduler))
+        loop = Denoising(pipeline, scheduler, prepare_image_latents(pipeline, scheduler), control=control)
     else:
-        loop = Denoising(pipeline, scheduler, scheduler.init_noise(pipeline.randn()))
+        loop = Denoising(pipeline, scheduler, scheduler.init_noise(pipeline.randn()), control=control)
 
     tape().mark(UNET)
+    loop.image_embeds = image_embeds
     loop.run(prompt_embeds)
 
     image = decode_latents(pipeline, loop.latents)
-    if pipeline.checkpoint.safety_checker is not None and pipeline.options.safety_checker:
-        tape().mark(SAFETY_CHECKER)
+    checked = pipeline.checkpoint.safety_checker is not None and pipeline.options.safety_checker
+    tape().mark(SAFETY_CHECKER if checked else POSTPROCESS)
+    if control is not None:
+        control.decoded()
+    if checked:
         run_safety_checker(pipeline, image)
-    tape().mark(POSTPROCESS)
+        tape().mark(POSTPROCESS)
     denormalize_each(image)
+    del image
+    pipeline.models.maybe_free_model_hooks()
+
+
+def corrections(pipeline: Pipeline) -> dict[str, object]:
+    """Return what a constructor changes in an outdated scheduler config: nothing where there are ControlNets."""
+    if pipeline.options.controlnets:
+        return {}
+    last = {"skip_prk_steps": True} if pipeline.options.pipeline == "inpaint" else {"clip_sample": False}
+    return {"steps_offset": 1, **last}
 
 
 def encode_prompt(pipeline: Pipeline) -> tuple[SymTensor, SymTensor | None]:
@@ -75,6 +91,7 @@ def embed(pipeline: Pipeline, clip_skip: int | None) -> SymTensor:
         embeds = given((batch, length, config.hidden_size), pipeline.options.dtype)
     else:
         input_ids = empty((batch, length), "int64", "_to_copy", Category.PIPELINE)
+        pipeline.models.pre_forward("text_encoder")
         outputs = CLIPTextModel("text_encoder", input_ids, config=config, output_hidden_states=clip_skip is not None)
         del input_ids
         if clip_skip is None:

@@ -6,7 +6,6 @@ No invisible watermark is applied (``add_watermarker=False``).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 from derivation.errors import DerivationError
 from derivation.models import CLIPTextModel, CLIPTextModelWithProjection
@@ -23,9 +22,10 @@ from derivation.pipelines.base import (
     family,
     required,
 )
+from derivation.pipelines.controlnet import prepare_control
 from derivation.pipelines.denoising import Denoising
 from derivation.pipelines.inpaint import Inpainting, prepare_latents, prepare_mask_latents_xl
-from derivation.pipelines.weights import VaeWeights
+from derivation.pipelines.ip_adapter import prepare_ip_adapter_image_embeds
 from derivation.schedulers import Scheduler
 from derivation.schedulers.arithmetic import Value
 from derivation.tape import Category, SymTensor, tape
@@ -43,21 +43,24 @@ def stable_diffusion_xl(pipeline: Pipeline) -> None:
     """Record ``StableDiffusionXLPipeline.__call__``, or its Img2Img or Inpaint variant."""
     task = pipeline.options.pipeline
     scheduler = pipeline.scheduler()
-    weights = VaeWeights(pipeline.vae, pipeline.options.dtype)
 
     tape().mark(TEXT_ENCODER)
     prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = encode_prompt(pipeline)
 
+    # the pipelines with ControlNets embed the IP-Adapter's image early, the others late
+    image_embeds = prepare_ip_adapter_image_embeds(pipeline) if pipeline.options.controlnets else None
+
     tape().mark(PREPARE_LATENTS if task == "txt2img" else VAE_ENCODE)
+    control = prepare_control(pipeline)
     if task == "inpaint":
-        encode = partial(encode_vae_image, weights=weights)
-        latents_outputs = prepare_latents(pipeline, scheduler, encode)
-        inpainting = Inpainting(pipeline.guidance, latents_outputs, *prepare_mask_latents_xl(pipeline, encode))
-        loop = Denoising(pipeline, scheduler, latents_outputs[0], inpainting)
+        latents_outputs = prepare_latents(pipeline, scheduler, encode_vae_image)
+        masks = prepare_mask_latents_xl(pipeline, encode_vae_image)
+        inpainting = Inpainting(pipeline.guidance, latents_outputs, *masks)
+        loop = Denoising(pipeline, scheduler, latents_outputs[0], inpainting, control)
     elif task == "img2img":
-        loop = Denoising(pipeline, scheduler, prepare_image_latents(pipeline, scheduler, weights))
+        loop = Denoising(pipeline, scheduler, prepare_image_latents(pipeline, scheduler), control=control)
     else:
-        loop = Denoising(pipeline, scheduler, scheduler.init_noise(pipeline.randn()))
+        loop = Denoising(pipeline, scheduler, scheduler.init_noise(pipeline.randn()), control=control)
 
     tape().mark(UNET)
     add_text_embeds = pooled_prompt_embeds
@@ -65,13 +68,18 @@ def stable_diffusion_xl(pipeline: Pipeline) -> None:
         prompt_embeds = cat([negative_prompt_embeds, prompt_embeds], 0)
         add_text_embeds = cat([negative_pooled_prompt_embeds, add_text_embeds], 0)
     added_cond = (add_text_embeds, time_ids(pipeline))
+    loop.image_embeds = prepare_ip_adapter_image_embeds(pipeline) if control is None else image_embeds
     loop.run(prompt_embeds, added_cond)
 
-    image = decode_latents(pipeline, loop, weights)
+    image = decode_latents(pipeline, loop)
     tape().mark(POSTPROCESS)
-    weights.to(pipeline.options.dtype)
+    if control is not None:
+        control.decoded()
+    if not inpaints_with_controlnets(pipeline):
+        pipeline.models.to("vae", pipeline.options.dtype)
     denormalize(image)
-    weights.outlive()
+    del image
+    pipeline.models.maybe_free_model_hooks()
 
 
 def encode_prompt(pipeline: Pipeline) -> Prompt:
@@ -115,11 +123,16 @@ def encode_prompt(pipeline: Pipeline) -> Prompt:
 def encoded(pipeline: Pipeline, clip_skip: int) -> Iterator[SymTensor]:
     """Yield each text encoder's hidden state before the last ``clip_skip`` + 1 layers, then the pooled output."""
     if (config := pipeline.checkpoint.text_encoder) is not None:
-        yield CLIPTextModel("text_encoder", input_ids(), config=config, output_hidden_states=True).hidden_states[
-            -(clip_skip + 2)
-        ]
+        ids = input_ids()
+        pipeline.models.pre_forward("text_encoder")
+        output = CLIPTextModel("text_encoder", ids, config=config, output_hidden_states=True)
+        hidden_state = output.hidden_states[-(clip_skip + 2)]
+        del ids, output
+        yield hidden_state
     config = required(pipeline.checkpoint.text_encoder_2, "text_encoder_2")
-    outputs = CLIPTextModelWithProjection("text_encoder_2", input_ids(), config=config, output_hidden_states=True)
+    ids = input_ids()
+    pipeline.models.pre_forward("text_encoder_2")
+    outputs = CLIPTextModelWithProjection("text_encoder_2", ids, config=config, output_hidden_states=True)
     text_embeds, hidden_state = outputs.text_embeds, outputs.hidden_states[-(clip_skip + 2)]
     del outputs
     yield hidden_state
@@ -157,16 +170,16 @@ def time_ids(pipeline: Pipeline) -> SymTensor:
     return empty((rows * pipeline.images, count), pipeline.options.dtype, "_to_copy", Category.PIPELINE)
 
 
-def prepare_image_latents(pipeline: Pipeline, scheduler: Scheduler, weights: VaeWeights) -> SymTensor:
+def prepare_image_latents(pipeline: Pipeline, scheduler: Scheduler) -> SymTensor:
     """img2img's ``prepare_latents``: B images on the CPU -> latents of every image."""
     dtype = pipeline.options.dtype
     image = pipeline.image_to_device()
     if pipeline.vae.force_upcast:
         image = to(image, "float32")
-        weights.to("float32")
+        pipeline.models.to("vae", "float32")
     init_latents = pipeline.encode(image)
     if pipeline.vae.force_upcast:
-        weights.to(dtype)
+        pipeline.models.to("vae", dtype)
     init_latents = to(init_latents, dtype)
     if (moments := latents_moments(pipeline, dtype)) is not None:
         mean, std = moments
@@ -180,36 +193,51 @@ def prepare_image_latents(pipeline: Pipeline, scheduler: Scheduler, weights: Vae
     return latents
 
 
-def encode_vae_image(pipeline: Pipeline, image: SymTensor, weights: VaeWeights) -> SymTensor:
+def encode_vae_image(pipeline: Pipeline, image: SymTensor) -> SymTensor:
     """inpaint's ``_encode_vae_image``: [B, 3, H, W] -> [B, C, h, w]."""
     dtype = image.dtype
     if pipeline.vae.force_upcast:
         image = to(image, "float32")
-        weights.to("float32")
+        pipeline.models.to("vae", "float32")
     image_latents = pipeline.encode(image)
     if pipeline.vae.force_upcast:
-        weights.to(dtype)
+        pipeline.models.to("vae", dtype)
     image_latents = to(image_latents, dtype)
     image_latents = mul(image_latents)
     return image_latents
 
 
-def decode_latents(pipeline: Pipeline, loop: Denoising, weights: VaeWeights) -> SymTensor:
+def decode_latents(pipeline: Pipeline, loop: Denoising) -> SymTensor:
     """``vae.decode``; where the VAE must not run in float16, its weights and the latents become float32 first."""
     needs_upcasting = pipeline.options.dtype == "float16" and pipeline.vae.force_upcast
     if needs_upcasting:
+        if not pipeline.vae.use_post_quant_conv:
+            # diffusers reads the upcast dtype off post_quant_conv
+            raise DerivationError("the VAE's use_post_quant_conv = false is not supported in SDXL with force_upcast")
         tape().mark(VAE_DECODE)
-        weights.to("float32")
+        pipeline.models.to("vae", "float32")
         loop.latents = to(loop.latents, "float32")
-    loop.moments = latents_moments(pipeline, loop.latents.dtype)
-    if loop.moments is not None:
-        mean, std = loop.moments
-        loop.latents = Value(loop.latents) * std / 1.0 + mean
+    if inpaints_with_controlnets(pipeline):
+        latents = div(loop.latents)
     else:
-        loop.latents = div(loop.latents)
+        latents = loop.latents = unscale(pipeline, loop)
     if not needs_upcasting:
         tape().mark(VAE_DECODE)
-    return pipeline.decode(loop.latents)
+    return pipeline.decode(latents)
+
+
+def unscale(pipeline: Pipeline, loop: Denoising) -> SymTensor:
+    """``latents / scaling_factor``, or with the VAE's mean and standard deviation."""
+    loop.moments = latents_moments(pipeline, loop.latents.dtype)
+    if loop.moments is None:
+        return div(loop.latents)
+    mean, std = loop.moments
+    return Value(loop.latents) * std / 1.0 + mean
+
+
+def inpaints_with_controlnets(pipeline: Pipeline) -> bool:
+    """Whether this is pipeline_controlnet_inpaint_sd_xl.py, which leaves the VAE in float32, and latents unnamed."""
+    return pipeline.options.pipeline == "inpaint" and pipeline.options.controlnets > 0
 
 
 def latents_moments(pipeline: Pipeline, dtype: str) -> tuple[SymTensor, SymTensor] | None:

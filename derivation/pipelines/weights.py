@@ -1,60 +1,83 @@
-"""The VAE's parameters as storages: what ``vae.to(dtype=...)`` allocates and frees, one after another."""
+"""A model's parameters and buffers as storages: what ``model.to(...)`` allocates and frees, one after another."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Mapping
 
-from derivation.config import AutoencoderKLConfig
-from derivation.models import decode, encode
-from derivation.ops import given
-from derivation.tape import Category, Settings, Storage, Tape, tape
+from derivation.tape import Storage, tape
 
-# The order in which AutoencoderKL and its submodules register what they contain; Module._apply follows it.
+# The order in which the models and their submodules register what they contain; Module._apply follows it.
 REGISTRATION = (
-    *("encoder", "decoder", "quant_conv", "post_quant_conv"),
-    *("conv_in", "down_blocks", "up_blocks", "mid_block", "attentions", "resnets", "downsamplers", "upsamplers"),
-    *("group_norm", "to_q", "to_k", "to_v", "to_out", "norm1", "conv1", "norm2", "conv2", "conv_shortcut"),
-    *("conv_norm_out", "conv_out", "conv", "weight", "bias"),
+    *("vision_model", "text_model", "embeddings", "pre_layrnorm", "encoder", "decoder", "post_layernorm"),
+    *("final_layer_norm", "quant_conv", "post_quant_conv", "text_projection", "visual_projection"),
+    *("concept_embeds", "special_care_embeds", "concept_embeds_weights", "special_care_embeds_weights"),
+    *("token_embedding", "patch_embedding", "position_embedding", "class_embedding", "position_ids", "layers"),
+    *("self_attn", "k_proj", "v_proj", "q_proj", "out_proj", "layer_norm1", "mlp", "fc1", "fc2", "layer_norm2"),
+    *("nets", "conv_in", "time_embedding", "add_embedding", "linear_1", "cond_proj", "linear_2", "blocks"),
+    *("controlnet_cond_embedding", "down_blocks", "controlnet_down_blocks", "controlnet_mid_block"),
+    *("up_blocks", "mid_block", "image_projection_layers", "image_embeds"),
+    *("attentions", "resnets", "downsamplers", "upsamplers", "norm", "proj_in", "transformer_blocks", "group_norm"),
+    *("norm1", "conv1", "attn1", "time_emb_proj", "norm2", "conv2", "attn2", "conv_shortcut", "norm3", "ff", "net"),
+    *("proj", "proj_out", "to_q", "to_k", "to_v", "to_out", "processor", "to_k_ip", "to_v_ip"),
+    *("conv_norm_out", "conv_out", "encoder_hid_proj", "conv", "base_layer", "lora_A", "lora_B", "default"),
+    *("weight", "bias"),
 )
 
+# path -> shape and dtype
+Entries = Mapping[str, tuple[tuple[int, ...], str]]
 
-class VaeWeights:
-    """The parameters of a VAE, loaded as ``dtype`` before the run."""
 
-    def __init__(self, config: AutoencoderKLConfig, dtype: str) -> None:
-        self.dtype = dtype
-        self.parameters = vae_parameters(config)
-        self.storages: list[Storage | None] = [None] * len(self.parameters)
+class ModelWeights:
+    """The parameters and buffers of the model ``name``; ``on_gpu`` tells whether the run finds them there."""
+
+    def __init__(self, name: str, entries: Entries, dtype: str, on_gpu: bool) -> None:
+        self.name, self.dtype, self.on_gpu = name, dtype, on_gpu
+        self.entries = [(path, *entries[path]) for path in registered(entries)]
+        # None: not allocated in this run
+        self.storages: list[Storage | None] = [None] * len(self.entries)
+
+    def load(self) -> bool:
+        """``model.to("cuda")``; returns whether it was on the CPU."""
+        if self.on_gpu:
+            return False
+        self.storages = [tape().load(path, shape, dtype) for path, shape, dtype in self.entries]
+        self.on_gpu = True
+        return True
+
+    def offload(self) -> None:
+        """``model.to("cpu")``."""
+        if self.on_gpu:
+            for i in range(len(self.entries)):
+                self._replace(i, None)
+        self.on_gpu = False
 
     def to(self, dtype: str) -> None:
-        """``vae.to(dtype=dtype)``: each new parameter exists before the old one is freed."""
+        """``model.to(dtype=dtype)``: each new parameter exists before the old one is freed."""
         if dtype == self.dtype:
             return
-        for i, (path, shape) in enumerate(self.parameters):
-            storage = tape().allocate(shape, dtype, f"vae.{path}", Category.WEIGHT)
-            if self.storages[i] is None:
-                tape().unload(f"vae.{path}", shape, self.dtype)
-            self.storages[i] = storage
-        self.dtype = dtype
+        for i, (path, shape, _) in enumerate(self.entries):
+            if self.on_gpu:
+                self._replace(i, tape().load(path, shape, dtype))
+            self.entries[i] = (path, shape, dtype)
+        self.dtype = tape().dtypes[self.name] = dtype
+
+    def _replace(self, i: int, storage: Storage | None) -> None:
+        if self.storages[i] is None:
+            tape().unload(*self.entries[i])
+        self.storages[i] = storage
 
     def outlive(self) -> None:
-        """Leave the parameters allocated after the run."""
+        """Leave what is on the GPU allocated after the run."""
         for storage in self.storages:
             if storage is not None:
                 storage.disown()
 
 
-@lru_cache(maxsize=64)
-def vae_parameters(config: AutoencoderKLConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Return (path, shape) of every parameter, in the order of ``AutoencoderKL.parameters()``."""
-    recorded = Tape(Settings("float32", "math"))
-    side = config.scale_factor
-    with recorded.running():
-        encode(given((1, config.in_channels, side, side), "float32"), config)
-        decode(given((1, config.latent_channels, 1, 1), "float32"), config)
-    shapes = {path: shape for path, (shape, _) in recorded.parameters.items()}
-    return tuple((path, shapes[path]) for path in sorted(shapes, key=_place))
+def registered(paths: Mapping[str, object]) -> list[str]:
+    """Return the paths, each below a model's name, in the order of ``Module._apply``."""
+    return sorted(paths, key=_place)
 
 
 def _place(path: str) -> tuple[int, ...]:
-    return tuple(int(name) if name.isdigit() else REGISTRATION.index(name) for name in path.split("."))
+    _, *names = path.split(".")
+    return tuple(int(name) if name.isdigit() else REGISTRATION.index(name) for name in names)
