@@ -92,6 +92,15 @@ def test_no_stray_files(generated):
     assert present == set(generated)
 
 
+@pytest.mark.parametrize("entry", CHECKED_IN, ids=lambda entry: entry.folder)
+def test_checked_in_python_equals_the_replayed_tape(entry):
+    derivation, loaded = derive(entry.model, pipeline=entry.pipeline), types.ModuleType("peak_vram")
+    source = FORMULAS / entry.folder / "peak_vram.py"
+    exec(compile(source.read_text(), str(source), "exec"), loaded.__dict__)
+    for case in sizes(8):
+        assert loaded.peak_vram(*case) == truth(derivation, *case), case
+
+
 def test_versions_are_those_of_the_verify_extra():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = dict(line.split("==") for line in project["optional-dependencies"]["verify"] if "==" in line)

@@ -1,36 +1,21 @@
-"""VAE slicing and tiling, attention slicing: component peaks equal the traced modules'."""
+"""VAE slicing and tiling, attention slicing: derived equals traced, event by event, in every call and stage."""
 
 from __future__ import annotations
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from derivation import DerivationError, derive
-from derivation.verify.compare import checkpoint_folder, read_config
-from derivation.verify.modules import build_unet, build_vae
-from derivation.verify.runs import sdpa_mode
-from derivation.verify.tracer import Tracer
+from derivation.verify.compare import compare_components, compare_pipeline
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
-def meta(*shape, dtype=torch.float16):
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def traced_peak(module, call, inputs, attention="efficient"):
-    tracer = Tracer({"": module}, inputs)
-    with torch.no_grad(), sdpa_mode(attention), tracer:
-        _output = call()
-    return tracer.trace.peak_bytes
-
-
-@pytest.fixture
-def folder():
-    return checkpoint_folder(derive(SD15))
+def peaks(comparisons):
+    return {c.name: (c.derived_bytes, c.traced_bytes) for c in comparisons}
 
 
 @pytest.mark.parametrize(("slicing", "tiling", "height", "width", "batch_size"), [
@@ -41,33 +26,24 @@ def folder():
     (True, True, 600, 1304, 2),
     (False, True, 512, 512, 1),
 ])
-def test_vae_slicing_and_tiling(folder, slicing, tiling, height, width, batch_size):
-    vae = build_vae(read_config(folder, "vae_decode"), "float16", "efficient")
-    latents = meta(batch_size, 4, height // 8, width // 8)
-    image = meta(batch_size, 3, height, width)
-    peaks = derive(SD15, vae_slicing=slicing, vae_tiling=tiling).component_peaks(height, width, batch_size)
-    try:
-        vae.use_slicing, vae.use_tiling = slicing, tiling
-        decode = traced_peak(vae, lambda: vae.decode(latents, return_dict=False), [latents])
-        encode = traced_peak(vae, lambda: vae.encode(image).latent_dist.sample(), [image])
-    finally:
-        vae.use_slicing = vae.use_tiling = False
-    assert (peaks["vae_decode"], peaks["vae_encode"]) == (decode, encode)
+def test_vae_slicing_and_tiling(slicing, tiling, height, width, batch_size):
+    derivation = derive(SD15, vae_slicing=slicing, vae_tiling=tiling)
+    for name, (derived, traced) in peaks(compare_components(derivation, height, width, batch_size)).items():
+        assert derived == traced, name
 
 
 @pytest.mark.parametrize("slice_size", ["auto", "max", 2, 8])
 @pytest.mark.parametrize(("height", "width", "batch_size"), [(128, 72, 1), (640, 512, 1)])
-def test_attention_slicing(folder, slice_size, height, width, batch_size):
-    unet = build_unet(read_config(folder, "unet") | {"sample_size": 63}, "float16", "eager")
-    unet.set_attention_slice(slice_size)
-    inputs = (
-        meta(2 * batch_size, 4, height // 8, width // 8),
-        meta(1, dtype=torch.int64),
-        meta(2 * batch_size, 77, 768),
-    )
+def test_attention_slicing(slice_size, height, width, batch_size):
     derivation = derive(SD15, attention="eager", attention_slicing=slice_size)
-    traced = traced_peak(unet, lambda: unet(*inputs, return_dict=False), inputs, "eager")
-    assert derivation.component_peaks(height, width, batch_size)["unet"] == traced
+    for name, (derived, traced) in peaks(compare_components(derivation, height, width, batch_size)).items():
+        assert derived == traced, name
+
+
+def test_memory_options_of_the_whole_pipeline():
+    derivation = derive(SD15, vae_slicing=True, vae_tiling=True, attention_slicing="max", attention="eager")
+    for name, (derived, traced) in peaks(compare_pipeline(derivation, 520, 640, 2)).items():
+        assert derived == traced, name
 
 
 def test_a_slice_larger_than_the_heads_is_one_line():

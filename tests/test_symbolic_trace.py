@@ -93,9 +93,9 @@ def test_random_configs_agree_as_expressions(seed):
     case = random_case(seed, component)
     field, read = READERS[component]
     checkpoint = replace(load(SD15), **{field: read(case.config)})
-    derived = Derivation(checkpoint, case.options).component(component, case.guidance).generic.tape
-    chosen = {"dtype": case.options.dtype, "attention": case.options.attention, "guidance": case.guidance}
-    agreement = agree(derived, symbolic_trace(component, case.config, **chosen))
+    chosen = {"dtype": case.options.dtype, "attention": case.options.attention}
+    derived = Derivation(checkpoint, Options(**chosen)).component(component, case.guidance).generic.tape
+    agreement = agree(derived, symbolic_trace(component, case.config, guidance=case.guidance, **chosen))
     assert agreement.match, f"{agreement.parting}\nreproduce: {case}"
 
 

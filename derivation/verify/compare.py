@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from derivation.api import Derivation
-from derivation.config.checkpoint import BUNDLED
+from derivation.config.checkpoint import BUNDLED, IMAGE_ENCODER
 from derivation.errors import DerivationError
 from derivation.options import Options
 from derivation.pipelines import POSTPROCESS
 from derivation.program import Variant
 from derivation.symbols import evaluate
+from derivation.verify.modules import Switches
 from derivation.verify.runs import trace_component, trace_pipeline
 from derivation.verify.tracer import Alloc, Trace
 
@@ -23,6 +24,7 @@ CONFIG_FILES = {
     "text_encoder": "text_encoder/config.json",
     "text_encoder_2": "text_encoder_2/config.json",
     "vae_encode": "vae/config.json",
+    "controlnet": "unet/config.json",
     "unet": "unet/config.json",
     "vae_decode": "vae/config.json",
     "safety_checker": "safety_checker/config.json",
@@ -31,6 +33,8 @@ CONFIG_FILES = {
 TRACE_FACTOR = 8
 # read where a GPU is named: the oracle has none
 GPU_OPTIONS = ("gpu", "torch", "diffusers", "scratch")
+# Slices and tiles are recorded once for all that are alike: there the peaks are compared, not the streams.
+GROUPING_OPTIONS = ("vae_slicing", "vae_tiling", "attention_slicing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,18 +136,21 @@ def compare_component(
         batch_size=values["B"] * images,
         prompt_length=values["L"],
         guidance=guidance,
+        switches=switches(derivation),
     )
-    return Comparison(name, peak, trace.peak_bytes, parting(derived_steps(variant, values), traced_steps(trace)))
+    where = None if groups(derivation) else parting(derived_steps(variant, values), traced_steps(trace))
+    return Comparison(name, peak, trace.peak_bytes, where)
 
 
 def compare_components(
     derivation: Derivation, height: int, width: int, batch_size: int = 1, prompt_length: int = 77, guidance: bool = True
 ) -> list[Comparison]:
-    """Compare every component call of a checkpoint at one size."""
-    folder = checkpoint_folder(derivation)
+    """Compare every component call of a checkpoint at one size; raises DerivationError where there is none."""
+    if not derivation.calls:
+        raise DerivationError(f"{derivation.checkpoint.source}: nothing in it runs on the GPU")
     values = derivation.sizes(height, width, batch_size, prompt_length)
     return [
-        compare_component(derivation, name, read_config(folder, name), derivation.chunked(name, values), guidance)
+        compare_component(derivation, name, read_config(derivation, name), derivation.chunked(name, values), guidance)
         for name in derivation.calls
     ]
 
@@ -165,6 +172,7 @@ def compare_pipeline(
         batch_size=batch_size,
         prompt_length=prompt_length,
         guidance_scale=7.5 if guidance else 1.0,
+        switches=switches(derivation),
         **_trace_options(derivation),
     )
     derived, traced = variant.evaluator.peaks(values), trace.stage_peaks()
@@ -172,7 +180,7 @@ def compare_pipeline(
     if batch_size * derivation.options.num_images_per_prompt > 1:
         keep = sum(isinstance(e, Alloc) and e.stage != POSTPROCESS for e in trace.events)
         ours, theirs = ours[:keep], theirs[:keep]
-    where = parting(ours, theirs)
+    where = None if groups(derivation) else parting(ours, theirs)
     names = list(dict.fromkeys([*derived, *traced]))
     return [
         Comparison(name, derived.get(name, (0, 0))[0], traced.get(name, 0), where if i == 0 else None)
@@ -181,17 +189,28 @@ def compare_pipeline(
 
 
 def _trace_options(derivation: Derivation) -> dict[str, Any]:
-    """Return the options that trace_pipeline takes by the same name; one that it does not know must be unset."""
+    """Return the options that trace_pipeline takes by the same name."""
+    known = signature(trace_pipeline).parameters
+    return {name: value for name, value in derivation.options.as_dict().items() if name in known}
+
+
+def switches(derivation: Derivation) -> Switches:
+    """Return the other options that are set, which the real models have as switches."""
     chosen, unset, known = derivation.options.as_dict(), Options().as_dict(), signature(trace_pipeline).parameters
-    return {
-        name: value
+    return tuple(
+        (name, value)
         for name, value in chosen.items()
-        if name in known or (name not in GPU_OPTIONS and value != unset[name])
-    }
+        if name not in known and name not in GPU_OPTIONS and value != unset[name]
+    )
+
+
+def groups(derivation: Derivation) -> bool:
+    """Return True if the derivation records one of several slices or tiles that are alike."""
+    return any(getattr(derivation.options, name) for name in GROUPING_OPTIONS)
 
 
 def checkpoint_folder(derivation: Derivation) -> Path:
-    """Return the folder of a derivation's checkpoint; raises DerivationError for a live pipeline."""
+    """Return the folder of a derivation's checkpoint; raises DerivationError for another source."""
     checkpoint = derivation.checkpoint
     folder = BUNDLED / checkpoint.name if checkpoint.source == "bundled" else Path(checkpoint.source)
     if not folder.is_dir():
@@ -199,7 +218,14 @@ def checkpoint_folder(derivation: Derivation) -> Path:
     return folder
 
 
-def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """Return the config dict of a component of a checkpoint folder."""
-    loaded: dict[str, Any] = json.loads((folder / CONFIG_FILES[name]).read_text())
+def read_config(derivation: Derivation, name: str) -> dict[str, Any]:
+    """Return the config dict of a component of a derivation's checkpoint."""
+    checkpoint = derivation.checkpoint
+    if name == "image_encoder":
+        path = IMAGE_ENCODER
+    elif checkpoint.whole:
+        path = checkpoint_folder(derivation) / CONFIG_FILES[name]
+    else:
+        path = Path(checkpoint.source)
+    loaded: dict[str, Any] = json.loads(path.read_text())
     return loaded

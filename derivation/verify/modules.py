@@ -14,7 +14,13 @@ import transformers
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
+from derivation.config.checkpoint import IMAGE_ENCODER
+from derivation.verify.offload import offload_pipeline
+from derivation.verify.switches import switch_on
+
 Config = Mapping[str, Any]
+# options that differ from their defaults, by name
+Switches = tuple[tuple[str, Any], ...]
 
 # the class of each family and task
 PIPELINES: Mapping[str, Mapping[str, Any]] = {
@@ -23,22 +29,52 @@ PIPELINES: Mapping[str, Mapping[str, Any]] = {
         "img2img": diffusers.StableDiffusionImg2ImgPipeline,
         "inpaint": diffusers.StableDiffusionInpaintPipeline,
     },
+    "SD ControlNet": {
+        "txt2img": diffusers.StableDiffusionControlNetPipeline,
+        "img2img": diffusers.StableDiffusionControlNetImg2ImgPipeline,
+        "inpaint": diffusers.StableDiffusionControlNetInpaintPipeline,
+    },
     "SDXL": {
         "txt2img": diffusers.StableDiffusionXLPipeline,
         "img2img": diffusers.StableDiffusionXLImg2ImgPipeline,
         "inpaint": diffusers.StableDiffusionXLInpaintPipeline,
     },
+    "SDXL ControlNet": {
+        "txt2img": diffusers.StableDiffusionXLControlNetPipeline,
+        "img2img": diffusers.StableDiffusionXLControlNetImg2ImgPipeline,
+        "inpaint": diffusers.StableDiffusionXLControlNetInpaintPipeline,
+    },
 }
 
 
-def build_unet(config: Config, dtype: str = "float16", attention: str = "efficient") -> Any:
+def build_unet(
+    config: Config, dtype: str = "float16", attention: str = "efficient", switches: Switches = ()
+) -> Any:
     """Return the UNet2DConditionModel of a config; ``attention="eager"`` sets diffusers' AttnProcessor."""
-    return _build(_unet, config, dtype, attention == "eager")
+    return _build(_unet, config, dtype, attention == "eager", switches)
 
 
-def build_vae(config: Config, dtype: str = "float16", attention: str = "efficient") -> Any:
+def build_vae(
+    config: Config, dtype: str = "float16", attention: str = "efficient", switches: Switches = ()
+) -> Any:
     """Return the AutoencoderKL of a config; ``attention="eager"`` sets diffusers' AttnProcessor."""
-    return _build(_vae, config, dtype, attention == "eager")
+    # a pipeline may leave the VAE in float32
+    return _frozen(_build(_vae, config, dtype, attention == "eager", switches), dtype)
+
+
+def build_controlnet(
+    config: Config, dtype: str = "float16", attention: str = "efficient", switches: Switches = ()
+) -> Any:
+    """Return what the switch ``controlnets`` counts: a ControlNetModel of a UNet's config, or several as one.
+
+    Each takes the latents, ``out_channels`` of the UNet, as the pipelines pass them. Options of the pipeline do
+    not reach the models in a MultiControlNetModel.
+    """
+    count = dict(switches)["controlnets"]
+    inner = tuple(s for s in switches if count == 1 and s[0] == "attention_slicing")
+    latents = {**config, "in_channels": config.get("out_channels", 4)}
+    nets = [_build(_controlnet, latents, dtype, attention == "eager", inner, i) for i in range(count)]
+    return nets[0] if count == 1 else diffusers.MultiControlNetModel(nets)
 
 
 def build_text_encoder(config: Config, dtype: str = "float16") -> Any:
@@ -51,6 +87,11 @@ def build_safety_checker(config: Config, dtype: str = "float16") -> Any:
     return _build(_safety_checker, config, dtype)
 
 
+def build_image_encoder(config: Config, dtype: str = "float16") -> Any:
+    """Return the CLIPVisionModelWithProjection of a config."""
+    return _build(_image_encoder, config, dtype)
+
+
 def build_pipeline(
     checkpoint_folder: str | Path,
     pipeline: str = "img2img",
@@ -60,37 +101,53 @@ def build_pipeline(
     safety_checker: bool = True,
     prompt_length: int = 77,
     scheduler: str | None = None,
+    switches: Switches = (),
 ) -> Any:
     """Return the real pipeline of a folder in diffusers' format, with stand-ins for what needs no tensor.
 
     The tokenizers give zeros of ``prompt_length`` tokens and the feature extractor zeros of the safety
     checker's image size, both on the CPU; the scheduler is real and new, its timesteps on the CPU, and of
     the class ``scheduler`` where one is named. ``attention="eager"`` sets AttnProcessor on UNet and VAE;
-    CLIP's towers keep their SDPA call. Raises KeyError for another pipeline.
+    CLIP's towers keep their SDPA call. ``switches`` are set on the models. Raises KeyError for another pipeline.
     """
     folder = Path(checkpoint_folder)
     scheduler_config = _required(folder, "scheduler")
     parts = {
-        "vae": build_vae(_required(folder, "vae"), dtype, attention),
+        "vae": build_vae(_required(folder, "vae"), dtype, attention, switches),
         "text_encoder": _optional_text_encoder(folder, "text_encoder", dtype),
         "tokenizer": FakeTokenizer(prompt_length),
-        "unet": build_unet(_required(folder, "unet"), dtype, attention),
+        "unet": build_unet(_required(folder, "unet"), dtype, attention, switches),
         "scheduler": build_scheduler(scheduler_config | ({"_class_name": scheduler} if scheduler else {})),
     }
+    if "ip_adapter_tokens" in dict(switches):
+        parts["image_encoder"] = build_image_encoder(json.loads(IMAGE_ENCODER.read_text()), dtype)
     index = json.loads((folder / "model_index.json").read_text())
-    if "XL" not in index["_class_name"]:
-        return PIPELINES["SD"][pipeline](**parts, **_checker(folder, dtype, safety_checker))
+    kind = ""
+    if dict(switches).get("controlnets"):
+        kind = " ControlNet"
+        parts["controlnet"] = build_controlnet(_required(folder, "unet"), dtype, attention, switches)
+    if "XL" in index["_class_name"]:
+        parts |= _sdxl_parts(folder, pipeline, dtype, prompt_length, index)
+        pipe = PIPELINES[f"SDXL{kind}"][pipeline](**parts)
+    else:
+        pipe = PIPELINES[f"SD{kind}"][pipeline](**parts, **_checker(folder, dtype, safety_checker))
+    if (offload := dict(switches).get("offload")) is not None:
+        offload_pipeline(pipe, offload)
+    return pipe
+
+
+def _sdxl_parts(folder: Path, pipeline: str, dtype: str, prompt_length: int, index: Config) -> dict[str, Any]:
     second = {
         "text_encoder_2": _optional_text_encoder(folder, "text_encoder_2", dtype),
         "tokenizer_2": FakeTokenizer(prompt_length),
         "force_zeros_for_empty_prompt": index.get("force_zeros_for_empty_prompt", True),
         "add_watermarker": False,
     }
-    if parts["text_encoder"] is None:
-        parts["tokenizer"] = None
+    if read_config(folder, "text_encoder") is None:
+        second["tokenizer"] = None
     if pipeline != "txt2img":
         second["requires_aesthetics_score"] = index.get("requires_aesthetics_score", False)
-    return PIPELINES["SDXL"][pipeline](**parts, **second)
+    return second
 
 
 def _optional_text_encoder(folder: Path, component: str, dtype: str) -> Any:
@@ -164,18 +221,26 @@ def _required(folder: Path, component: str) -> dict[str, Any]:
     return config
 
 
-def _build(build: Callable[..., Any], config: Config, dtype: str, *options: bool) -> Any:
+def _build(build: Callable[..., Any], config: Config, dtype: str, *options: object) -> Any:
     return build(json.dumps(config, sort_keys=True), dtype, *options)
 
 
 @lru_cache(maxsize=16)
-def _unet(config: str, dtype: str, eager: bool) -> Any:
-    return _diffusers_model(diffusers.UNet2DConditionModel, config, dtype, eager)
+def _unet(config: str, dtype: str, eager: bool, switches: Switches) -> Any:
+    return _diffusers_model(diffusers.UNet2DConditionModel, config, dtype, eager, switches)
 
 
 @lru_cache(maxsize=16)
-def _vae(config: str, dtype: str, eager: bool) -> Any:
-    return _diffusers_model(diffusers.AutoencoderKL, config, dtype, eager)
+def _vae(config: str, dtype: str, eager: bool, switches: Switches) -> Any:
+    return _diffusers_model(diffusers.AutoencoderKL, config, dtype, eager, switches)
+
+
+@lru_cache(maxsize=16)
+def _controlnet(config: str, dtype: str, eager: bool, switches: Switches, number: int) -> Any:
+    unet = _unet(config, dtype, eager, ())
+    with torch.device("meta"):
+        model = diffusers.ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+    return _switched(model, dtype, eager, switches)
 
 
 @lru_cache(maxsize=16)
@@ -199,11 +264,24 @@ def _safety_checker(config: str, dtype: str) -> Any:
     return _frozen(model, dtype)
 
 
-def _diffusers_model(cls: Any, config: str, dtype: str, eager: bool) -> Any:
+@lru_cache(maxsize=16)
+def _image_encoder(config: str, dtype: str) -> Any:
+    with torch.device("meta"):
+        model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**json.loads(config)))
+    return _frozen(model, dtype)
+
+
+def _diffusers_model(cls: Any, config: str, dtype: str, eager: bool, switches: Switches) -> Any:
     with torch.device("meta"):
         model = cls.from_config(json.loads(config))
-    if eager:
-        model.set_attn_processor(AttnProcessor())
+    return _switched(model, dtype, eager, switches)
+
+
+def _switched(model: Any, dtype: str, eager: bool, switches: Switches) -> Any:
+    with torch.device("meta"):
+        if eager:
+            model.set_attn_processor(AttnProcessor())
+        switch_on(model, dict(switches))
     return _frozen(model, dtype)
 
 

@@ -14,12 +14,16 @@ from diffusers.utils import logging as diffusers_logging
 
 from derivation.verify.modules import (
     Config,
+    Switches,
+    build_controlnet,
+    build_image_encoder,
     build_pipeline,
     build_safety_checker,
     build_text_encoder,
     build_unet,
     build_vae,
 )
+from derivation.verify.offload import meta_as_gpu, offload_model
 from derivation.verify.sdpa import SdpaMode
 from derivation.verify.tracer import Trace, Tracer
 
@@ -37,6 +41,7 @@ class Sizes:
     prompt_length: int
     guidance: bool
     dtype: str
+    switches: Switches = ()
 
     @property
     def unet_batch(self) -> int:
@@ -67,21 +72,23 @@ def trace_component(
     batch_size: int = 1,
     prompt_length: int = 77,
     guidance: bool = True,
+    switches: Switches = (),
     paths: bool = True,
 ) -> Trace:
-    """Trace one call of ``text_encoder``, ``vae_encode``, ``unet``, ``vae_decode`` or ``safety_checker``.
+    """Trace one call of a component: ``text_encoder``, ``unet``, ``vae_decode`` and the other keys of ``_CALLS``.
 
-    ``config`` is the component's; ``height`` and ``width`` are the image's, and the latents' are an
-    eighth, rounded down. With guidance the UNet's batch is twice ``batch_size``. Parameters, buffers and
-    inputs are excluded; outputs are included, and alive at the trace's end. Under ``attention="eager"``
-    CLIP's SDPA takes the math path. Raises ValueError for an unknown component.
+    ``config`` is the component's, the UNet's for ``controlnet``; ``height`` and ``width`` are the image's, and
+    the latents' are an eighth, rounded down. With guidance the UNet's batch is twice ``batch_size``. Parameters,
+    buffers and inputs are excluded; outputs are included, and alive at the trace's end. Under
+    ``attention="eager"`` CLIP's SDPA takes the math path. ``switches`` are options set on the model. Raises
+    ValueError for an unknown component.
     """
     if component not in _CALLS:
         raise ValueError(f"component {component!r}: expected one of {', '.join(_CALLS)}")
-    sizes = Sizes(height, width, batch_size, prompt_length, guidance, dtype)
+    sizes = Sizes(height, width, batch_size, prompt_length, guidance, dtype, switches)
     module, inputs, call = _CALLS[component](config, attention, sizes)
     tracer = Tracer({"": module}, inputs.values(), paths=paths, stage=component)
-    with torch.no_grad(), sdpa_mode(attention), tracer:
+    with torch.no_grad(), sdpa_mode(attention), meta_as_gpu(), tracer:
         _output = call(**inputs)
     return tracer.trace
 
@@ -104,6 +111,7 @@ def trace_pipeline(
     scheduler: str | None = None,
     negative_prompt: bool = False,
     clip_skip: int | None = None,
+    switches: Switches = (),
     paths: bool = True,
 ) -> Trace:
     """Trace the whole ``__call__`` of a real pipeline, every event marked with its stage.
@@ -112,7 +120,8 @@ def trace_pipeline(
 
     - ``text_encoder``: from the start until ``prepare_latents`` is called (encode_prompt and, in SD, the
       concatenation for guidance)
-    - ``vae_encode`` (img2img; inpaint, with prepare_mask_latents) or ``prepare_latents`` (txt2img): that call
+    - ``vae_encode`` (img2img; inpaint, with prepare_mask_latents) or ``prepare_latents`` (txt2img): that call, and
+      the preparation of control images before it
     - ``unet``: the denoising loop, scheduler included, and the division by the scaling factor
     - ``vae_decode``: the call of ``vae.decode``, in SDXL from ``upcast_vae`` on where it is called
     - ``safety_checker``: until ``run_safety_checker`` returns; no events without one
@@ -120,23 +129,27 @@ def trace_pipeline(
 
     Image and mask inputs are float32 on the CPU, [batch_size, 3 or 1, height, width]; the output is PIL.
     Prompts are ``batch_size`` strings, or embeddings given as (excluded) inputs where ``prompt_length`` is
-    over 77. ``strength`` None is the class's default.
+    over 77. ``strength`` None is the class's default. ``switches`` are options set on the models.
     """
-    pipe = build_pipeline(
-        checkpoint_folder,
-        pipeline,
-        dtype,
-        attention,
-        safety_checker=safety_checker,
-        prompt_length=min(prompt_length, 77),
-        scheduler=scheduler,
-    )
+    with _quiet():
+        pipe = build_pipeline(
+            checkpoint_folder,
+            pipeline,
+            dtype,
+            attention,
+            safety_checker=safety_checker,
+            prompt_length=min(prompt_length, 77),
+            scheduler=scheduler,
+            switches=switches,
+        )
     pipe.set_progress_bar_config(disable=True)
     sizes = Sizes(height, width, batch_size, prompt_length, guidance_scale > 1, dtype)
     inputs = _prompt(pipe, sizes, negative_prompt) | _image(pipeline, sizes, strength)
+    inputs |= _control(pipeline, sizes, dict(switches).get("controlnets", 0))
+    inputs |= _ip_adapter_image(pipe)
     tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
     tracer = Tracer(_modules(pipe), tensors, paths=paths, stage="text_encoder")
-    with _quiet(), sdpa_mode(attention), _stages(pipe, pipeline, tracer), tracer:
+    with _quiet(), sdpa_mode(attention), meta_as_gpu(), _stages(pipe, pipeline, tracer), tracer:
         pipe(
             **inputs,
             guidance_scale=guidance_scale,
@@ -152,38 +165,72 @@ def sdpa_mode(attention: str) -> SdpaMode:
     return SdpaMode("math" if attention == "eager" else attention)
 
 
+def _placed(model: Any, sizes: Sizes) -> Any:
+    """Return the model with the hooks of sequential offload where it is on; model offload does nothing to one call."""
+    return offload_model(model) if dict(sizes.switches).get("offload") == "sequential" else model
+
+
 def _text_encoder(config: Config, attention: str, sizes: Sizes) -> Call:
-    module = build_text_encoder(config, sizes.dtype)
+    module = _placed(build_text_encoder(config, sizes.dtype), sizes)
     shape = (sizes.batch_size, sizes.prompt_length)
     return module, {"input_ids": torch.empty(shape, dtype=torch.int64, device="meta")}, module
 
 
 def _vae_encode(config: Config, attention: str, sizes: Sizes) -> Call:
-    vae = build_vae(config, sizes.dtype, attention)
+    vae = _placed(build_vae(config, sizes.dtype, attention, sizes.switches), sizes)
     return vae, {"x": sizes.image(vae.config.in_channels)}, lambda x: vae.encode(x).latent_dist.sample()
 
 
 def _unet(config: Config, attention: str, sizes: Sizes) -> Call:
-    unet = build_unet(config, sizes.dtype, attention)
-    inputs = {
-        "sample": sizes.latents(sizes.unet_batch, unet.config.in_channels),
-        "timestep": torch.empty(1, dtype=torch.int64, device="meta"),
-        "encoder_hidden_states": sizes.empty(
-            sizes.unet_batch, sizes.prompt_length, unet.config.cross_attention_dim
-        ),
-    }
-    added = _added_conditions(unet.config, sizes)
+    unet = _placed(build_unet(config, sizes.dtype, attention, sizes.switches), sizes)
+    inputs = _latent_inputs(unet.config, sizes)
+    added = _added_conditions(unet.config, sizes) | _image_embeds(unet, sizes)
 
     def call(**inputs: torch.Tensor) -> object:
-        names = [name for name in inputs if name in added]
-        conditions = {"added_cond_kwargs": {name: inputs.pop(name) for name in names}} if names else {}
-        return unet(**inputs, **conditions, return_dict=False)
+        return unet(**_grouped(inputs, added), return_dict=False)
 
     return unet, inputs | added, call
 
 
+def _image_encoder(config: Config, attention: str, sizes: Sizes) -> Call:
+    module = build_image_encoder(config, sizes.dtype)
+    side = module.config.image_size
+    return module, {"pixel_values": sizes.empty(1, module.config.num_channels, side, side)}, module
+
+
+def _controlnet(config: Config, attention: str, sizes: Sizes) -> Call:
+    module = build_controlnet(config, sizes.dtype, attention, sizes.switches)
+    count = dict(sizes.switches)["controlnets"]
+    own = (module.nets[0] if count > 1 else module).config
+    inputs, added = _latent_inputs(own, sizes), _added_conditions(own, sizes)
+    image = {"controlnet_cond": sizes.empty(sizes.unet_batch, 3, 8 * (sizes.height // 8), 8 * (sizes.width // 8))}
+
+    def call(controlnet_cond: torch.Tensor, **inputs: torch.Tensor) -> object:
+        images, scales = (controlnet_cond, 1.0) if count == 1 else ([controlnet_cond] * count, [1.0] * count)
+        conditions = {"controlnet_cond": images, "conditioning_scale": scales}
+        return module(**_grouped(inputs, added), **conditions, return_dict=False)
+
+    return module, inputs | added | image, call
+
+
+def _latent_inputs(config: Any, sizes: Sizes) -> dict[str, torch.Tensor]:
+    return {
+        "sample": sizes.latents(sizes.unet_batch, config.in_channels),
+        "timestep": torch.empty(1, dtype=torch.int64, device="meta"),
+        "encoder_hidden_states": sizes.empty(sizes.unet_batch, sizes.prompt_length, config.cross_attention_dim),
+    }
+
+
+def _grouped(inputs: dict[str, torch.Tensor], added: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return ``inputs`` with those of ``added`` as added_cond_kwargs."""
+    named: dict[str, Any] = {name: inputs.pop(name) for name in list(inputs) if name in added}
+    if "image_embeds" in named:
+        named["image_embeds"] = [named["image_embeds"]]
+    return {**inputs, **({"added_cond_kwargs": named} if named else {})}
+
+
 def _vae_decode(config: Config, attention: str, sizes: Sizes) -> Call:
-    vae = build_vae(config, sizes.dtype, attention)
+    vae = _placed(build_vae(config, sizes.dtype, attention, sizes.switches), sizes)
     latents = sizes.latents(sizes.batch_size, vae.config.latent_channels)
     return vae, {"z": latents}, lambda z: vae.decode(z, return_dict=False)
 
@@ -197,7 +244,9 @@ def _safety_checker(config: Config, attention: str, sizes: Sizes) -> Call:
 
 _CALLS: Mapping[str, Callable[[Config, str, Sizes], Call]] = {
     "text_encoder": _text_encoder,
+    "image_encoder": _image_encoder,
     "vae_encode": _vae_encode,
+    "controlnet": _controlnet,
     "unet": _unet,
     "vae_decode": _vae_decode,
     "safety_checker": _safety_checker,
@@ -214,6 +263,14 @@ def _added_conditions(config: Any, sizes: Sizes) -> dict[str, torch.Tensor]:
         "text_embeds": sizes.empty(sizes.unet_batch, inputs - time_ids * side),
         "time_ids": sizes.empty(sizes.unet_batch, time_ids),
     }
+
+
+def _image_embeds(unet: Any, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """Return what an IP-Adapter projects: image embeddings [rows, 1, P]."""
+    if unet.config.encoder_hid_dim_type != "ip_image_proj":
+        return {}
+    (layer,) = unet.encoder_hid_proj.image_projection_layers
+    return {"image_embeds": sizes.empty(sizes.unet_batch, 1, layer.image_embeds.in_features)}
 
 
 @contextmanager
@@ -257,11 +314,27 @@ def _image(pipeline: str, sizes: Sizes, strength: float | None) -> dict[str, Any
     return tensors | chosen | ({} if pipeline == "img2img" else side)
 
 
+def _ip_adapter_image(pipe: Any) -> dict[str, torch.Tensor]:
+    """Return one image as the feature extractor gives it, where the pipeline has an image encoder."""
+    if pipe.image_encoder is None:
+        return {}
+    side = pipe.image_encoder.config.image_size
+    return {"ip_adapter_image": torch.zeros(1, 3, side, side, device="cpu")}
+def _control(pipeline: str, sizes: Sizes, count: int) -> dict[str, Any]:
+    """Return the control image, a list of them for several ControlNets."""
+    if not count:
+        return {}
+    images = [torch.zeros(sizes.batch_size, 3, sizes.height, sizes.width, device="cpu") for _ in range(count)]
+    return {"image" if pipeline == "txt2img" else "control_image": images[0] if count == 1 else images}
+
+
 @contextmanager
 def _stages(pipe: Any, pipeline: str, tracer: Tracer) -> Iterator[None]:
     checked = getattr(pipe, "safety_checker", None) is not None
     prepared = "prepare_latents" if pipeline == "txt2img" else "vae_encode"
     marks = [
+        (pipe, "prepare_image", prepared, prepared),
+        (pipe, "prepare_control_image", prepared, prepared),
         (pipe, "prepare_latents", prepared, "vae_encode" if pipeline == "inpaint" else "unet"),
         (pipe, "prepare_mask_latents", "vae_encode", "unet"),
         (pipe, "upcast_vae", "vae_decode", "vae_decode"),

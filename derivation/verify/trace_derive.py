@@ -18,7 +18,7 @@ import torch
 
 from derivation.api import Derivation
 from derivation.components import Component
-from derivation.config import Checkpoint
+from derivation.config.checkpoint import alone
 from derivation.errors import DerivationError, shown
 from derivation.options import Options
 from derivation.program import Program
@@ -83,7 +83,7 @@ class TracedDerivation(Derivation):
     ) -> None:
         self.architecture = checked(config, file, options)
         self.config, self.file = dict(config), file
-        super().__init__(_checkpoint(config["_class_name"], file), options, fixed)
+        super().__init__(alone(config["_class_name"], file, {}), options, fixed)
 
     def __repr__(self) -> str:
         o = self.options
@@ -211,20 +211,3 @@ def _tensors(inputs: Inputs) -> list[torch.Tensor]:
     nested = [value for value in inputs.values() if isinstance(value, dict)]
     flat = [*inputs.values(), *(tensor for value in nested for tensor in value.values())]
     return [value for value in flat if isinstance(value, torch.Tensor)]
-
-
-def _checkpoint(name: str, source: str) -> Checkpoint:
-    return Checkpoint(
-        name=name,
-        source=source,
-        pipeline_class="",
-        unet=None,
-        vae=None,
-        text_encoder=None,
-        text_encoder_2=None,
-        safety_checker=None,
-        scheduler=None,
-        force_zeros_for_empty_prompt=False,
-        requires_aesthetics_score=False,
-        requires_safety_checker=False,
-    )

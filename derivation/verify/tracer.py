@@ -108,13 +108,10 @@ class Trace:
 
 
 def storages(*owners: torch.nn.Module | torch.Tensor) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages of tensors and of modules' parameters and buffers."""
+    """Yield the ``meta`` storages of tensors and of modules' parameters and buffers."""
     for owner in owners:
-        if isinstance(owner, torch.Tensor):
-            yield owner.untyped_storage()
-        else:
-            yield from (p.untyped_storage() for p in owner.parameters())
-            yield from (b.untyped_storage() for b in owner.buffers())
+        tensors = [owner] if isinstance(owner, torch.Tensor) else [*owner.parameters(), *owner.buffers()]
+        yield from (tensor.untyped_storage() for tensor in tensors if tensor.is_meta)
 
 
 class Tracer(TorchDispatchMode):
@@ -228,7 +225,9 @@ def _item(tensor: torch.Tensor) -> Any:
 
 def _to_copy(tensor: torch.Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -> Any:
     if tensor.is_meta and device is not None and device.type == "cpu":
-        return torch.zeros(tensor.shape, dtype=dtype or tensor.dtype, device="cpu")
+        # an offloaded weight has no values
+        like = torch.empty if isinstance(tensor, torch.nn.Parameter) else torch.zeros
+        return like(tensor.shape, dtype=dtype or tensor.dtype, device="cpu")
     return NotImplemented
 
 

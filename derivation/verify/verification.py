@@ -63,14 +63,15 @@ class Row:
 def run_verification(
     model: object, sizes: Sequence[Size] = (Size(),), pipeline: str = "img2img", **options: Any
 ) -> Iterator[Row]:
-    """Yield a row for every component and every stage of ``model`` at each size.
+    """Yield a row for every component and, of a whole checkpoint, every stage of ``model`` at each size.
 
     Raises DerivationError as derive does.
     """
     derivation = derive(model, pipeline=pipeline, **options)
     for size in sizes:
         yield from _rows(derivation, size, "component", compare_components(derivation, *size.values()))
-        yield from _rows(derivation, size, "stage", compare_pipeline(derivation, *size.values()))
+        if derivation.checkpoint.whole:
+            yield from _rows(derivation, size, "stage", compare_pipeline(derivation, *size.values()))
 
 
 def _rows(derivation: Derivation, size: Size, scope: str, comparisons: Iterable[Comparison]) -> Iterator[Row]:
@@ -78,14 +79,18 @@ def _rows(derivation: Derivation, size: Size, scope: str, comparisons: Iterable[
         yield Row(derivation.checkpoint.name, derivation.options.as_dict(), size, scope, comparison)
 
 
-def record(rows: Iterable[Row], path: Path = RECORD) -> None:
-    """Write the rows with versions and date to ``path``, through a temporary file."""
-    content = {
+def circumstances() -> dict[str, Any]:
+    """Return the date and the versions of a run."""
+    return {
         "date": date.today().isoformat(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in VERSIONS},
-        "rows": [row.as_dict() for row in rows],
     }
+
+
+def record(rows: Iterable[Row], path: Path = RECORD) -> None:
+    """Write the rows with versions and date to ``path``, through a temporary file."""
+    content = {**circumstances(), "rows": [row.as_dict() for row in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")

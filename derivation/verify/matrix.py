@@ -1,0 +1,98 @@
+"""Every bundled checkpoint x pipeline x option at several sizes, whole pipeline calls against the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+from derivation.api import derive
+from derivation.config import bundled, load
+from derivation.options import OFFLOADS, PIPELINES, flag
+from derivation.schedulers import SCHEDULERS
+from derivation.verify.compare import Comparison, compare_pipeline
+from derivation.verify.verification import Size
+
+# the checkpoints that not every pipeline takes
+TASKS: Mapping[str, tuple[str, ...]] = {
+    "runwayml/stable-diffusion-inpainting": ("inpaint",),
+    "stabilityai/stable-diffusion-xl-refiner-1.0": ("img2img", "inpaint"),
+}
+# what every call has, so that few steps run
+STEPS = {"num_inference_steps": 4, "strength": 0.5}
+# one with latents that no level divides, one with a batch, one without guidance
+SIZES = (Size(256, 256), Size(72, 136, 2), Size(264, 56, guidance=False))
+TILED_SIZES = (Size(1032, 536), Size(520, 1200, 2, guidance=False))
+LONG_PROMPT = Size(72, 88, prompt_length=154)
+
+OPTION_SETS: tuple[Mapping[str, Any], ...] = (
+    {},
+    *({"dtype": dtype} for dtype in ("bfloat16", "float32")),
+    *({"attention": attention} for attention in ("eager", "math", "flash")),
+    *({"scheduler": scheduler} for scheduler in sorted(SCHEDULERS)),
+    {"num_images_per_prompt": 2},
+    {"negative_prompt": True},
+    {"clip_skip": 1},
+    {"safety_checker": False},
+    {"vae_slicing": True},
+    {"vae_tiling": True},
+    {"vae_tiling": True, "vae_slicing": True},
+    *({"attention_slicing": size} for size in ("auto", "max", 2)),
+    {"channels_last": True},
+    *({"offload": offload} for offload in OFFLOADS),
+    {"lora_rank": 4},
+    {"lora_rank": 64, "lora_fused": True},
+    *({"controlnets": count} for count in (1, 2)),
+    {"ip_adapter_tokens": 4},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One whole pipeline call of a bundled checkpoint."""
+
+    model: str
+    options: Mapping[str, Any]
+    size: Size
+
+    def __str__(self) -> str:
+        """Return the arguments of ``python -m derivation verify`` that make this call."""
+        s = self.size
+        given = {**self.options, "height": s.height, "width": s.width, "batch_size": s.batch_size}
+        given |= {"prompt_length": s.prompt_length} | ({} if s.guidance else {"guidance_scale": 1.0})
+        return f"{self.model} {' '.join(flag(*item) for item in given.items())}"
+
+    def compare(self) -> list[Comparison]:
+        """Derive and trace the call: one comparison a stage."""
+        return compare_pipeline(derive(self.model, **self.options), *self.size.values())
+
+
+def matrix(models: tuple[str, ...] | None = None) -> Iterator[Entry]:
+    """Yield every call of the bundled checkpoints, or of ``models``."""
+    for model in models or bundled():
+        for task in TASKS.get(model, PIPELINES):
+            for chosen in OPTION_SETS:
+                if changes(model, task, chosen):
+                    options = {"pipeline": task, **STEPS, **chosen}
+                    yield from (Entry(model, options, size) for size in sizes(chosen))
+
+
+def sizes(chosen: Mapping[str, Any]) -> tuple[Size, ...]:
+    """Return the sizes at which an option set is verified."""
+    if "vae_tiling" in chosen:
+        return TILED_SIZES
+    return SIZES if chosen else (*SIZES, LONG_PROMPT)
+
+
+def changes(model: str, task: str, chosen: Mapping[str, Any]) -> bool:
+    """Return False for an option that this checkpoint and task have no use for."""
+    return "safety_checker" not in chosen or load(model).safety_checker is not None
+
+
+def run_matrix(models: tuple[str, ...] | None = None) -> Iterator[tuple[Entry, list[Comparison]]]:
+    """Derive and trace every call, on all processors, and yield them in order."""
+    entries = list(matrix(models))
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
+        yield from zip(entries, workers.map(Entry.compare, entries), strict=True)

@@ -1,0 +1,114 @@
+"""What a user switches on in diffusers' models, by the name of the option that stands for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, IPAdapterAttnProcessor
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+from peft import LoraConfig
+
+from derivation.config import image_encoder
+
+Switch = Callable[[Any, Any], None]
+
+SWITCHES: dict[str, Switch] = {}
+# read by build_pipeline itself
+PIPELINE_SWITCHES = ("offload", "controlnets")
+
+
+def switch(*classes: type) -> Callable[[Switch], Switch]:
+    """Register a function that sets the option of its name on a new model of one of the classes."""
+
+    def register(apply: Switch) -> Switch:
+        SWITCHES[apply.__name__] = lambda model, value: apply(model, value) if isinstance(model, classes) else None
+        return apply
+
+    return register
+
+
+def switch_on(model: Any, switches: Mapping[str, Any]) -> None:
+    """Set every option on ``model``; raises KeyError for an option that no switch stands for."""
+    for name, value in switches.items():
+        if name not in PIPELINE_SWITCHES:
+            SWITCHES[name](model, value)
+
+
+@switch(diffusers.AutoencoderKL)
+def vae_slicing(vae: Any, value: bool) -> None:
+    """``vae.enable_slicing()``."""
+    vae.use_slicing = value
+
+
+@switch(diffusers.AutoencoderKL)
+def vae_tiling(vae: Any, value: bool) -> None:
+    """``vae.enable_tiling()``."""
+    vae.use_tiling = value
+
+
+@switch(diffusers.AutoencoderKL)
+def tile_sample_min_size(vae: Any, value: int) -> None:
+    """Set the sides of a tile, in pixels and in latents."""
+    vae.tile_sample_min_size = value
+    vae.tile_latent_min_size = value // 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@switch(diffusers.AutoencoderKL)
+def tile_overlap_factor(vae: Any, value: float) -> None:
+    """Set the overlap of tiles."""
+    vae.tile_overlap_factor = value
+
+
+@switch(diffusers.UNet2DConditionModel, diffusers.ControlNetModel)
+def attention_slicing(model: Any, value: str | int) -> None:
+    """``model.set_attention_slice(value)``."""
+    model.set_attention_slice(value)
+
+
+@switch(diffusers.UNet2DConditionModel)
+def lora_rank(unet: Any, value: int) -> None:
+    """``unet.add_adapter`` with the targets of diffusers' training scripts."""
+    unet.add_adapter(LoraConfig(r=value, lora_alpha=value, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+
+
+@switch(diffusers.UNet2DConditionModel)
+def lora_fused(unet: Any, value: bool) -> None:
+    """``unet.fuse_lora()``, which merges on ``meta`` too."""
+    unet.fuse_lora()
+
+
+@switch(diffusers.UNet2DConditionModel)
+def ip_adapter_tokens(unet: Any, value: int) -> None:
+    """``unet._load_ip_adapter_weights``, and what it does not choose itself: other than 4 tokens, eager processors."""
+    width, cross_dim = image_encoder().projection_dim, unet.config.cross_attention_dim
+    cross = [m for name, m in unet.named_modules() if isinstance(m, Attention) and name.endswith("attn2")]
+    eager = isinstance(cross[0].processor, AttnProcessor)
+    unet._load_ip_adapter_weights([_ip_adapter(unet, width)], low_cpu_mem_usage=False)
+    if value != 4:
+        unet.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(width, cross_dim, value)])
+    for attention in cross if eager else []:
+        attention.set_processor(IPAdapterAttnProcessor(attention.inner_dim, cross_dim, value))
+
+
+def _ip_adapter(unet: Any, width: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Return a state dict as ip-adapter_sd15 has it, for ``unet`` and image embeddings of ``width``."""
+    cross_dim = unet.config.cross_attention_dim
+    names = (name for name in unet.attn_processors if name.endswith("attn2.processor"))
+    dims = [unet.get_submodule(name.removesuffix(".processor")).inner_dim for name in names]
+    keys = {
+        f"{2 * i + 1}.{key}.weight": torch.empty(dim, cross_dim)
+        for i, dim in enumerate(dims)
+        for key in ("to_k_ip", "to_v_ip")
+    }
+    projection = {"proj.weight": torch.empty(4 * cross_dim, width), "proj.bias": torch.empty(4 * cross_dim)}
+    norm = {f"norm.{name}": torch.empty(cross_dim) for name in ("weight", "bias")}
+    return {"image_proj": projection | norm, "ip_adapter": keys}
+
+
+@switch(diffusers.UNet2DConditionModel, diffusers.AutoencoderKL)
+def channels_last(model: Any, value: bool) -> None:
+    """``model.to(memory_format=torch.channels_last)``."""
+    model.to(memory_format=torch.channels_last)

@@ -1,0 +1,32 @@
+"""Bundled checkpoints x pipelines x options: a sample is compared, the whole is what the options are."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from derivation.config import bundled
+from derivation.options import PIPELINES
+from derivation.verify.matrix import OPTION_SETS, matrix
+
+ENTRIES = list(matrix())
+# read with a GPU alone, or what every entry has
+LEFT_OUT = {"gpu", "torch", "diffusers", "scratch", "pipeline", "num_inference_steps", "strength"}
+
+
+def test_every_checkpoint_pipeline_and_option_is_there():
+    from derivation.options import Options
+
+    assert {entry.model for entry in ENTRIES} == set(bundled())
+    assert {entry.options["pipeline"] for entry in ENTRIES} == set(PIPELINES)
+    chosen = {name for options in OPTION_SETS for name in options}
+    assert chosen | LEFT_OUT == Options().as_dict().keys()
+
+
+@pytest.mark.parametrize("entry", ENTRIES[::45], ids=str)
+def test_a_sample_equals_the_trace(entry):
+    for comparison in entry.compare():
+        assert comparison.match, f"{comparison}\nreproduce: python -m derivation verify {entry}"
