@@ -12,12 +12,10 @@ from pathlib import Path
 from rich.console import Console
 
 from derivation import DerivationError
-from derivation.attention import names
-from derivation.options import DTYPES, PIPELINES
+from derivation.cli.arguments import add_options, given_options
 from derivation.report.job import build_all
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-OPTIONS = ("pipeline", "dtype", "attention", "gpu")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,15 +24,13 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="example: python build_report.py stabilityai/stable-diffusion-2-1 --pipeline txt2img --output report/",
     )
-    result.add_argument("models", metavar="MODEL", nargs="*", default=[DEFAULT_MODEL], help="bundled ids or folders")
-    result.add_argument("--pipeline", choices=PIPELINES, default="img2img")
-    result.add_argument("--dtype", choices=DTYPES, default="float16")
-    result.add_argument("--attention", choices=names(), default="efficient")
-    result.add_argument("--gpu", help="include what this GPU's libraries allocate (default: tensors only)")
+    models = "bundled ids, folders or Hugging Face Hub ids (org/name, org/name@revision)"
+    result.add_argument("models", metavar="MODEL", nargs="*", default=[DEFAULT_MODEL], help=models)
     result.add_argument("--output", type=Path, default=Path("report"), help="folder to write (default: report/)")
     result.add_argument("--pdf", action="store_true", help="also typeset the notes, where a TeX engine is installed")
     result.add_argument("--verify", action="store_true", help="trace the real modules now (needs the extra verify)")
     result.add_argument("--json", action="store_true", help="print one JSON object: the files and the time taken")
+    add_options(result)
     return result
 
 
@@ -42,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job and return its exit code: 0, or 2 with one line on stderr."""
     args = parser().parse_args(arguments)
     console, start = Console(stderr=True, highlight=False), time.monotonic()
-    options = {name: getattr(args, name) for name in OPTIONS}
     try:
+        options = given_options(args)
         with console.status("starting") as status:
             progress = status.update if console.is_terminal else lambda step: None
             paths = build_all(args.models, args.output, args.pdf, args.verify, progress, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from derivation.cli import output
-from derivation.cli.parameters import Json, Model, Prompt, Size, derivation_of, expanded, sizes
+from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, derivation_of, expanded, sizes
 from derivation.config import bundled, load
 from derivation.errors import DerivationError
 from derivation.options import Options
@@ -22,14 +22,18 @@ VERIFY_EXTRA = "pip install 'diffusion-vram-derivation[verify]'"
 
 
 @expanded
-def estimate(model: Model, options: Options, size: Size, prompt: Prompt, json: Json = False) -> None:
+def estimate(
+    model: Model, options: Options, size: Size, prompt: Prompt, revision: Revision = None, json: Json = False
+) -> None:
     """The peak memory of one call, stage by stage, and the tensors that are alive at the peak.
 
     Example: derivation estimate stable-diffusion-v1-5 --height 512 --width 768 --attention efficient
 
     Example: derivation estimate ./my-checkpoint --pipeline txt2img --dtype bfloat16 --gpu rtx-4090 --json
+
+    Example: derivation estimate ./my-unet/config.json --height 1024 --width 1024
     """
-    found = derivation_of(model, options).estimate(**sizes(size, prompt))
+    found = derivation_of(model, options, revision).estimate(**sizes(size, prompt))
     result = {**found, "guidance_scale": prompt.guidance_scale}
     output.emit(result, json, lambda result: show_estimate(result, options))
 
@@ -44,7 +48,9 @@ def show_estimate(result: Mapping[str, Any], options: Options) -> None:
     output.line("")
     output.bytes_table("Weights", "model", {**result["weights"], "all": result["weights_bytes"]})
     output.bytes_table("Components, each called alone", "component", result["components"])
-    output.bytes_table("Stages of the pipeline, beyond the weights", "stage", result["stages"], result["peak_stage"])
+    if result["stages"] != result["components"]:
+        title = "Stages of the pipeline, beyond the weights"
+        output.bytes_table(title, "stage", result["stages"], result["peak_stage"])
     _show_witness(result["witness"])
     _show_more({key: result[key] for key in result if key not in KNOWN | asked.keys() | _CALL})
     peak = result["peak_tensor_bytes"]
@@ -80,6 +86,7 @@ def export(
     options: Options,
     to: Annotated[str, typer.Option("--to", help="latex, python, numpy, torch, json, javascript or c.")] = "python",
     output_path: Annotated[Path | None, typer.Option("--output", help="Folder to write into, else stdout.")] = None,
+    revision: Revision = None,
 ) -> None:
     """The equation as source text: LaTeX, Python, NumPy, PyTorch, JSON, JavaScript or C.
 
@@ -90,7 +97,7 @@ def export(
     from derivation.export import export as exported
     from derivation.export import write
 
-    derivation = derivation_of(model, options)
+    derivation = derivation_of(model, options, revision)
     if output_path is None:
         print(exported(derivation, to), end="")
         return
@@ -104,52 +111,63 @@ def verify(
     size: Size,
     prompt: Prompt,
     model: Model = DEFAULT_MODEL,
-    fuzz: Annotated[int, typer.Option(help="Compare this many seeded random configs instead.", min=0)] = 0,
+    everything: Annotated[bool, typer.Option("--all", help="Compare every bundled checkpoint and option.")] = False,
+    fuzz: Annotated[int, typer.Option(help="Compare this many seeded random cases instead.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="First seed of --fuzz.", min=0)] = 0,
+    revision: Revision = None,
     json: Json = False,
 ) -> None:
     """Compare with the real modules, traced on the meta device (needs the verify extra); exit code 1 on a mismatch.
 
     Example: derivation verify stable-diffusion-v1-5 --height 520 --width 392 --attention eager
 
+    Example: derivation verify --all
+
     Example: derivation verify --fuzz 200 --seed 7
     """
-    load(model)
+    checkpoint = load(model, revision)
     try:
         from derivation.verify.fuzz import run_fuzz
+        from derivation.verify.matrix import matrix, run_matrix
         from derivation.verify.verification import Size as Call
-        from derivation.verify.verification import run_verification
+        from derivation.verify.verification import circumstances, run_verification
     except ImportError as error:
         raise DerivationError(f"verify needs {error.name or error}: {VERIFY_EXTRA}") from None
-    if fuzz:
-        _report_fuzz(run_fuzz(fuzz, seed), fuzz, json)
+    if fuzz or everything:
+        found = run_fuzz(fuzz, seed) if fuzz else run_matrix()
+        failed, calls = _compared(found, fuzz or len(list(matrix())))
+        result = {"match": not failed, **circumstances(), "count": len(calls), "failed": failed}
+        result |= {"seed": seed} if fuzz else {"calls": calls}
+        output.emit(result, json, _show_compared)
+        if failed:
+            raise typer.Exit(1)
         return
     call = Call(**sizes(size, prompt))
-    rows = [row.as_dict() for row in run_verification(model, [call], **asdict(options))]
+    rows = [row.as_dict() for row in run_verification(checkpoint, [call], **asdict(options))]
     matches = all(row["match"] for row in rows)
     output.emit({"match": matches, "rows": rows}, json, _show_verified)
     if not matches:
         raise typer.Exit(1)
 
 
-def _report_fuzz(cases: Iterable[tuple[object, Any]], count: int, json: bool) -> None:
-    """Print each mismatch with the line that reproduces it; exit code 1 if there is one."""
-    failed = []
+def _compared(
+    cases: Iterable[tuple[object, Sequence[Any]]], count: int
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Return each mismatch with the line that reproduces it, and the largest traced peak of every case."""
+    failed, peaks = [], {}
     with output.progress() as bar:
-        for case, comparison in bar.track(cases, total=count, description="comparing random configs"):
-            if not comparison.match:
-                failed.append({"reproduce": str(case), **asdict(comparison)})
-    result = {"match": not failed, "cases": count, "failed": failed}
-    output.emit(result, json, _show_fuzzed)
-    if failed:
-        raise typer.Exit(1)
+        for case, comparisons in bar.track(cases, total=count, description="comparing"):
+            peaks[str(case)] = max(c.traced_bytes for c in comparisons)
+            failed += [{"reproduce": str(case), **asdict(c)} for c in comparisons if not c.match]
+    return failed, peaks
 
 
-def _show_fuzzed(result: Mapping[str, Any]) -> None:
+def _show_compared(result: Mapping[str, Any]) -> None:
     for case in result["failed"]:
-        output.line(f"MISMATCH derived {case['derived_bytes']}, traced {case['traced_bytes']}: {case['parting']}")
-        output.line(f"  reproduce: {case['reproduce']}")
-    output.line(f"{result['cases']} random configs, {len(result['failed'])} mismatches")
+        output.line(f"MISMATCH in {case['name']}: derived {case['derived_bytes']}, traced {case['traced_bytes']}")
+        output.line(f"  {case['parting']}")
+        output.line(f"  reproduce: python -m derivation verify {case['reproduce']}")
+    output.line(f"{result['count']} cases, {len(result['failed'])} mismatches")
 
 
 def _show_verified(result: Mapping[str, Any]) -> None:
@@ -175,8 +193,9 @@ def models(json: Json = False) -> None:
 @expanded
 def report(
     options: Options,
-    model: Annotated[list[str] | None, typer.Argument(help="Bundled ids or folders.")] = None,
+    model: Annotated[list[str] | None, typer.Argument(help="Bundled ids, folders or Hugging Face Hub ids.")] = None,
     output_path: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("report"),
+    revision: Revision = None,
 ) -> None:
     """Write the derivation notes, with figures, as HTML, Markdown and LaTeX.
 
@@ -185,7 +204,8 @@ def report(
     from derivation.report import build
 
     asked = [name for name in sys.argv[1:] if name.isprintable()]
-    for path in build(model or [DEFAULT_MODEL], output_path, " ".join(["derivation", *asked]), **asdict(options)):
+    models = [load(name, revision) for name in model or [DEFAULT_MODEL]]
+    for path in build(models, output_path, " ".join(["derivation", *asked]), **asdict(options)):
         output.line(f"wrote {path}")
 
 

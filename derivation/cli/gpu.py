@@ -11,7 +11,7 @@ import typer
 
 from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
 from derivation.cli import output
-from derivation.cli.parameters import Json, Model, expanded
+from derivation.cli.parameters import Json, Model, Revision, expanded
 from derivation.config import load
 from derivation.errors import DerivationError
 from derivation.options import Options
@@ -30,6 +30,7 @@ def measure(
     scratch: Annotated[bool, typer.Option("--scratch", help="Each convolution and attention shape alone.")] = False,
     history: Annotated[bool, typer.Option("--history", help="Keep the allocator's events.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds a point may take.")] = 1800,
+    revision: Revision = None,
 ) -> None:
     """Run the real pipeline with random weights on this machine's GPU, each point in a fresh process.
 
@@ -42,8 +43,9 @@ def measure(
     from derivation.measure.runner import measure as measured
     from derivation.measure.runner import require_cuda
 
-    checkpoint = load(model)
-    name = checkpoint.name if checkpoint.source == "bundled" else str(Path(model).resolve())
+    checkpoint = load(model, revision)
+    checkpoint.require_whole("measure")
+    name = checkpoint.name if checkpoint.source == "bundled" else str(Path(checkpoint.source).resolve())
     found = points(
         name,
         options,

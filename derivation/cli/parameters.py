@@ -24,7 +24,7 @@ DEFAULT_GUIDANCE_SCALE = 7.5
 HELP = {
     "pipeline": "Pipeline",
     "dtype": "Type of weights and activations",
-    "attention": "Attention backend",
+    "attention": "Attention backend; xformers is efficient",
     "gpu": "GPU or architecture, such as rtx-4090 or sm89: adds its libraries' scratch memory.",
     "safety_checker": "Whether the safety checker runs.",
     "torch": "torch version whose allocations count; read with a GPU.",
@@ -36,6 +36,14 @@ HELP = {
     "vae_slicing": "As pipe.enable_vae_slicing() does.",
     "vae_tiling": "As pipe.enable_vae_tiling() does.",
     "attention_slicing": "As pipe.enable_attention_slicing(...) does: auto, max or a slice size.",
+    "tile_sample_min_size": "Side of a VAE tile in pixels, else the VAE's sample_size.",
+    "tile_overlap_factor": "Part of a VAE tile that the next one repeats, 0 to 0.5.",
+    "channels_last": "Whether the weights of UNet and VAE are in torch.channels_last.",
+    "offload": "As pipe.enable_model_cpu_offload() or enable_sequential_cpu_offload() do: model or sequential.",
+    "lora_rank": "Rank of a LoRA on the UNet's attention projections.",
+    "lora_fused": "Whether pipe.fuse_lora() has merged the LoRA.",
+    "controlnets": "How many ControlNets, each made from the UNet, condition it.",
+    "ip_adapter_tokens": "Image tokens that an IP-Adapter adds to the cross-attention.",
     "num_images_per_prompt": "Images per prompt.",
     "num_inference_steps": "Denoising steps.",
     "strength": "How much img2img and inpainting change the image, in (0, 1].",
@@ -89,8 +97,13 @@ def _complete_model(incomplete: str) -> list[str]:
 
 Model = Annotated[
     str,
-    typer.Argument(help="A bundled id, or a folder in diffusers' format.", autocompletion=_complete_model),
+    typer.Argument(
+        help="A bundled id, a folder in diffusers' format, one component's config file, or a Hugging Face Hub id "
+        "(org/name, org/name@revision).",
+        autocompletion=_complete_model,
+    ),
 ]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face Hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -177,9 +190,9 @@ def _checked(key: str, value: Any) -> Any:
     return checked_number(key, value) if isinstance(value, int) else value
 
 
-def derivation_of(model: str, options: Options) -> Derivation:
-    """Return the derivation of a bundled id or a folder."""
-    return Derivation(load(model), options)
+def derivation_of(model: str, options: Options, revision: str | None = None) -> Derivation:
+    """Return the derivation of what a MODEL argument names."""
+    return Derivation(load(model, revision), options)
 
 
 def sizes(size: Size, prompt: Prompt) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import typer
 
 from derivation.api import Derivation
 from derivation.cli import output
-from derivation.cli.parameters import Json, Model, Prompt, Size, derivation_of, expanded, sizes, value_of
+from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, derivation_of, expanded, sizes, value_of
 from derivation.errors import DerivationError, shown
 from derivation.options import Options
 
@@ -26,6 +26,7 @@ def fit(
     aspect: Annotated[str, typer.Option(help="width:height of the image looked for.")] = "1:1",
     height: Annotated[int | None, typer.Option(help="With --width: look for the largest batch instead.")] = None,
     width: Annotated[int | None, typer.Option(help="With --height: look for the largest batch instead.")] = None,
+    revision: Revision = None,
     json: Json = False,
 ) -> None:
     """The largest image that fits, or the largest batch of a given image.
@@ -41,7 +42,7 @@ def fit(
         raise DerivationError("height and width go together (supported: both, for the largest batch, or neither)")
     ratio = parse_aspect(aspect)
     budget, said = _budget(vram, options)
-    derivation = derivation_of(model, options)
+    derivation = derivation_of(model, options, revision)
     call = (prompt.prompt_length, prompt.guidance, vram is None)
     if height is None or width is None:
         answer = fitted(derivation, budget, ratio, prompt.batch_size, *call).as_dict()
@@ -76,7 +77,13 @@ def _show_fit(result: Mapping[str, Any]) -> None:
 
 @expanded
 def recommend(
-    model: Model, options: Options, size: Size, prompt: Prompt, vram: Vram = None, json: Json = False
+    model: Model,
+    options: Options,
+    size: Size,
+    prompt: Prompt,
+    vram: Vram = None,
+    revision: Revision = None,
+    json: Json = False,
 ) -> None:
     """What to switch on so that this size fits, cheapest first, with the bytes that each option saves.
 
@@ -88,7 +95,7 @@ def recommend(
     from derivation.recommend import recommend as recommended
 
     budget, said = _budget(vram, options)
-    derivation = derivation_of(model, options)
+    derivation = derivation_of(model, options, revision)
     found = recommended(derivation, budget, Call(**sizes(size, prompt))).as_dict()
     result = {"model": derivation.checkpoint.name, **options.as_dict(), **asdict(size), **asdict(prompt), **found}
     output.emit({**result, "counted": _counted(derivation, said, False)}, json, _show_recommendation)
@@ -130,6 +137,7 @@ def compare(
     with_: Annotated[
         list[str] | None, typer.Option("--with", help="An option of the second side alone, as KEY=VALUE; repeatable.")
     ] = None,
+    revision: Revision = None,
     json: Json = False,
 ) -> None:
     """Where two models, or two sets of options, differ: weights, each stage's polynomials, numbers at three sizes.
@@ -140,8 +148,8 @@ def compare(
     """
     from derivation.compare import compare as compared
 
-    a = derivation_of(model_a, options)
-    b = derivation_of(model_b or model_a, replace(options, **changes(with_ or [])))
+    a = derivation_of(model_a, options, revision)
+    b = derivation_of(model_b or model_a, replace(options, **changes(with_ or [])), None if model_b else revision)
     found = compared(a, b, batch_size=prompt.batch_size, prompt_length=prompt.prompt_length, guidance=prompt.guidance)
     output.emit(found.as_dict(), json, _show_comparison)
 

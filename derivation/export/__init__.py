@@ -53,20 +53,21 @@ COMPILED = {"math": "python", "numpy": "numpy", "torch": "torch"}
 
 @dataclass(frozen=True, slots=True)
 class CheckedIn:
-    """A folder of formulas/: the model, its options and the targets."""
+    """A folder of formulas/: the model, its pipeline and the targets."""
 
     folder: str
     model: str
-    options: Mapping[str, Any]
+    pipeline: str = "img2img"
     targets: tuple[str, ...] = ("latex", "python", "numpy", "json", "javascript", "c")
 
 
 CHECKED_IN = (
-    CheckedIn(
-        "stable_diffusion_v1_5",
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        {"pipeline": "img2img", "dtype": "float16", "attention": "efficient"},
-    ),
+    CheckedIn("stable_diffusion_v1_5", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    CheckedIn("stable_diffusion_inpainting", "runwayml/stable-diffusion-inpainting", "inpaint"),
+    CheckedIn("stable_diffusion_2_1", "stabilityai/stable-diffusion-2-1"),
+    CheckedIn("stable_diffusion_2_1_base", "stabilityai/stable-diffusion-2-1-base"),
+    CheckedIn("stable_diffusion_xl_base_1_0", "stabilityai/stable-diffusion-xl-base-1.0"),
+    CheckedIn("stable_diffusion_xl_refiner_1_0", "stabilityai/stable-diffusion-xl-refiner-1.0"),
 )
 
 _functions: WeakKeyDictionary[Derivation, Function] = WeakKeyDictionary()
@@ -100,18 +101,20 @@ def write(derivation: Derivation, targets: Iterable[str], directory: str | os.Pa
     return _write_all(texts, Path(directory))
 
 
-def generate() -> dict[str, str]:
-    """Return every checked-in file: path below formulas/ -> text."""
+def generate(entries: Iterable[CheckedIn] = CHECKED_IN) -> dict[str, str]:
+    """Return the files of the checked-in folders: path below formulas/ -> text."""
     found: dict[str, str] = {}
-    for entry in CHECKED_IN:
-        derivation = derive(entry.model, **entry.options)
+    for entry in entries:
+        derivation = derive(entry.model, pipeline=entry.pipeline)
         found |= {f"{entry.folder}/{TARGETS[t].file}": export(derivation, t) for t in entry.targets}
     return found
 
 
-def regenerate(root: str | os.PathLike[str]) -> list[Path]:
-    """Write every checked-in file below ``root``/formulas and return their paths."""
-    return _write_all(generate(), Path(root) / "formulas")
+def regenerate(root: str | os.PathLike[str], models: Iterable[str] | None = None) -> list[Path]:
+    """Write the checked-in files of ``models`` (of all by default) below ``root``/formulas and return their paths."""
+    wanted = None if models is None else set(models)
+    entries = [entry for entry in CHECKED_IN if wanted is None or wanted & {entry.model, entry.model.split("/")[1]}]
+    return _write_all(generate(entries), Path(root) / "formulas")
 
 
 def _function(derivation: Derivation) -> Function:

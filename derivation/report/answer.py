@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import sympy
 
 from derivation.api import Derivation, Stage
+from derivation.components import parameter_count
 from derivation.pipelines import Pipeline
 from derivation.report.text import PixelTerms, as_pixel_terms, human, pixel_terms, shape_text, value_at
 from derivation.symbols import DTYPE_BYTES
@@ -131,7 +132,7 @@ def answer(d: Derivation) -> Answer:
         for name, stage in d.stages.items()
     )
     return Answer(
-        weights=tuple(WeightRow(m, d.parameter_counts[m], n) for m, n in d.weights.items()),
+        weights=tuple(WeightRow(m, parameter_count(d.resident[m]), n) for m, n in d.weights.items()),
         weights_bytes=d.weights_bytes,
         polynomials=polynomials(d, d.pipeline_stage()),
         stages=stages,

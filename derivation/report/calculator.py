@@ -105,7 +105,7 @@ class Backend:
     crossings: tuple[str, ...]
 
 
-def backend(model: str, options: Options, dtype: str, attention: str) -> Backend:
+def backend(model: object, options: Options, dtype: str, attention: str) -> Backend:
     """Derive one combination; the totals are weights + peak bytes of squares with sides ATTENTION_SIDES."""
     chosen: dict[str, Any] = {**options.as_dict(), "dtype": dtype, "attention": attention}
     d = derive(model, **chosen)

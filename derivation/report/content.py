@@ -76,13 +76,13 @@ class Content:
         return [side for i, side in enumerate(self.sizes) if row.bytes_at[i] == largest[i]]
 
 
-def content(model: str, options: Options, command: str, progress: Progress, verify: bool = False) -> Content:
+def content(model: object, options: Options, command: str, progress: Progress, verify: bool = False) -> Content:
     """Derive ``model`` and return everything its report says; independent parts run in processes of their own."""
     progress("deriving")
     d = _derive(model, options)
     with ProcessPoolExecutor() as pool:
         measured = pool.submit(comparisons)
-        derived = {pair: pool.submit(backend, model, options, *pair) for pair in combinations(options)}
+        derived = {pair: pool.submit(backend, d.checkpoint, options, *pair) for pair in combinations(options)}
         found = answer(d)
         walked, reduced = walks(d), reductions(d)
         progress("drawing figures")
@@ -122,7 +122,7 @@ def content(model: str, options: Options, command: str, progress: Progress, veri
     )
 
 
-def _derive(model: str, options: Options) -> Derivation:
+def _derive(model: object, options: Options) -> Derivation:
     chosen: dict[str, Any] = options.as_dict()
     return derive(model, **chosen)
 

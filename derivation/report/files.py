@@ -15,7 +15,7 @@ Progress = Callable[[str], None]
 
 
 def build(
-    models: Sequence[str],
+    models: Sequence[object],
     output: Path = Path("report"),
     command: str = "python build_report.py",
     progress: Progress = lambda step: None,

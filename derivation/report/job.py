@@ -12,6 +12,7 @@ from typing import Any
 
 from derivation.errors import DerivationError
 from derivation.export import regenerate
+from derivation.options import flag
 from derivation.report.files import build
 
 ROOT = Path(__file__).parent.parent.parent
@@ -33,12 +34,12 @@ def build_all(
     progress: Callable[[str], None],
     **options: Any,
 ) -> list[Path]:
-    """Write the reports and refresh formulas/; returns the pages' paths, PDFs included.
+    """Write the reports and refresh the models' folders in formulas/; returns the pages' paths, PDFs included.
 
     Raises DerivationError where a report cannot be derived or written, or LaTeX stops at an error.
     """
     with ProcessPoolExecutor(1) as pool:
-        formulas = pool.submit(regenerate, ROOT)
+        formulas = pool.submit(regenerate, ROOT, list(models))
         pages = build(models, output, _command(models, options), progress, verify, **options)
         progress("refreshing formulas/")
         formulas.result()
@@ -46,7 +47,7 @@ def build_all(
 
 
 def _command(models: Sequence[str], options: dict[str, Any]) -> str:
-    chosen = [f"--{name} {value}" for name, value in options.items() if value is not None]
+    chosen = [flag(name, value) for name, value in options.items() if value is not None]
     return " ".join(["python build_report.py", *models, *chosen])
 
 
