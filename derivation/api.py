@@ -25,6 +25,7 @@ from derivation.program import Program, Variant
 from derivation.simplify import Grid, Term, maximum
 from derivation.spine import Record, StageRecord, derive_record
 from derivation.tape import Settings, tape
+from derivation.tiling import Tiling
 from derivation.witness import Witness, witness_at
 
 DEFAULT_PROMPT_LENGTH = 77
@@ -38,6 +39,7 @@ class Stage:
     name: str
     record: StageRecord
     witnesses: tuple[Witness, ...]
+    grid: Grid
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -47,7 +49,7 @@ class Stage:
     @property
     def peak(self) -> sympy.Expr:
         """Bytes in H, W, L and B for sides that are multiples of the grid's unit."""
-        return maximum(term.expression for term in self.record.terms)
+        return maximum(self.grid.explicit(term.expression) for term in self.record.terms)
 
     @property
     def witness(self) -> Witness:
@@ -104,7 +106,8 @@ class Derivation:
         """How image sides map to level sides; without a VAE a latent is 8 pixels wide."""
         vae, unet = self.checkpoint.vae, self.checkpoint.unet
         factor = VAE_SCALE_FACTOR if vae is None else vae.scale_factor
-        return Grid(factor, 1 if unet is None else len(unet.block_out_channels))
+        tile = Tiling.of(vae, self.options).tile if vae is not None and self.options.vae_tiling else None
+        return Grid(factor, 1 if unet is None else len(unet.block_out_channels), tile)
 
     @cached_property
     def calls(self) -> dict[str, Component]:
@@ -165,8 +168,6 @@ class Derivation:
 
     def record(self, guidance: bool = True) -> Record:
         """Return every intermediate of the symbolic derivation; raises DerivationError where it has no end."""
-        if self.options.vae_tiling and not {"h0", "w0"} <= self.fixed.keys():
-            raise DerivationError("vae_tiling = True has no closed form in H and W: fix them with at(height=, width=)")
         if guidance not in self._records:
             self._records[guidance] = derive_record(self.program(guidance), self.grid)
         return self._records[guidance]
@@ -183,7 +184,7 @@ class Derivation:
 
     def _stage(self, record: StageRecord, variant: Variant) -> Stage:
         witnesses = tuple(witness_at(term.point.stage, variant.tape, term.point.event) for term in record.terms)
-        return Stage(record.name, record, witnesses)
+        return Stage(record.name, record, witnesses, self.grid)
 
     def pipeline_stage(self, guidance: bool = True) -> Stage:
         """Return the Max over all stages as one closed form, without the weights."""
@@ -209,9 +210,11 @@ class Derivation:
 
         Raises DerivationError for a size that the pipeline rejects.
         """
+        if self.options.vae_tiling and (height is None) != (width is None):
+            raise DerivationError("vae_tiling = True takes height and width together: tiles depend on both")
         given = {"h": height, "w": width, "B": batch_size, "L": prompt_length}
         values = self.sizes(height or self.grid.unit, width or self.grid.unit, batch_size or 1, prompt_length or 1)
-        fixed = {name: value for name, value in values.items() if given[name[0]] is not None}
+        fixed = {name: value for name, value in values.items() if given.get(name[0], height) is not None}
         return Derivation(self.checkpoint, self.options, {**self.fixed, **fixed})
 
     def sizes(self, height: int, width: int, batch_size: int, prompt_length: int) -> dict[str, int]:

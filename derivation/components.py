@@ -154,7 +154,8 @@ def parameters(checkpoint: Checkpoint, options: Options) -> dict[str, dict[str, 
     """Return the parameters and buffers of each model: path -> (shape, dtype)."""
     found: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {}
     for component in components(checkpoint, options).values():
-        recorded = Tape(replace(options.settings(), attention="efficient", attention_slicing=None, offload=None))
+        whole = replace(options.settings(), attention="efficient", attention_slicing=None, vae_tiling=False)
+        recorded = Tape(replace(whole, offload=None))
         with recorded.running():
             component.call(options, False)
         found.setdefault(component.model, {}).update(recorded.parameters)

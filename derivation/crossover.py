@@ -17,6 +17,7 @@ import sympy
 from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
 from derivation.liveness import local_maxima
 from derivation.simplify import B, H, L, Term, W
+from derivation.tiling import IN_PIXELS
 
 A = sympy.Symbol("A", integer=True, positive=True)
 # The size at which prompt lengths are compared: what Stable Diffusion 1.x was trained on.
@@ -72,7 +73,7 @@ def in_area(expression: sympy.Expr) -> sympy.Expr | None:
     3*A*B + L
     """
     polynomial = sympy.Poly(expression, H, W)
-    if any(h != w for h, w in polynomial.monoms()):
+    if expression.free_symbols & set(IN_PIXELS.values()) or any(h != w for h, w in polynomial.monoms()):
         return None
     return sympy.Add(*(c * A**h for (h, _), c in polynomial.terms()))
 
@@ -86,7 +87,10 @@ def crossovers(
     side: int = REFERENCE_SIDE,
 ) -> tuple[Crossover, ...]:
     """Return where the peak's stage changes with the area, and at ``side`` x ``side`` with the prompt length."""
-    forms = _forms(derivation.pipeline_stage(guidance).terms)
+    terms = derivation.pipeline_stage(guidance).terms
+    forms = _forms(terms)
+    if any(term.expression.free_symbols & set(IN_PIXELS.values()) for term in terms):
+        return ()
     area = _along(forms, A, {"L": prompt_length, "B": batch_size}, derivation.grid.unit**2)
     length = _along(forms, L, {"H": side, "W": side, "B": batch_size}, 1)
     return (*area, *length)
@@ -162,6 +166,8 @@ def _orientation(derivation: Derivation, guidance: bool) -> Irrelevant | None:
 def _length(derivation: Derivation, guidance: bool) -> Irrelevant | None:
     at = {A: REFERENCE_SIDE**2, L: DEFAULT_PROMPT_LENGTH, B: 1}
     forms = [form for _, form in _forms(derivation.pipeline_stage(guidance).terms)]
+    if len(forms) < len(derivation.pipeline_stage(guidance).terms):
+        return None
     highest = max(forms, key=lambda form: form.subs(at))
     per_token = int(sympy.diff(highest, L).subs(at))
     share = per_token * DEFAULT_PROMPT_LENGTH / (derivation.weights_bytes + int(highest.subs(at)))

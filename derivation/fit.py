@@ -213,7 +213,7 @@ def solved_side(request: Request, aspect: tuple[int, int], batch_size: int) -> f
     for expression in request.headlines():
         terms = {m[0]: c for m, c in sympy.Poly(expression.subs(along), x).terms()}
         a, b, c = (terms.pop(power, 0) for power in (4, 2, 0))
-        if terms or min(a, b) < 0:
+        if terms or not (a.is_number and b.is_number and c.is_number) or min(a, b) < 0:
             return None
         if a + b > 0:
             found.append(_positive_root(Fraction(str(a)), Fraction(str(b)), spare - Fraction(str(c))))
@@ -232,8 +232,9 @@ def _solved_batch(request: Request, height: int, width: int) -> int:
     """Return the batch at which the headline, linear in B, equals the budget."""
     spare = request.budget_bytes - request.derivation.weights_bytes
     found: list[int] = []
-    for expression in request.headlines():
-        terms = {m[0]: c for m, c in sympy.Poly(expression.subs({H: height, W: width}), B).terms()}
+    for headline in request.headlines():
+        expression = request.derivation.grid.explicit(headline).subs({H: height, W: width})
+        terms = {m[0]: c for m, c in sympy.Poly(expression, B).terms()}
         if slope := terms.get(1, 0):
             found.append(int((spare - terms.get(0, 0)) / slope))
     return min(found, default=1)

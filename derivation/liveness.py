@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from derivation.symbols import RING, Size, as_poly, ceil512, evaluate, free_names, symbol
 from derivation.tape import Allocation, Tape
+from derivation.tiling import Tile
 
 MAX_INT64 = 2**63 - 1
 
@@ -22,13 +23,16 @@ Terms = tuple[tuple[Size, Size], ...]
 class Point:
     """A program point: the event that reaches it, its stage, and (nbytes, count) of what is alive.
 
-    ``max_length`` is the largest prompt length at which it occurs, None for any.
+    ``max_length`` is the largest prompt length at which it occurs, None for any; ``tile`` is the tape's, and
+    ``cut`` holds the symbols of VAE tiles without which it does not occur.
     """
 
     event: int
     stage: str
     terms: Terms
     max_length: int | None = None
+    tile: Tile | None = None
+    cut: frozenset[str] = frozenset()
 
     def raw(self) -> Size:
         """Return the sum of the live storages' bytes, without the 512-byte rounding."""
@@ -56,8 +60,12 @@ def local_maxima(tape: Tape) -> list[Point]:
             grows = index + 1 < end and tape.events[index + 1] > 0
             if not grows and (index < start or tape.events[index] > 0) and alive:
                 key = (stage, frozenset(alive.items()))
-                points.setdefault(key, Point(index, stage, tuple(alive.items()), limit))
+                points.setdefault(key, Point(index, stage, tuple(alive.items()), limit, tape.tile, _cut(tape, index)))
     return list(points.values())
+
+
+def _cut(tape: Tape, index: int) -> frozenset[str]:
+    return next((symbols for start, end, symbols in tape.cut if start <= index < end), frozenset())
 
 
 def _encoder_limit(tape: Tape) -> int | None:

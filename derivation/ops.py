@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from derivation.hardware import kernels
-from derivation.symbols import SYMBOLS, Size, nonnegative_from_one
+from derivation.symbols import SYMBOLS, Size, floor_div, nonnegative_from_one
 from derivation.tape import EXCLUDED_FROM_CPU_OFFLOAD, Category, SymTensor, block, contiguous_strides, tape
 
 # the models that the option channels_last converts
@@ -64,18 +64,6 @@ def half_up(dim: Size) -> Size:
     if dim != dim.ring(1) * tape().size(name) or name[0] not in "hw":
         raise ValueError(f"ceil({dim} / 2) has no symbol")
     return tape().size(f"{name[0]}{int(name[1:]) + 1}")
-
-
-def floor_div(numerator: Size, divisor: int) -> Size:
-    """Return floor(numerator / divisor); raises ValueError where that is not a polynomial."""
-    if isinstance(numerator, int) or divisor == 1:
-        return numerator // divisor
-    zero = numerator.ring.zero_monom
-    constant = int(numerator.get(zero, 0))
-    rest = numerator - constant
-    if any(coefficient % divisor for coefficient in rest.values()):
-        raise ValueError(f"floor({numerator} / {divisor}) is not a polynomial")
-    return rest.quo_ground(divisor) + constant // divisor
 
 
 def conv_size(dim: Size, kernel: int, stride: int, padding: int) -> Size:

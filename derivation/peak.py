@@ -18,15 +18,34 @@ from numpy.typing import NDArray
 from sympy.polys.rings import PolyElement
 
 from derivation.liveness import Point
-from derivation.symbols import BLOCK_BYTES, INDEX, MAX_LEVELS, RING, SYMBOLS, Size, as_poly
+from derivation.symbols import (
+    BLOCK_BYTES,
+    INDEX,
+    MAX_LEVELS,
+    RING,
+    SYMBOLS,
+    TILE_AXES,
+    Size,
+    as_poly,
+    free_names,
+    is_tile,
+    symbol,
+)
+from derivation.tiling import Tile
 
 Monomial = tuple[int, ...]
 Coefficients = dict[Monomial, int]
 Samples = NDArray[np.float64]
 
-# Axes of the shifted domain: batch - 1, length - 1, height - 1, width - 1 (at the base level).
-BATCH, LENGTH, HEIGHT, WIDTH = range(4)
+# Axes of the shifted domain: batch - 1, length - 1, height - 1, width - 1 (at the base level), then a VAE tile's
+# height - 1 and width - 1, and the other symbols of tiles less their least value.
+BATCH, LENGTH, HEIGHT, WIDTH, TILE_HEIGHT, TILE_WIDTH = range(6)
+AXIS = {"B": BATCH, "L": LENGTH, "h": HEIGHT, "w": WIDTH, "Th": TILE_HEIGHT, "Tw": TILE_WIDTH}
+AXIS |= {name: 6 + i for i, name in enumerate(("Nh", "Nw", "Ch", "Rh", "Rw", "Qh", "Qw"))}
+AXES = len(AXIS)
 LENGTH_INDEX = INDEX["L"]
+# A VAE tile is no larger than the latents.
+TILE_SIDES: dict[int, int | None] = {TILE_HEIGHT: HEIGHT, TILE_WIDTH: WIDTH}
 # Denominators of ceil(x / 2^k) bounds are cleared with 2^SCALE a side.
 SCALE = MAX_LEVELS - 1
 # Convex combinations tried: weights in sixteenths, among the points that win most often.
@@ -77,8 +96,8 @@ def _surplus(count: Size) -> Size:
     return RING({monomial: -c for monomial, c in count.items() if c < 0})
 
 
-def proven_nonnegative(size: Size, max_length: int | None = None) -> bool:
-    """Return True if ``size`` >= 0 is proven for all sizes (L <= ``max_length``), with h_{k+1} = ceil(h_k / 2).
+def proven_nonnegative(size: Size, where: Point | None = None) -> bool:
+    """Return True if ``size`` >= 0 is proven for all sizes at which a point occurs, with h_{k+1} = ceil(h_k / 2).
 
     Theorem: with x the side at one base level, x = 1 + s, every level's side lies between two linear
     functions of s with coefficients >= 0. Bounding positive terms from below and negative ones from above
@@ -87,9 +106,18 @@ def proven_nonnegative(size: Size, max_length: int | None = None) -> bool:
     polynomial = as_poly(size)
     if all(c >= 0 for c in polynomial.values()):
         return True
-    if max_length is not None:
-        polynomial = _longest(polynomial, max_length)
-    return any(_bounded_below(polynomial, base) for base in sorted(_levels(polynomial)))
+    if where is not None and where.max_length is not None:
+        polynomial = _longest(polynomial, where.max_length)
+    tile, cut = (None, frozenset[str]()) if where is None else (where.tile, where.cut)
+    if tile is not None:
+        polynomial = _second_cut(polynomial, tile, cut)
+    return any(_bounded_below(polynomial, base, tile, cut) for base in sorted(_levels(polynomial)))
+
+
+def _second_cut(polynomial: PolyElement, tile: Tile, cut: frozenset[str]) -> PolyElement:
+    """Where there is a second cut tile of q latents, the first has r = q + S."""
+    pairs = [(symbol(f"R{axis}"), symbol(f"Q{axis}") + tile.step) for axis in TILE_AXES if f"Q{axis}" in cut]
+    return polynomial.compose(pairs) if pairs else polynomial
 
 
 def _longest(polynomial: PolyElement, max_length: int) -> PolyElement:
@@ -112,24 +140,77 @@ def _levels(polynomial: PolyElement) -> set[int]:
     return found or {0}
 
 
-def _bounded_below(polynomial: PolyElement, base: int) -> bool:
+def _bounded_below(polynomial: PolyElement, base: int, tile: Tile | None, cut: frozenset[str]) -> bool:
+    if tile is None:
+        return _no_negative(_shifted(polynomial, base, cut, ""))
+    choices: tuple[tuple[int, ...], ...] = ((), (TILE_HEIGHT,), (TILE_WIDTH,), (TILE_HEIGHT, TILE_WIDTH))
+    bounds = [*(dict.fromkeys(axes) for axes in choices), *([TILE_SIDES] if base == 0 else [])]
+    axes = sorted({name[1] for name in free_names(polynomial) if name[0] in "RQ"})
+    bounded = ("".join(chosen) for n in range(len(axes), -1, -1) for chosen in combinations(axes, n))
+    totals = (_shifted(polynomial, base, cut, each) for each in bounded)
+    return any(
+        _no_negative(_at_most(total, each, tile.side - 1)) for total in totals if _may_rise(total) for each in bounds
+    )
+
+
+def _no_negative(polynomial: Coefficients) -> bool:
+    return all(c >= 0 for c in polynomial.values())
+
+
+def _may_rise(polynomial: Coefficients) -> bool:
+    """Return False where a negative term has no factor that ``_at_most`` replaces: it would stay negative."""
+    return all(c >= 0 or monomial[TILE_HEIGHT] or monomial[TILE_WIDTH] for monomial, c in polynomial.items())
+
+
+def _shifted(polynomial: PolyElement, base: int, cut: frozenset[str], bounded: str) -> Coefficients:
+    """Return a lower bound of ``polynomial`` in the shifts; cut VAE tiles are ``bounded`` along these axes."""
     total: Coefficients = {}
     for monomial, coefficient in polynomial.items():
-        for shifted, factor in _bound(tuple(monomial), base, coefficient > 0):
+        for shifted, factor in _bound(tuple(monomial), base, coefficient > 0, cut, bounded):
             total[shifted] = total.get(shifted, 0) + int(coefficient) * factor
-    return all(c >= 0 for c in total.values())
+    return total
+
+
+def _at_most(polynomial: Coefficients, axes: Mapping[int, int | None], most: int) -> Coefficients:
+    """Put upper bounds of some axes into the negative terms: another axis, or ``most`` where that is None."""
+    result: Coefficients = {}
+    for monomial, coefficient in polynomial.items():
+        powers = list(monomial)
+        for axis, other in axes.items() if coefficient < 0 else ():
+            if other is None:
+                coefficient *= most ** powers[axis]
+            else:
+                powers[other] += powers[axis]
+            powers[axis] = 0
+        result[tuple(powers)] = result.get(tuple(powers), 0) + coefficient
+    return result
 
 
 @lru_cache(maxsize=65536)
-def _bound(monomial: Monomial, base: int, lower: bool) -> tuple[tuple[Monomial, int], ...]:
-    """Return the lower or upper bound of a monomial in the shifts, times 2^(SCALE * 4) in all."""
-    result: Coefficients = {(0, 0, 0, 0): 1}
+def _bound(
+    monomial: Monomial, base: int, lower: bool, cut: frozenset[str], bounded: str
+) -> tuple[tuple[Monomial, int], ...]:
+    """Return the lower or upper bound of a monomial in the shifts, times 2^(SCALE * 4) in all.
+
+    q <= r <= t - 1 for a cut VAE tile of r or q beside whole ones of t latents; r and q are at least 0, or 1 where
+    ``cut`` says that there is such a tile. Along ``bounded`` axes these bounds replace them.
+    """
+    one: Monomial = (0,) * AXES
+    result: Coefficients = {one: 1}
     sides = {HEIGHT: 0, WIDTH: 0}
     for index, power in enumerate(monomial):
         name = SYMBOLS[index].name
-        axis = {"B": BATCH, "L": LENGTH, "h": HEIGHT, "w": WIDTH}[name[0]]
         for _ in range(power):
-            constant, slope = (1, 1) if axis in (BATCH, LENGTH) else _side_bound(int(name[1:]), base, lower)
+            axis = AXIS[name if is_tile(name) else name[0]]
+            constant, slope = (1, 1)
+            if axis in sides:
+                constant, slope = _side_bound(int(name[1:]), base, lower)
+            elif name[0] in "RQ":
+                constant = int(name in cut)
+                if name[1] in bounded and lower:
+                    slope = 0
+                elif name[1] in bounded:
+                    axis, constant = AXIS[f"T{name[1]}"], 0
             result = _times_linear(result, axis, constant, slope)
             if axis in sides:
                 sides[axis] += 1
@@ -137,7 +218,7 @@ def _bound(monomial: Monomial, base: int, lower: bool) -> tuple[tuple[Monomial, 
     if missing < 0:
         raise ValueError(f"monomial {monomial} has more than 4 side factors")
     scale = 1 << (SCALE * missing)
-    return tuple((shifted, factor * scale) for shifted, factor in result.items())
+    return tuple((shifted, factor * scale) for shifted, factor in result.items() if factor)
 
 
 def _side_bound(level: int, base: int, lower: bool) -> tuple[int, int]:
@@ -156,15 +237,17 @@ def _side_bound(level: int, base: int, lower: bool) -> tuple[int, int]:
 def _times_linear(polynomial: Coefficients, axis: int, constant: int, slope: int) -> Coefficients:
     result: Coefficients = {}
     for monomial, coefficient in polynomial.items():
-        raised = tuple(power + (i == axis) for i, power in enumerate(monomial))
+        raised: Monomial = tuple(power + (i == axis) for i, power in enumerate(monomial))
         result[monomial] = result.get(monomial, 0) + coefficient * constant
         result[raised] = result.get(raised, 0) + coefficient * slope
     return result
 
 
-def sample_sizes(levels: int) -> dict[str, Samples]:
-    """Return a grid of sizes from tiny to huge, square and narrow, as one array a symbol."""
-    sides = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 127, 256, 1024)
+def sample_sizes(levels: int, tile: Tile | None = None) -> dict[str, Samples]:
+    """Return a grid of sizes from tiny to huge, square and narrow, as one array a symbol, with VAE tiles as given."""
+    sides: tuple[int, ...] = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 127, 256, 1024)
+    if tile is not None:  # cut tiles from short to long, many tiles along a side
+        sides += tuple(n * tile.step + tile.side + rest for n in (0, 3, 99) for rest in (1, tile.step // 2, -1))
     grid = [
         (b, length, h, w)
         for b in (1, 2, 64)
@@ -177,6 +260,9 @@ def sample_sizes(levels: int) -> dict[str, Samples]:
     for k in range(1, levels):
         for side in "hw":
             values[f"{side}{k}"] = np.ceil(values[f"{side}{k - 1}"] / 2)
+    if tile is not None:
+        tiles = [tile.sizes(h, w) for _, _, h, w in grid]
+        values |= {name: np.array([each[name] for each in tiles], dtype=np.float64) for name in tiles[0]}
     return values
 
 
@@ -191,6 +277,8 @@ def _bytes_at(points: Sequence[Point], values: Mapping[str, Samples]) -> Samples
     for row, point in enumerate(points):
         if point.max_length is not None:
             result[row, values["L"] > point.max_length] = 0
+        for name in point.cut:
+            result[row, values[name] == 0] = 0
     return result
 
 
@@ -216,12 +304,14 @@ def reduce_points(points: Sequence[Point]) -> Reduction:
     Points that win at some sample stay. Any other goes where one kept point, or a convex combination of
     two, is proven to be at least as large: max(x, y) >= t x + (1 - t) y for 0 <= t <= 1.
     """
-    table = _bytes_at(points, sample_sizes(MAX_LEVELS))
+    table = _bytes_at(points, sample_sizes(MAX_LEVELS, points[0].tile))
     occurring = table.max(axis=0) > 0
     wins = np.bincount(np.argmax(table[:, occurring], axis=0), minlength=len(points))
     winners = [int(i) for i in np.argsort(-wins, kind="stable") if wins[i]]
     kept = list(winners)
-    for i in (int(i) for i in np.argsort(-table.max(axis=1), kind="stable") if not wins[i]):
+    # a point that dominates another is no smaller at any sample, so it comes first
+    shares = (table / np.maximum(table.max(axis=0), 1)).sum(axis=1)
+    for i in (int(i) for i in np.argsort(-shares, kind="stable") if not wins[i]):
         if not _dominated(points, table, kept, i):
             kept.append(i)
     survivors = tuple(points[i] for i in kept)
@@ -244,4 +334,4 @@ def _dominates(
     weight = sum(w for _, w in uppers)
     if (sum(w * table[k] for k, w in uppers) < weight * table[lower]).any():
         return False
-    return proven_nonnegative(margin([(points[k], w) for k, w in uppers], points[lower]), length)
+    return proven_nonnegative(margin([(points[k], w) for k, w in uppers], points[lower]), points[lower])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from derivation.liveness import Evaluator
@@ -40,26 +40,44 @@ class Program:
         self._settings = settings
         self._fixed = dict(fixed or {})
         self._variants: list[Variant] = []
+        self._walked: list[Variant] = []
 
     @property
     def generic(self) -> Variant:
         """The variant for sizes where every symbol is above 1 and below every threshold."""
-        return self._variants[0] if self._variants else self._record(Tape(self._settings, fixed=self._fixed))
+        if self._variants:
+            return self._variants[0]
+        return self._record(Tape(self._settings, fixed=self._fixed), self._variants)
 
     def at(self, values: Mapping[str, int]) -> Variant:
-        """Return the variant that holds at ``values``, recording it first if there is none."""
-        for variant in (self.generic, *self._variants[1:]):
-            if variant.holds(values):
-                return variant
-        ones = frozenset(name for name, value in values.items() if value == 1)
-        return self._record(Tape(self._settings, hint=dict(values), ones=ones, fixed=self._fixed))
+        """Return the variant that holds at ``values``, every VAE tile walked, recording it first if there is none.
 
-    def _record(self, tape: Tape) -> Variant:
+        Values without tile symbols are those of VAE tiles that have no closed form.
+        """
+        if not self._settings.vae_tiling or "E" in values:
+            variant = self.regime(values)
+            if variant.tape.tile is None:
+                return variant
+        walked = Tape(self._settings, fixed=dict(values))
+        return self._holding(values, self._walked) or self._record(walked, self._walked)
+
+    def regime(self, values: Mapping[str, int]) -> Variant:
+        """Return the variant of the decisions at ``values``, recording it first if there is none."""
+        if (variant := self._holding(values, [self.generic, *self._variants[1:]])) is not None:
+            return variant
+        ones = frozenset(name for name, value in values.items() if value == 1)
+        return self._record(Tape(self._settings, hint=dict(values), ones=ones, fixed=self._fixed), self._variants)
+
+    @staticmethod
+    def _holding(values: Mapping[str, int], variants: Iterable[Variant]) -> Variant | None:
+        return next((variant for variant in variants if variant.holds(values)), None)
+
+    def _record(self, tape: Tape, variants: list[Variant]) -> Variant:
         with tape.running():
             outputs = self._run()
             del outputs
         variant = Variant(tape, Evaluator(tape))
-        if len(self._variants) >= MAX_VARIANTS:
-            self._variants.pop()
-        self._variants.append(variant)
+        if len(variants) >= MAX_VARIANTS:
+            variants.pop()
+        variants.append(variant)
         return variant

@@ -15,6 +15,7 @@ from sympy.polys.rings import PolyElement
 from derivation.liveness import Point
 from derivation.peak import reduce_points, slack_bytes
 from derivation.symbols import SYMBOLS, Size, as_poly, evaluate, symbol
+from derivation.tiling import IN_PIXELS, Tile
 
 # The symbols of a headline equation: image height and width in pixels, prompt length, batch size.
 H, W, L, B = sympy.symbols("H W L B", integer=True, positive=True)
@@ -22,10 +23,11 @@ H, W, L, B = sympy.symbols("H W L B", integer=True, positive=True)
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How image sides map to level sides: the VAE's scale factor and the UNet's number of levels."""
+    """How image sides map to level sides: the VAE's scale factor, the UNet's number of levels, the VAE's tile."""
 
     vae_scale_factor: int
     levels: int
+    tile: Tile | None = None
 
     @property
     def unit(self) -> int:
@@ -38,7 +40,18 @@ class Grid:
         for k in range(1, self.levels):
             for side in "hw":
                 values[f"{side}{k}"] = -(-values[f"{side}{k - 1}"] // 2)
-        return values
+        return values if self.tile is None else values | self.tile.sizes(values["h0"], values["w0"])
+
+    def explicit(self, expression: sympy.Expr) -> sympy.Expr:
+        """Return an expression with what the symbols of VAE tiles are in terms of H and W."""
+        for name, value in reversed(self.definitions.items()):
+            expression = expression.xreplace({name: value})
+        return expression
+
+    @property
+    def definitions(self) -> dict[sympy.Symbol, sympy.Expr]:
+        """What the symbols of VAE tiles are in terms of H, W and earlier ones; empty where there are no tiles."""
+        return {} if self.tile is None else self.tile.definitions(H, W, self.vae_scale_factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +100,7 @@ def _deepest(size: Size, grid: Grid) -> Size:
 
 
 def in_pixels(size: Size, grid: Grid) -> sympy.Expr:
-    """Return a polynomial in the deepest level's sides as an expression in H, W, L, B.
+    """Return a polynomial in the deepest level's sides as an expression in H, W, L, B and the symbols of VAE tiles.
 
     >>> from derivation.symbols import symbol
     >>> in_pixels(1536 * symbol("B") * symbol("h0") * symbol("w0"), Grid(8, 1))
@@ -95,6 +108,7 @@ def in_pixels(size: Size, grid: Grid) -> sympy.Expr:
     """
     last = grid.levels - 1
     meaning = {"B": B, "L": L, f"h{last}": H / grid.unit, f"w{last}": W / grid.unit}
+    meaning |= {n: symbol if n[0] in "NE" else symbol / grid.vae_scale_factor for n, symbol in IN_PIXELS.items()}
     return sympy.Add(
         *(
             sympy.Mul(int(c), *(meaning[SYMBOLS[i].name] ** p for i, p in enumerate(monomial) if p))

@@ -10,6 +10,8 @@ from sympy import ZZ
 from sympy.polys.rings import PolyElement, ring
 
 MAX_LEVELS = 6
+# The axes of a VAE tile's symbols.
+TILE_AXES = ("h", "w")
 
 # c10/cuda/CUDACachingAllocator.cpp: kMinBlockSize
 BLOCK_BYTES = 512
@@ -50,10 +52,24 @@ def _level_meaning(word: str, side: str, level: int) -> str:
     return f"{word} at UNet level {level}: ceil({side}{level - 1} / 2)"
 
 
+def _tile_symbols() -> tuple[Symbol, ...]:
+    words = {
+        "T": "{} of a VAE tile in latents: min(tile, side)",
+        "N": "how many VAE tiles of that {} there are",
+        "R": "{} of the first cut VAE tile in latents, 0 where there is none",
+        "Q": "{} of the second cut VAE tile in latents, 0 where there is none",
+    }
+    sides = (("h", "height"), ("w", "width"))
+    found = [Symbol(f"{k}{s}", f"{k}_{{{s}}}", text.format(word)) for k, text in words.items() for s, word in sides]
+    beyond = Symbol("E", "E", "1 + latents by which the longer side exceeds a VAE tile")
+    return (beyond, *found, Symbol("Ch", "C_{h}", "height in latents that a whole VAE tile keeps: min(step, height)"))
+
+
 SYMBOLS: tuple[Symbol, ...] = (
     Symbol("B", "B", "batch size: prompts (and images) in one call"),
     Symbol("L", "L", "prompt length in tokens, as the UNet's cross-attention sees it"),
     *_level_symbols(),
+    *_tile_symbols(),
 )
 
 RING, *GENERATORS = ring([symbol.name for symbol in SYMBOLS], ZZ)
@@ -107,6 +123,30 @@ def free_names(size: Size) -> frozenset[str]:
     return frozenset(SYMBOLS[i].name for monomial in size for i, power in enumerate(monomial) if power)
 
 
+def floor_div(numerator: Size, divisor: int) -> Size:
+    """Return floor(numerator / divisor); raises ValueError where that is not a polynomial."""
+    if isinstance(numerator, int) or divisor == 1:
+        return numerator // divisor
+    zero = numerator.ring.zero_monom
+    constant = int(numerator.get(zero, 0))
+    rest = numerator - constant
+    if any(coefficient % divisor for coefficient in rest.values()):
+        raise ValueError(f"floor({numerator} / {divisor}) is not a polynomial")
+    return rest.quo_ground(divisor) + constant // divisor
+
+
+def is_tile(name: str) -> bool:
+    """Return whether a symbol's name is one of a VAE tile."""
+    return name[0] in "TNRQCE"
+
+
+def as_whole_tile(size: Size) -> Size:
+    """Return ``size`` with the sides of a whole VAE tile in place of those of cut ones."""
+    if isinstance(size, int) or not any(name[0] in "RQ" for name in free_names(size)):
+        return size
+    return size.compose([(symbol(f"{k}{axis}"), symbol(f"T{axis}")) for k in "RQ" for axis in TILE_AXES])
+
+
 def nonnegative_from_one(size: Size) -> bool:
     """Return True if ``size`` >= 0 is proven for all symbols >= 1.
 
@@ -116,5 +156,5 @@ def nonnegative_from_one(size: Size) -> bool:
         return size >= 0
     if all(coefficient >= 0 for coefficient in size.values()):
         return True
-    shifted = size.compose([(generator, generator + 1) for generator in GENERATORS])
+    shifted = size.compose([(symbol(name), symbol(name) + 1) for name in sorted(free_names(size))])
     return all(coefficient >= 0 for coefficient in shifted.values())

@@ -14,7 +14,8 @@ from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 from derivation.hardware.profile import Hardware
-from derivation.symbols import DTYPE_BYTES, Size, evaluate, nonnegative_from_one, symbol
+from derivation.symbols import DTYPE_BYTES, Size, as_whole_tile, evaluate, nonnegative_from_one, symbol
+from derivation.tiling import Tile
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -119,7 +120,9 @@ class Tape:
     ``events`` holds i + 1 where allocation i appears and -(i + 1) where it dies; ``parameters`` maps a
     parameter's or buffer's module path to its shape and dtype; ``loops`` holds event ranges (start, end, times)
     that the real program runs ``times`` times in all; ``dtypes`` maps a model to its parameters' dtype where that
-    was changed; ``leaves`` holds, for each open scope, the parameters that are on the GPU until it is left.
+    was changed; ``leaves`` holds, for each open scope, the parameters that are on the GPU until it is left;
+    ``tile`` is set where the run stands for every number of VAE tiles, and ``cut`` holds event ranges (start, end,
+    symbols) that belong to cut tiles: they do not occur where a symbol is 0.
     """
 
     settings: Settings
@@ -138,12 +141,16 @@ class Tape:
     runs: dict[Hashable, Run] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     leaves: list[list[Storage | None]] = field(default_factory=list)
+    tile: Tile | None = None
+    cut: list[tuple[int, int, frozenset[str]]] = field(default_factory=list)
 
     def exceeds(self, size: Size, bound: int) -> bool:
         """Return whether ``size`` > ``bound``, recording the decision where it depends on a symbol.
 
-        Without a hint a size is taken to be above 1 and below every other bound.
+        Without a hint a size is taken to be above 1 and below every other bound. Cut VAE tiles decide as whole
+        ones, which are never smaller and hence peak higher.
         """
+        size = as_whole_tile(size)
         if nonnegative_from_one(size - bound - 1):
             return True
         if isinstance(size, int):
@@ -152,17 +159,6 @@ class Tape:
             answer = bound == 1 if self.hint is None else evaluate(size, self.hint) > bound
             self.guards[size, bound] = Guard(size, bound, answer)
         return self.guards[size, bound].answer
-
-    def concrete(self, size: Size) -> int:
-        """Return the number that ``size`` is in this run, recording that it is; raises ValueError without a hint."""
-        if isinstance(size, int):
-            return size
-        if self.hint is None:
-            raise ValueError(f"{size} is symbolic")
-        value = evaluate(size, self.hint)
-        self.exceeds(size, value - 1)
-        self.exceeds(size, value)
-        return value
 
     def size(self, name: str) -> Size:
         """Return the symbol called ``name``, or its value where this run specialises it."""

@@ -84,14 +84,3 @@ def test_a_gpu_adds_the_allocator_and_the_device():
     assert found["verdict"] == "fits"
     eager = derive(SD15, gpu="t4", attention="eager").estimate(height=1024, width=1024)
     assert eager["verdict"].startswith("out of memory at unet.")
-
-
-def test_tiling_has_a_closed_form_at_a_size_only():
-    derivation = derive(SD15, vae_tiling=True)
-    with pytest.raises(DerivationError, match="no closed form in H and W"):
-        _ = derivation.peak
-    fixed = derivation.at(height=1024, width=1536, prompt_length=77)
-    assert {str(s) for s in fixed.peak.free_symbols} == {"B"}
-    exact = max(derivation.stage_peaks(1024, 1536, 3).values()) + derivation.weights_bytes
-    bound = 3 * max(t.rounding_bytes for t in fixed.pipeline_stage().terms)
-    assert 0 <= exact - int(fixed.peak.subs({"B": 3}).subs(dict.fromkeys(fixed.peak.free_symbols, 3))) <= bound

@@ -403,11 +403,6 @@ def test_unwritable_directory(d, tmp_path):
         write(d, ["python"], tmp_path / "file")
 
 
-def test_tiling_has_no_closed_form():
-    with pytest.raises(DerivationError, match="no closed form"):
-        export(derive(MODEL, vae_tiling=True), "python")
-
-
 def test_unknown_target(d):
     for call in (lambda: export(d, "fortran"), lambda: compiled(d, "latex"), lambda: write(d, ["x"], ".")):
         with pytest.raises(DerivationError, match="is not supported"):

@@ -1,4 +1,4 @@
-"""VAE slicing and tiling, attention slicing: derived equals traced, event by event, in every call and stage."""
+"""VAE slicing and tiling, attention slicing: derived peaks equal traced ones in every call and stage."""
 
 from __future__ import annotations
 

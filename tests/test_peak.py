@@ -57,8 +57,8 @@ def test_level_relations_are_used_both_ways():
 
 
 def test_a_length_limit_bounds_only_what_it_should():
-    assert proven_nonnegative(77 * symbol("B") - symbol("L") * symbol("B"), max_length=77)
-    assert not proven_nonnegative(76 * symbol("B") - symbol("L") * symbol("B"), max_length=77)
+    assert proven_nonnegative(77 * symbol("B") - symbol("L") * symbol("B"), Point(0, "", (), 77))
+    assert not proven_nonnegative(76 * symbol("B") - symbol("L") * symbol("B"), Point(0, "", (), 77))
     assert not proven_nonnegative(77 * symbol("B") - symbol("L") * symbol("B"))
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from derivation.attention import EAGER, attention_scores, scaled_dot_product_attention
-from derivation.ops import GroupNorm, Linear, LoraLinear, add, bmm, div, empty, floor_div, mul, reshape
-from derivation.symbols import Size
+from derivation.ops import GroupNorm, Linear, LoraLinear, add, bmm, div, empty, mul, reshape
+from derivation.symbols import Size, floor_div
 from derivation.tape import SymTensor, block, tape
 
 # What cross-attention reads: text [N, L, K], and with an IP-Adapter the image's tokens too, [N, 1, T, K]

@@ -1,7 +1,7 @@
 """diffusers/models/autoencoders/autoencoder_kl.py: encode and decode, sliced and tiled.
 
-Slices and tiles that are kept until the end are recorded as one group; the tiles of a larger image are
-walked at its concrete size.
+Slices that are kept until the end are recorded as one group. Tiles are too where the image's sides are symbols;
+where they are numbers, each is walked.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from collections.abc import Callable
 from derivation.blocks.vae import Decoder, DiagonalGaussianDistribution, Encoder
 from derivation.config import AutoencoderKLConfig
 from derivation.ops import Conv2d, add, cat, empty, mul
-from derivation.symbols import Size
+from derivation.symbols import TILE_AXES, Size
 from derivation.tape import SymTensor, tape
+from derivation.tiling import Tiling, cut_symbols, cuts
 
-# autoencoder_kl.py: tile_overlap_factor
-TILE_OVERLAP_FACTOR = 0.25
-
-Tile = Callable[[SymTensor], SymTensor]
+Run = Callable[[SymTensor], SymTensor]
 
 
 def encode(x: SymTensor, config: AutoencoderKLConfig) -> DiagonalGaussianDistribution:
@@ -33,7 +31,7 @@ def decode(z: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
     return decoded
 
 
-def _sliced(x: SymTensor, run: Tile) -> SymTensor:
+def _sliced(x: SymTensor, run: Run) -> SymTensor:
     """``torch.cat([run(part) for part in x.split(1)])`` where slicing is on and there is more than one."""
     if not (tape().settings.vae_slicing and tape().exceeds(x.shape[0], 1)):
         return run(x)
@@ -47,7 +45,7 @@ def _sliced(x: SymTensor, run: Tile) -> SymTensor:
 
 
 def _encode(x: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
-    if _tiled(x, tile_sample_min_size(config)):
+    if _tiled(x, Tiling.of(config, tape().settings).sample):
         return _tiled_encode(x, config)
     enc = Encoder("encoder", x, config=config)
     if config.use_quant_conv:
@@ -56,7 +54,7 @@ def _encode(x: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
 
 
 def _decode(z: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
-    if _tiled(z, tile_latent_min_size(config)):
+    if _tiled(z, Tiling.of(config, tape().settings).latent):
         return tiled_decode(z, config)
     if config.use_post_quant_conv:
         z = Conv2d("post_quant_conv", z, config.latent_channels, 1)
@@ -67,22 +65,14 @@ def _decode(z: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
 def _tiled(x: SymTensor, tile_min_size: int) -> bool:
     if not tape().settings.vae_tiling:
         return False
-    return tape().exceeds(x.shape[3], tile_min_size) or tape().exceeds(x.shape[2], tile_min_size)
-
-
-def tile_sample_min_size(config: AutoencoderKLConfig) -> int:
-    """Side of an encoder tile in pixels; diffusers compares sides with ``sample_size`` itself, here its first."""
-    size = config.sample_size
-    return size if isinstance(size, int) else size[0]
-
-
-def tile_latent_min_size(config: AutoencoderKLConfig) -> int:
-    """Side of a decoder tile in latents."""
-    return tile_sample_min_size(config) // config.scale_factor
+    height, width = x.shape[2:]
+    if isinstance(height, int) and isinstance(width, int):
+        return max(height, width) > tile_min_size
+    return tape().exceeds(tape().size("E"), 1)
 
 
 def _tiled_encode(x: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
-    sample, latent = tile_sample_min_size(config), tile_latent_min_size(config)
+    tiles = Tiling.of(config, tape().settings)
 
     def run(tile: SymTensor) -> SymTensor:
         tile = Encoder("encoder", tile, config=config)
@@ -90,12 +80,12 @@ def _tiled_encode(x: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
             tile = Conv2d("quant_conv", tile, 2 * config.latent_channels, 1)
         return tile
 
-    return _tiles(x, run, sample, latent)
+    return _tiles(x, run, tiles, (tiles.sample, tiles.latent), 2 * config.latent_channels)
 
 
 def tiled_decode(z: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
     """``tiled_decode``: every decoded tile is kept until all are blended and joined."""
-    sample, latent = tile_sample_min_size(config), tile_latent_min_size(config)
+    tiles = Tiling.of(config, tape().settings)
 
     def run(tile: SymTensor) -> SymTensor:
         if config.use_post_quant_conv:
@@ -103,50 +93,61 @@ def tiled_decode(z: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
         decoded = Decoder("decoder", tile, config=config)
         return decoded
 
-    return _tiles(z, run, latent, sample)
+    return _tiles(z, run, tiles, (tiles.latent, tiles.sample), config.out_channels)
 
 
-def _tiles(x: SymTensor, run: Tile, tile_in: int, tile_out: int) -> SymTensor:
-    """Run overlapping tiles of ``tile_in``, blend them, and join what is left of each."""
-    height, width = (tape().concrete(side) for side in x.shape[2:])
-    overlap_size = int(tile_in * (1 - TILE_OVERLAP_FACTOR))
-    blend_extent = int(tile_out * TILE_OVERLAP_FACTOR)
-    row_limit = tile_out - blend_extent
+def _tiles(x: SymTensor, run: Run, tiling: Tiling, tile: tuple[int, int], channels: int) -> SymTensor:
+    """Run overlapping tiles, blend them, and join what is left; ``tile`` is a tile's side, given and resulting.
+
+    Of tiles that are alike the last is run, with the earlier ones alive.
+    """
+    tall_cuts, wide_cuts = (cuts(side, axis, tiling, tile) for side, axis in zip(x.shape[2:], TILE_AXES, strict=True))
+    if not isinstance(tall_cuts[0].side, int):
+        tape().tile = tiling.tile
     rows: list[list[SymTensor]] = []
-    for i in range(0, height, overlap_size):
+    earlier: list[SymTensor] = []
+
+    def alike(height: Size, width: Size, count: Size) -> SymTensor:
+        return empty((x.shape[0], channels, height, width), x.dtype, "tiles", count=count)
+
+    for tall in tall_cuts:
+        earlier += [alike(tall.out, wide.out, (tall.count - 1) * wide.count) for wide in wide_cuts]
         row: list[SymTensor] = []
-        for j in range(0, width, overlap_size):
-            tile = x.narrow(2, min(tile_in, height - i)).narrow(3, min(tile_in, width - j))
-            tile = run(tile)
-            row.append(tile)
+        for wide in wide_cuts:
+            earlier.append(alike(tall.out, wide.out, wide.count - 1))
+            start = len(tape().events)
+            row.append(run(x.narrow(2, tall.side).narrow(3, wide.side)))
+            if symbols := cut_symbols(tall.side, wide.side):
+                tape().cut.append((start, len(tape().events), symbols))
         rows.append(row)
     result_rows: list[SymTensor] = []
-    for i, row in enumerate(rows):
-        result_row: list[SymTensor] = []
-        for j, tile in enumerate(row):
+    for i, (tall, row) in enumerate(zip(tall_cuts, rows, strict=True)):
+        earlier.append(alike(tall.kept, sum(wide.kept_in_all for wide in wide_cuts), tall.count - 1))
+        for j, decoded in enumerate(row):
             if i > 0:
-                _blend(rows[i - 1][j], tile, 2, blend_extent)
+                _blend(rows[i - 1][j], decoded, 2, tiling.blend_extent(tile[1]))
             if j > 0:
-                _blend(row[j - 1], tile, 3, blend_extent)
-            result_row.append(_crop(tile, row_limit))
+                _blend(row[j - 1], decoded, 3, tiling.blend_extent(tile[1]))
+        result_row = [
+            decoded.narrow(2, tall.kept).narrow(3, wide.kept_in_all)
+            for decoded, wide in zip(row, wide_cuts, strict=True)
+        ]
         result_rows.append(cat(result_row, 3))
-    joined = cat(result_rows, 2)
+    joined = cat([row.narrow(2, tall.kept_in_all) for row, tall in zip(result_rows, tall_cuts, strict=True)], 2)
     return joined
 
 
-def _crop(tile: SymTensor, limit: int) -> SymTensor:
-    """``tile[:, :, :limit, :limit]``."""
-    height, width = tile.shape[2:]
-    assert isinstance(height, int)
-    assert isinstance(width, int)
-    return tile.narrow(2, min(limit, height)).narrow(3, min(limit, width))
-
-
 def _blend(a: SymTensor, b: SymTensor, dim: int, blend_extent: int) -> None:
-    """``blend_v`` (dim 2) and ``blend_h`` (dim 3): one line of ``b`` after the other, in place; one is recorded."""
-    sides: tuple[Size, ...] = (a.shape[dim], b.shape[dim], blend_extent)
-    if any(side == 0 for side in sides):
+    """``blend_v`` (dim 2) and ``blend_h`` (dim 3): one line of ``b`` after the other, in place.
+
+    Symbolic sides record none: three lines of one tile are less than the joined result that follows them.
+    """
+    sides = (a.shape[dim], b.shape[dim], blend_extent)
+    lines = min(side if isinstance(side, int) else 0 for side in sides)
+    if lines == 0:
         return
+    start = len(tape().events)
     line_a, line_b = a.select(dim), b.select(dim)
     blended = add(mul(line_a), mul(line_b))
     del blended
+    tape().loops.append((start, len(tape().events), lines))

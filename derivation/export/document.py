@@ -41,7 +41,9 @@ def as_dict(function: Function) -> dict[str, Any]:
         "operations": {"guidance": function.operations[True], "no_guidance": function.operations[False]},
         "weights": d.weights,
         "arguments": _arguments(function),
-        "symbols": [_let(side, "pixels / VAE scale factor") for side in function.sides],
+        "symbols": [
+            _let(side, "tiles" if side.name[0] == "N" else "pixels / VAE scale factor") for side in function.sides
+        ],
         "cases": [_case(case, g, d.weights_bytes) for g, cases in function.cases.items() for case in cases],
         "headline": {name: _headline(d, g) for name, g in (("guidance", True), ("no_guidance", False))},
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from derivation.api import Derivation
@@ -21,7 +21,7 @@ from derivation.program import Program, Variant
 from derivation.symbols import MAX_LEVELS, Size, free_names, symbol
 from derivation.tape import Guard, Tape
 
-# A size compared with more thresholds than this counts something, such as tiles, without end.
+# A size compared with more thresholds than this counts something without end.
 MAX_THRESHOLDS = 3
 
 Threshold = tuple[Size, int]
@@ -67,13 +67,13 @@ class Cell:
         values = {name: 1 if name in self.ones else size for name, size in generic.items()}
         for size, bound in self.above:
             names = free_names(size)
-            for name in {name for name in names if name[0] in "hw"} or names:
+            for name in {name for name in names if name[0] in "hwT"} or names:
                 values[name] = max(values[name], bound + 1)
         return values
 
     def conditions(self) -> tuple[Guard, ...]:
         """Return the fewest decisions that put a size into this cell."""
-        least = [n for n in sorted(self.ones) if n in "BL" or f"{n[0]}{int(n[1:]) - 1}" not in self.ones]
+        least = [n for n in sorted(self.ones) if n[0] not in "hw" or f"{n[0]}{int(n[1:]) - 1}" not in self.ones]
         ones = [Guard(symbol(name), 1, answer=False) for name in least]
         above = [Guard(size, bound, answer=True) for size, bound in sorted(self.above, key=str)]
         return (*ones, *above)
@@ -102,12 +102,16 @@ def _at(size: Size, ones: frozenset[str]) -> Size:
     return int(moved.LC) if moved.is_ground else moved
 
 
-def _live_set(point: Point, ones: frozenset[str]) -> LiveSet:
-    terms: dict[Size, Size] = {}
-    for nbytes, count in point.terms:
-        moved = _at(nbytes, ones)
-        terms[moved] = terms.get(moved, 0) + _at(count, ones)
-    return frozenset(terms.items())
+def _live_sets(points: Iterable[Point], ones: frozenset[str]) -> dict[LiveSet, Point]:
+    """Return each distinct live set with ``ones`` put to 1, and a point that has it."""
+    found: dict[LiveSet, Point] = {}
+    for point in points:
+        terms: dict[Size, Size] = {}
+        for nbytes, count in point.terms:
+            moved = _at(nbytes, ones)
+            terms[moved] = terms.get(moved, 0) + _at(count, ones)
+        found.setdefault(frozenset(terms.items()), replace(point, terms=tuple(terms.items()), max_length=None))
+    return found
 
 
 def generic_sizes(derivation: Derivation) -> dict[str, int]:
@@ -125,7 +129,7 @@ def regimes(program: Program, generic: Mapping[str, int]) -> list[tuple[Cell, Va
     queue, seen, found = [Cell()], {Cell()}, dict[int, tuple[Cell, Variant]]()
     while queue:
         cell = queue.pop(0)
-        variant = program.at(cell.values(generic))
+        variant = program.regime(cell.values(generic))
         found.setdefault(id(variant), (cell, variant))
         flips = {cell.flipped(guard): None for guard in variant.tape.guards.values()}
         fresh = [flip for flip in flips if flip is not None and flip not in seen]
@@ -139,7 +143,7 @@ def regimes(program: Program, generic: Mapping[str, int]) -> list[tuple[Cell, Va
 def _check_finite(cell: Cell) -> None:
     size, count = Counter(size for size, _ in cell.above).most_common(1)[0] if cell.above else (1, 0)
     if count > MAX_THRESHOLDS:
-        raise DerivationError(f"no closed form: the pipeline takes ever more decisions on {size}, as VAE tiling does")
+        raise DerivationError(f"no closed form: the pipeline takes ever more decisions on {size}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +163,11 @@ class Known:
 
     def same_peak(self, cell: Cell, points: Iterable[Point]) -> bool:
         """Return True if the Max over ``points`` is proven equal to this Max in ``cell``."""
-        occurring = [p for p in self.points if _occurs(p, cell)]
-        before = {_live_set(p, cell.ones) for p in occurring}
-        kept = {_live_set(p, cell.ones) for p in self.kept if _occurs(p, cell)}
-        after = {_live_set(p, cell.ones) for p in points}
-        return _covers(kept, after - before) and _covers(after, kept - after)
+        before, kept, after = (
+            _live_sets((p for p in found if _occurs(p, cell)), cell.ones) for found in (self.points, self.kept, points)
+        )
+        new, gone = after.keys() - before.keys(), kept.keys() - after.keys()
+        return _covers(kept.values(), [after[x] for x in new]) and _covers(after.values(), [kept[x] for x in gone])
 
 
 def _occurs(point: Point, cell: Cell) -> bool:
@@ -173,13 +177,9 @@ def _occurs(point: Point, cell: Cell) -> bool:
     )
 
 
-def _covers(uppers: Iterable[LiveSet], lowers: Iterable[LiveSet]) -> bool:
+def _covers(uppers: Iterable[Point], lowers: Iterable[Point]) -> bool:
     """Return True if each of ``lowers`` is proven to take at most what one of ``uppers`` takes."""
-    candidates = [Point(0, "", tuple(upper)) for upper in uppers]
-    return all(
-        any(proven_nonnegative(margin([(upper, 1)], Point(0, "", tuple(lower)))) for upper in candidates)
-        for lower in lowers
-    )
+    return all(any(proven_nonnegative(margin([(upper, 1)], lower), lower) for upper in uppers) for lower in lowers)
 
 
 def deviations(generic: Known, variants: Iterable[tuple[Cell, Variant]]) -> list[tuple[Cell, Known]]:
@@ -198,7 +198,7 @@ def exact_cases(derivation: Derivation, guidance: bool) -> tuple[Case, ...]:
     program, sizes = derivation.program(guidance), generic_sizes(derivation)
     cells = _component_cells(derivation, guidance) + _own_cells(derivation, guidance)
     generic = Known(tuple(local_maxima(program.generic.tape)), kept)
-    variants = ((cell, program.at(cell.values(sizes))) for cell in _intersections(cells))
+    variants = ((cell, program.regime(cell.values(sizes))) for cell in _intersections(cells))
     special = deviations(generic, variants)
     cases = [Case(cell.conditions(), known.kept) for cell, known in reversed(special)]
     return tuple(split for case in [*cases, Case((), kept)] for split in _by_length(case))

@@ -158,6 +158,8 @@ class Writer:
 
     def mul(self, *operands: Expression) -> str:
         """Return a product."""
+        if operands[0] == -1:
+            return f"-{self.mul(*operands[1:])}"
         return " * ".join(self.factor(x, first=i == 0) for i, x in enumerate(operands))
 
     def max(self, *operands: Expression) -> str:

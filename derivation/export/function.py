@@ -29,9 +29,10 @@ from derivation.export.expression import (
     polynomial,
     product,
 )
+from derivation.export.tiles import tile_expressions
 from derivation.liveness import Point
 from derivation.peak import slack_bytes
-from derivation.symbols import BLOCK_BYTES, RING, SYMBOLS, Size, as_poly, ceil512, free_names
+from derivation.symbols import BLOCK_BYTES, MAX_LEVELS, RING, SYMBOLS, Size, as_poly, ceil512, free_names, is_tile
 from derivation.tape import Guard
 
 WEIGHTS = "WEIGHTS_BYTES"
@@ -129,15 +130,15 @@ def _origins(derivation: Derivation, guidance: bool) -> Callable[[Size], str]:
 
 
 def _sides(derivation: Derivation, sizes: Iterable[Size]) -> tuple[Let, ...]:
-    """Return the latent sides and every level's side that is used: ceil(ceil(x / 2) / 2) = ceil(x / 4)."""
+    """Return the latent sides and every other side that is used: ceil(ceil(x / 2) / 2) = ceil(x / 4)."""
     used = {name for size in sizes for name in free_names(size)} | {"h0", "w0"}
-    factor = derivation.grid.vae_scale_factor
-    meanings = {s.name: s.meaning for s in SYMBOLS}
-    base = {"h0": floor_div(Name("height"), factor), "w0": floor_div(Name("width"), factor)}
-    ordered = [s.name for s in SYMBOLS if s.name in used and s.name[0] in "hw"]
-    return tuple(
-        Let(n, base.get(n) or ceil_div(Name(f"{n[0]}0"), 1 << int(n[1:])), meanings[n]) for n in ordered
-    )
+    factor, tile = derivation.grid.vae_scale_factor, derivation.grid.tile
+    known: dict[str, Expression] = {"h0": floor_div(Name("height"), factor), "w0": floor_div(Name("width"), factor)}
+    known |= {f"{s}{k}": ceil_div(Name(f"{s}0"), 1 << k) for k in range(1, MAX_LEVELS) for s in "hw"}
+    if tile is not None and any(is_tile(name) for name in used):
+        known |= tile_expressions(tile)
+        used |= {s.name for s in SYMBOLS if is_tile(s.name)}
+    return tuple(Let(s.name, known[s.name], s.meaning) for s in SYMBOLS if s.name in used and s.name in known)
 
 
 @dataclass(slots=True)

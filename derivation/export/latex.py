@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import sympy
 
+from derivation.api import Derivation
 from derivation.crossover import crossovers, does_not_matter
 from derivation.export.function import Function
 from derivation.export.render import Facts, facts, render
 from derivation.simplify import B, H, L, Term, W
+from derivation.tiling import IN_PIXELS
 
 SPECIAL = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}"}
 GUIDANCE = {True: "with classifier-free guidance", False: "without guidance"}
@@ -37,8 +39,14 @@ def latex(function: Function) -> str:
         cases=cases,
         text=text,
         size=readable_bytes,
+        tiles=tile_definitions(d),
         comment=_comment(facts(function)),
     )
+
+
+def tile_definitions(derivation: Derivation) -> list[str]:
+    """Return ``symbol = ...`` for every symbol of VAE tiles, in pixels."""
+    return [f"{symbol.name} = {sympy.latex(value)}" for symbol, value in derivation.grid.definitions.items()]
 
 
 def text(words: str) -> str:
@@ -60,18 +68,20 @@ def cases(terms: Sequence[Term]) -> str:
 
 
 def term_latex(term: Term) -> str:
-    """Return a polynomial in descending powers of H W, every monomial in the order B, H W, L."""
-    polynomial = sympy.Poly(term.expression, H, W, L, B)
-    parts = [_monomial(powers, coefficient) for powers, coefficient in polynomial.terms()]
+    """Return a polynomial in descending powers of H W, every monomial in the order B, H W, L, symbols of VAE tiles."""
+    tiles = [symbol for symbol in IN_PIXELS.values() if symbol in term.expression.free_symbols]
+    polynomial = sympy.Poly(term.expression, H, W, L, B, *tiles)
+    parts = [_monomial(powers, coefficient, tiles) for powers, coefficient in polynomial.terms()]
     return " + ".join(parts).replace("+ -", "- ")
 
 
-def _monomial(powers: Sequence[int], coefficient: sympy.Rational) -> str:
-    height, width, length, batch = powers
-    symbols = (("B", batch), ("H", height), ("W", width), ("L", length))
+def _monomial(powers: Sequence[int], coefficient: sympy.Rational, tiles: Sequence[sympy.Symbol]) -> str:
+    height, width, length, batch, *others = powers
+    symbols = [("B", batch), ("H", height), ("W", width), ("L", length)]
+    symbols += [(symbol.name, power) for symbol, power in zip(tiles, others, strict=True)]
     letters = " ".join(name if power == 1 else f"{name}^{{{power}}}" for name, power in symbols if power)
-    top, bottom = _integer(coefficient.p), coefficient.q
-    number = top if bottom == 1 else f"\\tfrac{{{top}}}{{{bottom}}}"
+    sign, top, bottom = "-" * (coefficient < 0), _integer(abs(coefficient.p)), coefficient.q
+    number = f"{sign}{top}" if bottom == 1 else f"{sign}\\tfrac{{{top}}}{{{bottom}}}"
     return letters if coefficient == 1 and letters else f"{number}\\,{letters}".removesuffix("\\,")
 
 

@@ -26,7 +26,8 @@ def limits(function: Function) -> Limits:
     """Return the largest power of two for the sides, so that no value reaches 2^63.
 
     Theorem: every live set grows with each size, and so does every intermediate value, of which a point's bytes
-    are a sum with counts >= 0; so the largest is at the corner of the domain, below 2 max(cases) there.
+    are a sum with counts >= 0; so the largest is at the corner of the domain, below 2 max(cases) there. Cut VAE
+    tiles, which do not grow, are below a whole one.
     """
     length, batch = function.fixed.get("L", MAX_LENGTH), function.fixed.get("B", MAX_BATCH)
     side = MAX_SIDE_PIXELS
@@ -39,7 +40,7 @@ def _largest(function: Function, side: int, length: int, batch: int) -> int:
     weights = function.derivation.weights_bytes
     names = {"height": side, "width": side, "L": length, "B": batch, WEIGHTS: weights}
     for let in function.sides:
-        names[let.name] = value(let.value, names)
+        names[let.name] = names[f"T{let.name[1]}"] if let.name[0] in "RQ" else value(let.value, names)
     largest = 0
     for case in (case for listed in function.cases.values() for case in listed):
         inside = dict(names)

@@ -187,7 +187,7 @@ def prepare_image_latents(pipeline: Pipeline, scheduler: Scheduler) -> SymTensor
     else:
         init_latents = mul(init_latents)
     init_latents = cat([init_latents] * pipeline.options.num_images_per_prompt, 0)
-    noise = pipeline.randn()
+    noise = empty(init_latents.shape, pipeline.options.dtype, "randn", Category.PIPELINE)
     init_latents = scheduler.add_noise(init_latents, noise)
     latents = init_latents
     return latents

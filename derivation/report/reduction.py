@@ -115,7 +115,7 @@ def _proof(
         if sum(w * _bytes(p, values) for p, w in uppers) < weight * _bytes(lower, values):
             continue
         difference = margin(uppers, lower)
-        if proven_nonnegative(difference, lower.max_length):
+        if proven_nonnegative(difference, lower):
             direct = all(c >= 0 for c in difference.values())
             return Proof(
                 candidate=_candidate(lower, tape, values, ""),

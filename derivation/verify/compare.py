@@ -33,8 +33,8 @@ CONFIG_FILES = {
 TRACE_FACTOR = 8
 # read where a GPU is named: the oracle has none
 GPU_OPTIONS = ("gpu", "torch", "diffusers", "scratch")
-# Slices and tiles are recorded once for all that are alike: there the peaks are compared, not the streams.
-GROUPING_OPTIONS = ("vae_slicing", "vae_tiling", "attention_slicing")
+# Slices are recorded once for all that are alike: there the peaks are compared, not the streams.
+GROUPING_OPTIONS = ("vae_slicing", "attention_slicing")
 
 
 @dataclass(frozen=True, slots=True)
