@@ -16,10 +16,11 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from derivation import derive
+from derivation import Options, derive
+from derivation.components import parameters
 from derivation.config import load
 from derivation.errors import DerivationError
-from derivation.pipelines.weights import vae_parameters
+from derivation.pipelines.weights import registered
 from derivation.schedulers import SCHEDULERS
 from derivation.verify import build_vae
 from derivation.verify.compare import compare_pipeline
@@ -247,10 +248,11 @@ def test_vae_options_of_sdxl_equal_the_trace(tmp_path: Path, change: dict[str, A
 
 @pytest.mark.parametrize("change", [{}, {"mid_block_add_attention": False, "use_quant_conv": False}], ids=str)
 def test_parameters_are_cast_in_their_own_order(tmp_path: Path, change: dict[str, Any]) -> None:
-    config = load(small_xl(tmp_path, vae=VAE | change)).vae
-    assert config is not None
+    derived = parameters(load(small_xl(tmp_path, vae=VAE | change)), Options())["vae"]
     real = build_vae(VAE | change).named_parameters()
-    assert vae_parameters(config) == tuple((name, tuple(parameter.shape)) for name, parameter in real)
+    assert [(path, derived[path][0]) for path in registered(derived)] == [
+        (f"vae.{name}", tuple(parameter.shape)) for name, parameter in real
+    ]
 
 
 def test_the_upcast_vae_of_sdxl_grows_by_the_size_of_its_weights() -> None:
