@@ -186,6 +186,10 @@ def test_iterations_recorded_once_stand_for_all(tmp_path: Path, scheduler: str) 
 
 
 DPM, UNIPC = {"_class_name": "DPMSolverMultistepScheduler"}, {"_class_name": "UniPCMultistepScheduler"}
+EULER = {"_class_name": "EulerDiscreteScheduler"}
+NOISE = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+THRESHOLD = {"thresholding": True}
 VARIANTS: list[dict[str, Any]] = [
     {"skip_prk_steps": False, "prediction_type": "v_prediction"},
     *({"_class_name": "DDIMScheduler", "prediction_type": p, "clip_sample": True} for p in ("sample", "v_prediction")),
@@ -203,7 +207,17 @@ VARIANTS: list[dict[str, Any]] = [
     *(UNIPC | {"solver_order": order, "lower_order_final": final} for order in (1, 2, 3) for final in (True, False)),
     UNIPC | {"solver_type": "bh1", "prediction_type": "v_prediction", "disable_corrector": [0, 1]},
     UNIPC | {"solver_order": 3, "predict_x0": False, "prediction_type": "v_prediction"},
-    UNIPC | {"predict_x0": False},
+    *(UNIPC | {"predict_x0": False, "prediction_type": p} for p in ("epsilon", "sample")),
+    *({"_class_name": name} | THRESHOLD for name in ("DDIMScheduler", "LCMScheduler")),
+    *(chosen | THRESHOLD for chosen in (DPM, UNIPC, DPM | NOISE)),
+    DPM | NOISE | {"solver_order": 3},
+    DPM | NOISE | {"prediction_type": "sample", "solver_type": "heun"},
+    DPM | NOISE | {"algorithm_type": "sde-dpmsolver", "prediction_type": "v_prediction"},
+    DPM | NOISE | {"algorithm_type": "deis", "solver_type": "logrho"},
+    *(chosen | FLOW for chosen in (DPM, UNIPC | {"solver_order": 3})),
+    EULER | {"interpolation_type": "log_linear"},
+    EULER | {"interpolation_type": "log_linear", "timestep_type": "continuous", "prediction_type": "v_prediction"},
+    EULER | {"interpolation_type": "log_linear", "use_karras_sigmas": True, "timestep_spacing": "trailing"},
 ]
 
 
@@ -277,10 +291,22 @@ def test_what_diffusers_refuses_is_refused(name: str, options: dict[str, Any], m
         _ = derive(name, **options).program(True).generic
 
 
-@pytest.mark.parametrize(
-    "variant", [{"thresholding": True}, {"use_flow_sigmas": True}, {"algorithm_type": "dpmsolver"}], ids=str
-)
-def test_unsupported_scheduler_options_are_named(tmp_path: Path, variant: dict[str, Any]) -> None:
-    folder = small_sd(tmp_path, SCHEDULER | DPM | variant)
-    with pytest.raises(DerivationError, match=next(iter(variant))):
-        _ = derive(folder).program(True).generic
+UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
+    (DPM | {"algorithm_type": "dpmsolver"}, "final_sigmas_type = 'zero'"),
+    (DPM | NOISE | FLOW, "prediction_type = 'flow_prediction'"),
+    (DPM | NOISE | {"algorithm_type": "sde-dpmsolver", "solver_order": 3}, "solver_order = 3"),
+    (DPM | {"variance_type": "learned_range"}, "variance_type = 'learned_range'"),
+    (DPM | {"lambda_min_clipped": -5.1, "timestep_spacing": "trailing"}, "lambda_min_clipped = -5.1"),
+    (UNIPC | FLOW | {"use_dynamic_shifting": True}, "use_dynamic_shifting = True"),
+    (UNIPC | FLOW | {"predict_x0": False}, "prediction_type = 'flow_prediction'"),
+    ({"prediction_type": "sample"}, "prediction_type = 'sample'"),
+    ({"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "sample"}, "prediction_type = 'sample'"),
+    (EULER | {"interpolation_type": "cubic"}, "interpolation_type = 'cubic'"),
+    (EULER | {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'"),
+]
+
+
+@pytest.mark.parametrize(("variant", "named"), UNSUPPORTED, ids=str)
+def test_unsupported_scheduler_options_are_named(tmp_path: Path, variant: dict[str, Any], named: str) -> None:
+    with pytest.raises(DerivationError, match=named):
+        _ = derive(small_sd(tmp_path, SCHEDULER | variant)).program(True).generic

@@ -6,6 +6,7 @@ from derivation.config import SchedulerConfig
 from derivation.errors import DerivationError
 from derivation.schedulers.arithmetic import Value, on_device
 from derivation.schedulers.base import AlphasCumprod, register
+from derivation.schedulers.thresholding import threshold_sample
 
 
 @register
@@ -47,7 +48,9 @@ class LCMScheduler(AlphasCumprod):
         else:
             predicted_original_sample = alpha_prod_t.apply("sqrt") * sample - beta_prod_t.apply("sqrt") * model_output
 
-        if self.config.clip_sample:
+        if self.config.thresholding:
+            predicted_original_sample = threshold_sample(predicted_original_sample)
+        elif self.config.clip_sample:
             predicted_original_sample = predicted_original_sample.apply("clamp")
 
         # c_out and c_skip are scalars on the CPU, as the timestep is
