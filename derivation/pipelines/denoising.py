@@ -32,6 +32,7 @@ class Denoising:
         self.control = control
         self.moments: tuple[SymTensor, SymTensor] | None = None
         self.image_embeds: SymTensor | None = None
+        self.timestep_cond: SymTensor | None = None
         self.timesteps: SymTensor | None = None
         if tape().settings.hardware is not None:
             self.timesteps = empty((scheduler.num_timesteps,), scheduler.timestep_dtype, "_to_copy", Category.PIPELINE)
@@ -78,6 +79,7 @@ class Denoising:
                     added_cond,
                     residuals,
                     image_embeds=self.image_embeds,
+                    timestep_cond=self.timestep_cond,
                     config=config,
                 ),
             ),

@@ -51,6 +51,7 @@ def stable_diffusion(pipeline: Pipeline) -> None:
 
     tape().mark(UNET)
     loop.image_embeds = image_embeds
+    loop.timestep_cond = pipeline.guidance_scale_embedding()
     loop.run(prompt_embeds)
 
     image = decode_latents(pipeline, loop.latents)
