@@ -23,7 +23,7 @@ from derivation.errors import DerivationError
 from derivation.pipelines.weights import registered
 from derivation.schedulers import SCHEDULERS
 from derivation.verify import build_vae
-from derivation.verify.compare import compare_pipeline
+from derivation.verify.compare import compare_components, compare_pipeline
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 INPAINTING = "runwayml/stable-diffusion-inpainting"
@@ -122,6 +122,12 @@ def small_xl(folder: Path, scheduler: Mapping[str, Any] = SCHEDULER, vae: Mappin
         "scheduler/scheduler_config.json": scheduler,
     }
     return write(folder, files)
+
+
+def small_lcm(folder: Path) -> Path:
+    small_sd(folder, SCHEDULER | {"_class_name": "LCMScheduler"}, time_cond_proj_dim=256)
+    content = json.loads((folder / "model_index.json").read_text())
+    return write(folder, {"model_index.json": content | {"_class_name": "LatentConsistencyModelPipeline"}})
 
 
 SMALL = {"sd": small_sd, "xl": small_xl}
@@ -258,6 +264,64 @@ def test_inpainting_equals_the_trace(tmp_path: Path, family: str, strength: floa
 )
 def test_vae_options_of_sdxl_equal_the_trace(tmp_path: Path, change: dict[str, Any], dtype: str) -> None:
     check(small_xl(tmp_path, vae=VAE | change), pipeline="img2img", dtype=dtype)
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("family", sorted(SMALL))
+def test_guidance_distilled_unets_equal_the_trace(tmp_path: Path, family: str, task: str, guidance: bool) -> None:
+    folder = SMALL[family](tmp_path, SCHEDULER | {"_class_name": "LCMScheduler"}, time_cond_proj_dim=256)
+    check(folder, guidance=guidance, pipeline=task, num_images_per_prompt=2, negative_prompt=True)
+    if guidance:
+        derivation = derive(folder, pipeline=task)
+        assert derivation.stage_peaks(64, 64) == derivation.stage_peaks(64, 64, guidance=False)
+
+
+def test_guidance_distilled_unets_with_a_controlnet_equal_the_trace(tmp_path: Path) -> None:
+    folder = small_xl(tmp_path, time_cond_proj_dim=256)
+    check(folder, pipeline="txt2img", controlnets=1)
+    for comparison in compare_components(derive(folder, pipeline="txt2img", controlnets=1), 64, 72):
+        assert comparison.match, comparison
+    with pytest.raises(DerivationError, match="time_cond_proj_dim = 256 is not supported with controlnets in img2img"):
+        _ = derive(folder, controlnets=1).program(True).generic
+
+
+CONSISTENCY: list[tuple[int, int, bool, dict[str, Any]]] = [
+    (1, 77, True, {"pipeline": "txt2img", "num_inference_steps": 1}),
+    (2, 77, True, {"pipeline": "txt2img", "num_inference_steps": 20, "num_images_per_prompt": 2, "clip_skip": 1}),
+    (1, 154, True, {"pipeline": "txt2img", "dtype": "float32"}),
+    (1, 77, True, {"strength": None, "num_inference_steps": 4}),
+    (2, 77, False, {"strength": 0.5, "num_inference_steps": 20}),
+    (1, 77, True, {"offload": "model"}),
+]
+
+
+@pytest.mark.parametrize(("batch_size", "length", "guidance", "options"), CONSISTENCY, ids=str)
+def test_latent_consistency_pipelines_equal_the_trace(
+    tmp_path: Path, batch_size: int, length: int, guidance: bool, options: dict[str, Any]
+) -> None:
+    check(small_lcm(tmp_path), 64, 72, batch_size, length, guidance, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_inference_steps": 50}, "above original_inference_steps = 50 x strength = 0.8"),
+        ({"pipeline": "inpaint"}, "pipeline = inpaint"),
+        ({"num_inference_steps": 4, "negative_prompt": True}, "negative_prompt = True"),
+        ({"pipeline": "txt2img", "controlnets": 1}, "controlnets = 1"),
+        ({"num_inference_steps": 4, "scheduler": "DDIMScheduler"}, "DDIMScheduler"),
+    ],
+    ids=str,
+)
+def test_what_latent_consistency_pipelines_refuse(tmp_path: Path, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(DerivationError, match=named):
+        _ = derive(small_lcm(tmp_path), **options).program(True).generic
+
+
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+def test_one_step_equals_the_trace(small: Path, scheduler: str) -> None:
+    check(small, guidance=False, pipeline="txt2img", scheduler=scheduler, num_inference_steps=1)
 
 
 @pytest.mark.parametrize("change", [{}, {"mid_block_add_attention": False, "use_quant_conv": False}], ids=str)

@@ -32,6 +32,7 @@ DEFAULT_STRENGTH = {
     ("StableDiffusion", "inpaint"): 1.0,
     ("StableDiffusionXL", "img2img"): 0.3,
     ("StableDiffusionXL", "inpaint"): 0.9999,
+    ("LatentConsistencyModel", "img2img"): 0.8,
     ("StableDiffusionControlNet", "img2img"): 0.8,
     ("StableDiffusionControlNet", "inpaint"): 1.0,
     ("StableDiffusionXLControlNet", "img2img"): 0.8,
@@ -130,16 +131,19 @@ class Pipeline:
 
     def scheduler(self, **changes: object) -> Scheduler:
         """Return the scheduler at the first timestep of the task, its config changed as a constructor does."""
-        config: SchedulerConfig = required(self.checkpoint.scheduler, "scheduler")
-        if self.options.scheduler is not None:
-            config = config.with_class(self.options.scheduler)
-        steps = self.options.num_inference_steps
-        scheduler = make_scheduler(config.changed(**changes), steps)
+        scheduler, steps = self.whole_schedule(**changes), self.options.num_inference_steps
         init_timestep = min(int(steps * self.strength), steps)
         if init_timestep < 1:
             raise DerivationError(f"num_inference_steps = {steps} with strength = {self.strength} denoises no step")
         scheduler.set_begin_index((steps - init_timestep) * scheduler.order)
         return scheduler
+
+    def whole_schedule(self, **changes: object) -> Scheduler:
+        """Return the scheduler at its first timestep."""
+        config: SchedulerConfig = required(self.checkpoint.scheduler, "scheduler")
+        if self.options.scheduler is not None:
+            config = config.with_class(self.options.scheduler)
+        return make_scheduler(config.changed(**changes), self.options.num_inference_steps)
 
     def randn(self) -> SymTensor:
         """Return noise of the latents' shape."""

@@ -143,7 +143,7 @@ def trace_pipeline(
             switches=switches,
         )
     pipe.set_progress_bar_config(disable=True)
-    sizes = Sizes(height, width, batch_size, prompt_length, guidance_scale > 1, dtype)
+    sizes = _doubled(pipe.unet.config, Sizes(height, width, batch_size, prompt_length, guidance_scale > 1, dtype))
     inputs = _prompt(pipe, sizes, negative_prompt) | _image(pipeline, sizes, strength)
     inputs |= _control(pipeline, sizes, dict(switches).get("controlnets", 0))
     inputs |= _ip_adapter_image(pipe)
