@@ -100,13 +100,25 @@ def _decode(config: AutoencoderKLConfig, options: Options) -> object:
 
 
 def _unet(config: UNet2DConditionConfig, options: Options, guidance: bool, pooled: int | None) -> object:
-    """``unet(sample, timestep, encoder_hidden_states, return_dict=False)``: two rows an image with guidance."""
+    """``unet(sample, timestep, encoder_hidden_states, return_dict=False)``: two rows an image with guidance.
+
+    A UNet that takes the guidance scale as an embedding (``timestep_cond``) has one row an image.
+    """
     sample, embeds, added = _latent_inputs(config, options, guidance, pooled)
-    image_embeds = None
+    image_embeds, timestep_cond, rows = None, None, sample.shape[0]
     if options.ip_adapter_tokens is not None:
-        image_embeds = _input(images(options) * (2 if guidance else 1), 1, image_encoder().projection_dim)
+        image_embeds = _input(rows, 1, image_encoder().projection_dim)
+    if config.time_cond_proj_dim is not None:
+        timestep_cond = _input(rows, config.time_cond_proj_dim)
     return models.UNet2DConditionModel(
-        "unet", sample, given((1,), "int64"), embeds, added, image_embeds=image_embeds, config=config
+        "unet",
+        sample,
+        given((1,), "int64"),
+        embeds,
+        added,
+        image_embeds=image_embeds,
+        timestep_cond=timestep_cond,
+        config=config,
     )
 
 
@@ -126,7 +138,7 @@ def _latent_inputs(
     config: UNet2DConditionConfig, options: Options, guidance: bool, pooled: int | None
 ) -> tuple[SymTensor, SymTensor, tuple[SymTensor, SymTensor] | None]:
     """sample [rows, in_channels, h0, w0], encoder_hidden_states [rows, L, K], and SDXL's added conditions."""
-    rows = images(options) * (2 if guidance else 1)
+    rows = images(options) * (2 if config.doubled(guidance) else 1)
     sample = _input(rows, config.in_channels, tape().size("h0"), tape().size("w0"))
     embeds = _input(rows, tape().size("L"), config.cross_attention_dim[0])
     added = _added_cond(config, rows, pooled) if config.addition_embed_type == "text_time" else None

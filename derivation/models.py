@@ -60,17 +60,21 @@ def UNet2DConditionModel(
     residuals: Residuals | None = None,
     *,
     image_embeds: SymTensor | None = None,
+    timestep_cond: SymTensor | None = None,
     config: UNet2DConditionConfig,
 ) -> SymTensor:
     """sample [N, in_channels, h, w], encoder_hidden_states [N, L, K] -> [N, out_channels, h, w].
 
     ``timestep`` [1], or a scalar on the CPU, which is copied inside; ``added_cond`` = text_embeds [N, P]
     and time_ids [N, T] where addition_embed_type is text_time; ``residuals`` = down_block_additional_residuals
-    and mid_block_additional_residual of a ControlNet; ``image_embeds`` [N, 1, P] goes to an IP-Adapter.
+    and mid_block_additional_residual of a ControlNet; ``image_embeds`` [N, 1, P] goes to an IP-Adapter;
+    ``timestep_cond`` [N, time_cond_proj_dim] is a guidance scale embedding.
     """
     t_emb = _time_embed(sample, timestep, config)
     time_embed_dim = config.time_embedding_dim or 4 * config.block_out_channels[0]
-    emb = TimestepEmbedding("time_embedding", t_emb, time_embed_dim=time_embed_dim, act_fn=config.act_fn)
+    emb = TimestepEmbedding(
+        "time_embedding", t_emb, timestep_cond, time_embed_dim=time_embed_dim, act_fn=config.act_fn
+    )
     aug_emb = None
     if added_cond is not None:
         aug_emb = _aug_embed(emb, added_cond, config)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "derivation"
-CHAIN = ["symbols", "tape", "ops", "attention", "blocks", "models", "pipelines", "components", "spine", "api"]
+CHAIN = ["symbols", "tape", "ops", "attention", "blocks", "models", "components", "pipelines", "spine", "api"]
 HEAVY = ("torch", "diffusers", "transformers")
 ALLOWED_HEAVY = ("verify", "measure")
 
@@ -83,7 +83,7 @@ def test_every_block_name_is_diffusers_or_transformers_own():
         path.read_text()
         for home in homes
         for path in [*home.glob("models/**/*.py")]
-        if {"unets", "autoencoders", "transformers", "clip"} & set(path.parts) or path.parent.name == "models"
+        if {"unets", "autoencoders", "transformers", "clip", "controlnets"} & set(path.parts) or path.parent.name == "models"
     ) + (homes[0] / "pipelines/stable_diffusion/safety_checker.py").read_text()
     for path in (PACKAGE / "blocks").glob("*.py"):
         for node in ast.parse(path.read_text()).body:

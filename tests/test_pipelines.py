@@ -16,13 +16,14 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from derivation import derive
+from derivation import Options, derive
+from derivation.components import parameters
 from derivation.config import load
 from derivation.errors import DerivationError
-from derivation.pipelines.weights import vae_parameters
+from derivation.pipelines.weights import registered
 from derivation.schedulers import SCHEDULERS
 from derivation.verify import build_vae
-from derivation.verify.compare import compare_pipeline
+from derivation.verify.compare import compare_components, compare_pipeline
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 INPAINTING = "runwayml/stable-diffusion-inpainting"
@@ -123,6 +124,12 @@ def small_xl(folder: Path, scheduler: Mapping[str, Any] = SCHEDULER, vae: Mappin
     return write(folder, files)
 
 
+def small_lcm(folder: Path) -> Path:
+    small_sd(folder, SCHEDULER | {"_class_name": "LCMScheduler"}, time_cond_proj_dim=256)
+    content = json.loads((folder / "model_index.json").read_text())
+    return write(folder, {"model_index.json": content | {"_class_name": "LatentConsistencyModelPipeline"}})
+
+
 SMALL = {"sd": small_sd, "xl": small_xl}
 
 
@@ -185,6 +192,10 @@ def test_iterations_recorded_once_stand_for_all(tmp_path: Path, scheduler: str) 
 
 
 DPM, UNIPC = {"_class_name": "DPMSolverMultistepScheduler"}, {"_class_name": "UniPCMultistepScheduler"}
+EULER = {"_class_name": "EulerDiscreteScheduler"}
+NOISE = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+THRESHOLD = {"thresholding": True}
 VARIANTS: list[dict[str, Any]] = [
     {"skip_prk_steps": False, "prediction_type": "v_prediction"},
     *({"_class_name": "DDIMScheduler", "prediction_type": p, "clip_sample": True} for p in ("sample", "v_prediction")),
@@ -202,7 +213,17 @@ VARIANTS: list[dict[str, Any]] = [
     *(UNIPC | {"solver_order": order, "lower_order_final": final} for order in (1, 2, 3) for final in (True, False)),
     UNIPC | {"solver_type": "bh1", "prediction_type": "v_prediction", "disable_corrector": [0, 1]},
     UNIPC | {"solver_order": 3, "predict_x0": False, "prediction_type": "v_prediction"},
-    UNIPC | {"predict_x0": False},
+    *(UNIPC | {"predict_x0": False, "prediction_type": p} for p in ("epsilon", "sample")),
+    *({"_class_name": name} | THRESHOLD for name in ("DDIMScheduler", "LCMScheduler")),
+    *(chosen | THRESHOLD for chosen in (DPM, UNIPC, DPM | NOISE)),
+    DPM | NOISE | {"solver_order": 3},
+    DPM | NOISE | {"prediction_type": "sample", "solver_type": "heun"},
+    DPM | NOISE | {"algorithm_type": "sde-dpmsolver", "prediction_type": "v_prediction"},
+    DPM | NOISE | {"algorithm_type": "deis", "solver_type": "logrho"},
+    *(chosen | FLOW for chosen in (DPM, UNIPC | {"solver_order": 3})),
+    EULER | {"interpolation_type": "log_linear"},
+    EULER | {"interpolation_type": "log_linear", "timestep_type": "continuous", "prediction_type": "v_prediction"},
+    EULER | {"interpolation_type": "log_linear", "use_karras_sigmas": True, "timestep_spacing": "trailing"},
 ]
 
 
@@ -245,12 +266,71 @@ def test_vae_options_of_sdxl_equal_the_trace(tmp_path: Path, change: dict[str, A
     check(small_xl(tmp_path, vae=VAE | change), pipeline="img2img", dtype=dtype)
 
 
+@pytest.mark.parametrize("guidance", [True, False])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("family", sorted(SMALL))
+def test_guidance_distilled_unets_equal_the_trace(tmp_path: Path, family: str, task: str, guidance: bool) -> None:
+    folder = SMALL[family](tmp_path, SCHEDULER | {"_class_name": "LCMScheduler"}, time_cond_proj_dim=256)
+    check(folder, guidance=guidance, pipeline=task, num_images_per_prompt=2, negative_prompt=True)
+    if guidance:
+        derivation = derive(folder, pipeline=task)
+        assert derivation.stage_peaks(64, 64) == derivation.stage_peaks(64, 64, guidance=False)
+
+
+def test_guidance_distilled_unets_with_a_controlnet_equal_the_trace(tmp_path: Path) -> None:
+    folder = small_xl(tmp_path, time_cond_proj_dim=256)
+    check(folder, pipeline="txt2img", controlnets=1)
+    for comparison in compare_components(derive(folder, pipeline="txt2img", controlnets=1), 64, 72):
+        assert comparison.match, comparison
+    with pytest.raises(DerivationError, match="time_cond_proj_dim = 256 is not supported with controlnets in img2img"):
+        _ = derive(folder, controlnets=1).program(True).generic
+
+
+CONSISTENCY: list[tuple[int, int, bool, dict[str, Any]]] = [
+    (1, 77, True, {"pipeline": "txt2img", "num_inference_steps": 1}),
+    (2, 77, True, {"pipeline": "txt2img", "num_inference_steps": 20, "num_images_per_prompt": 2, "clip_skip": 1}),
+    (1, 154, True, {"pipeline": "txt2img", "dtype": "float32"}),
+    (1, 77, True, {"strength": None, "num_inference_steps": 4}),
+    (2, 77, False, {"strength": 0.5, "num_inference_steps": 20}),
+    (1, 77, True, {"offload": "model"}),
+]
+
+
+@pytest.mark.parametrize(("batch_size", "length", "guidance", "options"), CONSISTENCY, ids=str)
+def test_latent_consistency_pipelines_equal_the_trace(
+    tmp_path: Path, batch_size: int, length: int, guidance: bool, options: dict[str, Any]
+) -> None:
+    check(small_lcm(tmp_path), 64, 72, batch_size, length, guidance, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_inference_steps": 50}, "above original_inference_steps = 50 x strength = 0.8"),
+        ({"pipeline": "inpaint"}, "pipeline = inpaint"),
+        ({"num_inference_steps": 4, "negative_prompt": True}, "negative_prompt = True"),
+        ({"pipeline": "txt2img", "controlnets": 1}, "controlnets = 1"),
+        ({"num_inference_steps": 4, "scheduler": "DDIMScheduler"}, "DDIMScheduler"),
+    ],
+    ids=str,
+)
+def test_what_latent_consistency_pipelines_refuse(tmp_path: Path, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(DerivationError, match=named):
+        _ = derive(small_lcm(tmp_path), **options).program(True).generic
+
+
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+def test_one_step_equals_the_trace(small: Path, scheduler: str) -> None:
+    check(small, guidance=False, pipeline="txt2img", scheduler=scheduler, num_inference_steps=1)
+
+
 @pytest.mark.parametrize("change", [{}, {"mid_block_add_attention": False, "use_quant_conv": False}], ids=str)
 def test_parameters_are_cast_in_their_own_order(tmp_path: Path, change: dict[str, Any]) -> None:
-    config = load(small_xl(tmp_path, vae=VAE | change)).vae
-    assert config is not None
+    derived = parameters(load(small_xl(tmp_path, vae=VAE | change)), Options())["vae"]
     real = build_vae(VAE | change).named_parameters()
-    assert vae_parameters(config) == tuple((name, tuple(parameter.shape)) for name, parameter in real)
+    assert [(path, derived[path][0]) for path in registered(derived)] == [
+        (f"vae.{name}", tuple(parameter.shape)) for name, parameter in real
+    ]
 
 
 def test_the_upcast_vae_of_sdxl_grows_by_the_size_of_its_weights() -> None:
@@ -275,10 +355,22 @@ def test_what_diffusers_refuses_is_refused(name: str, options: dict[str, Any], m
         _ = derive(name, **options).program(True).generic
 
 
-@pytest.mark.parametrize(
-    "variant", [{"thresholding": True}, {"use_flow_sigmas": True}, {"algorithm_type": "dpmsolver"}], ids=str
-)
-def test_unsupported_scheduler_options_are_named(tmp_path: Path, variant: dict[str, Any]) -> None:
-    folder = small_sd(tmp_path, SCHEDULER | DPM | variant)
-    with pytest.raises(DerivationError, match=next(iter(variant))):
-        _ = derive(folder).program(True).generic
+UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
+    (DPM | {"algorithm_type": "dpmsolver"}, "final_sigmas_type = 'zero'"),
+    (DPM | NOISE | FLOW, "prediction_type = 'flow_prediction'"),
+    (DPM | NOISE | {"algorithm_type": "sde-dpmsolver", "solver_order": 3}, "solver_order = 3"),
+    (DPM | {"variance_type": "learned_range"}, "variance_type = 'learned_range'"),
+    (DPM | {"lambda_min_clipped": -5.1, "timestep_spacing": "trailing"}, "lambda_min_clipped = -5.1"),
+    (UNIPC | FLOW | {"use_dynamic_shifting": True}, "use_dynamic_shifting = True"),
+    (UNIPC | FLOW | {"predict_x0": False}, "prediction_type = 'flow_prediction'"),
+    ({"prediction_type": "sample"}, "prediction_type = 'sample'"),
+    ({"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "sample"}, "prediction_type = 'sample'"),
+    (EULER | {"interpolation_type": "cubic"}, "interpolation_type = 'cubic'"),
+    (EULER | {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'"),
+]
+
+
+@pytest.mark.parametrize(("variant", "named"), UNSUPPORTED, ids=str)
+def test_unsupported_scheduler_options_are_named(tmp_path: Path, variant: dict[str, Any], named: str) -> None:
+    with pytest.raises(DerivationError, match=named):
+        _ = derive(small_sd(tmp_path, SCHEDULER | variant)).program(True).generic

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ REASONS = {
     "EntryNotFoundError": "no {file} in it",
     "HFValidationError": "not the id of a repository",
 }
+# huggingface_hub/constants.py: HF_HUB_ETAG_TIMEOUT
+TIMEOUT_S = 10
 MISSING = ("LocalEntryNotFoundError", "EntryNotFoundError")
 
 
@@ -36,10 +39,9 @@ def fetch(repo_id: str, file: str, revision: str | None = None, local_files_only
     except ImportError:
         raise DerivationError(_line(repo_id, f"huggingface_hub is not installed ({EXTRA})")) from None
     try:
-        with _without_progress_bars():
-            path = huggingface_hub.hf_hub_download(
-                repo_id, file, revision=revision, local_files_only=local_files_only
-            )
+        with _quiet():
+            local = local_files_only or _unreachable(repo_id, file, revision)
+            path = huggingface_hub.hf_hub_download(repo_id, file, revision=revision, local_files_only=local)
     except Exception as error:  # the HTTP library below huggingface_hub, and its errors, differ by version
         names = [cls.__name__ for cls in type(error).__mro__]
         reason = next((REASONS[name] for name in names if name in REASONS), None)
@@ -50,18 +52,38 @@ def fetch(repo_id: str, file: str, revision: str | None = None, local_files_only
 
 
 def _line(repo_id: str, reason: str) -> str:
-    return f"{repo_id} is not a folder, and not on the Hugging Face Hub: {reason} (bundled ids: derivation models)"
+    where = "is not a folder, and cannot be read from the Hugging Face Hub"
+    return f"{repo_id} {where}: {reason} (bundled ids: derivation models)"
+
+
+def _unreachable(repo_id: str, file: str, revision: str | None) -> bool:
+    """Return whether a file that is not in the cache cannot be asked for; hf_hub_download would retry for 25 s."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import HfHubHTTPError
+
+    if isinstance(try_to_load_from_cache(repo_id, file, revision=revision), str):
+        return False
+    try:
+        get_hf_file_metadata(hf_hub_url(repo_id, file, revision=revision), timeout=TIMEOUT_S)
+    except HfHubHTTPError:
+        return False
+    except Exception:  # the HTTP library's own
+        return True
+    return False
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
+    """Without progress bars and warnings: an error is one line."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if are_progress_bars_disabled():
-        yield
-        return
+    bars, logger = not are_progress_bars_disabled(), logging.getLogger("huggingface_hub")
+    level = logger.level
     disable_progress_bars()
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        enable_progress_bars()
+        logger.setLevel(level)
+        if bars:
+            enable_progress_bars()

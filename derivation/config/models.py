@@ -102,6 +102,10 @@ class UNet2DConditionConfig:
     mid_block_only_cross_attention: bool | None = key(one_of(None, False), None)
     cross_attention_norm: None = key(one_of(None), None)
 
+    def doubled(self, guidance: bool) -> bool:
+        """Whether classifier-free guidance doubles the rows: not where the guidance scale is an input."""
+        return guidance and self.time_cond_proj_dim is None
+
 
 @dataclass(frozen=True, slots=True)
 class ControlNetConfig(UNet2DConditionConfig):

@@ -6,7 +6,8 @@ precedes it), vae_decode (the call of ``vae.decode``, and the VAE's upcast befor
 postprocess (the VAE's cast back included).
 """
 
-from derivation.pipelines import stable_diffusion as stable_diffusion  # registers its family
+from derivation.pipelines import latent_consistency as latent_consistency  # registers its family
+from derivation.pipelines import stable_diffusion as stable_diffusion
 from derivation.pipelines import stable_diffusion_xl as stable_diffusion_xl
 from derivation.pipelines.base import (
     POSTPROCESS,

@@ -32,6 +32,7 @@ DEFAULT_STRENGTH = {
     ("StableDiffusion", "inpaint"): 1.0,
     ("StableDiffusionXL", "img2img"): 0.3,
     ("StableDiffusionXL", "inpaint"): 0.9999,
+    ("LatentConsistencyModel", "img2img"): 0.8,
     ("StableDiffusionControlNet", "img2img"): 0.8,
     ("StableDiffusionControlNet", "inpaint"): 1.0,
     ("StableDiffusionXLControlNet", "img2img"): 0.8,
@@ -62,7 +63,8 @@ class Pipeline:
 
     def __call__(self) -> None:
         """Record the whole pipeline on the active tape; raises DerivationError for what it does not support."""
-        FAMILIES[self.family](replace(self, _models=Models(self.checkpoint, self.options)))
+        guidance = self.unet.doubled(self.guidance)
+        FAMILIES[self.family](replace(self, guidance=guidance, _models=Models(self.checkpoint, self.options)))
 
     @property
     def models(self) -> Models:
@@ -92,9 +94,11 @@ class Pipeline:
                 f"{self.options.pipeline} with a UNet of in_channels = {config.in_channels} is not supported "
                 f"(supported: {', '.join(map(str, supported))})"
             )
-        if config.time_cond_proj_dim is not None:
-            value = config.time_cond_proj_dim
-            raise DerivationError(f"the UNet's time_cond_proj_dim = {value} is not supported (supported: null)")
+        if config.time_cond_proj_dim is not None and self.options.controlnets and self.options.pipeline != "txt2img":
+            raise DerivationError(
+                f"the UNet's time_cond_proj_dim = {config.time_cond_proj_dim} is not supported with controlnets in "
+                f"{self.options.pipeline} (supported: null)"
+            )
         return config
 
     @property
@@ -127,20 +131,30 @@ class Pipeline:
 
     def scheduler(self, **changes: object) -> Scheduler:
         """Return the scheduler at the first timestep of the task, its config changed as a constructor does."""
-        config: SchedulerConfig = required(self.checkpoint.scheduler, "scheduler")
-        if self.options.scheduler is not None:
-            config = config.with_class(self.options.scheduler)
-        steps = self.options.num_inference_steps
-        scheduler = make_scheduler(config.changed(**changes), steps)
+        scheduler, steps = self.whole_schedule(**changes), self.options.num_inference_steps
         init_timestep = min(int(steps * self.strength), steps)
         if init_timestep < 1:
             raise DerivationError(f"num_inference_steps = {steps} with strength = {self.strength} denoises no step")
         scheduler.set_begin_index((steps - init_timestep) * scheduler.order)
         return scheduler
 
+    def whole_schedule(self, **changes: object) -> Scheduler:
+        """Return the scheduler at its first timestep."""
+        config: SchedulerConfig = required(self.checkpoint.scheduler, "scheduler")
+        if self.options.scheduler is not None:
+            config = config.with_class(self.options.scheduler)
+        return make_scheduler(config.changed(**changes), self.options.num_inference_steps)
+
     def randn(self) -> SymTensor:
         """Return noise of the latents' shape."""
         return empty(self.latent_shape, self.options.dtype, "randn", Category.PIPELINE)
+
+    def guidance_scale_embedding(self) -> SymTensor | None:
+        """``get_guidance_scale_embedding``, made on the CPU: [images, time_cond_proj_dim], None where it has no use."""
+        width = self.unet.time_cond_proj_dim
+        if width is None:
+            return None
+        return empty((self.images, width), self.options.dtype, "_to_copy", Category.PIPELINE)
 
     def image_to_device(self) -> SymTensor:
         """Move B preprocessed images [B, 3, H, W] from the CPU to the device."""

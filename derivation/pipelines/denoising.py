@@ -32,6 +32,7 @@ class Denoising:
         self.control = control
         self.moments: tuple[SymTensor, SymTensor] | None = None
         self.image_embeds: SymTensor | None = None
+        self.timestep_cond: SymTensor | None = None
         self.timesteps: SymTensor | None = None
         if tape().settings.hardware is not None:
             self.timesteps = empty((scheduler.num_timesteps,), scheduler.timestep_dtype, "_to_copy", Category.PIPELINE)
@@ -58,12 +59,13 @@ class Denoising:
 
     def unet(
         self,
+        sample: SymTensor,
         prompt_embeds: SymTensor,
         added_cond: tuple[SymTensor, SymTensor] | None,
         residuals: Residuals | None,
     ) -> SymTensor:
-        """The UNet on the step's input; calls on the same layouts are the same events."""
-        sample, config = self.latent_model_input, self.pipeline.unet
+        """The UNet on the step's input ``sample``; calls on the same layouts are the same events."""
+        config = self.pipeline.unet
         moved = self.pipeline.models.pre_forward("unet")
         down, mid = residuals or ((), None)
         key = ("unet", moved, sample.layout, *(x.layout for x in (*down, mid) if x is not None))
@@ -78,6 +80,7 @@ class Denoising:
                     added_cond,
                     residuals,
                     image_embeds=self.image_embeds,
+                    timestep_cond=self.timestep_cond,
                     config=config,
                 ),
             ),
@@ -107,7 +110,7 @@ class Denoising:
             self.latent_model_input = cat(masked, 1)
             del masked
 
-        self.noise_pred = self.unet(prompt_embeds, added_cond, residuals)
+        self.noise_pred = self.unet(self.latent_model_input, prompt_embeds, added_cond, residuals)
         if guidance:
             self.noise_pred_uncond, self.noise_pred_text = self.noise_pred.chunk(2, 0)
             self.noise_pred = add(self.noise_pred_uncond, mul(sub(self.noise_pred_text, self.noise_pred_uncond)))

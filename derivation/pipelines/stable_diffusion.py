@@ -51,6 +51,7 @@ def stable_diffusion(pipeline: Pipeline) -> None:
 
     tape().mark(UNET)
     loop.image_embeds = image_embeds
+    loop.timestep_cond = pipeline.guidance_scale_embedding()
     loop.run(prompt_embeds)
 
     image = decode_latents(pipeline, loop.latents)
@@ -106,14 +107,17 @@ def embed(pipeline: Pipeline, clip_skip: int | None) -> SymTensor:
     return embeds.view(pipeline.images, length, config.hidden_size)
 
 
-def prepare_image_latents(pipeline: Pipeline, scheduler: Scheduler) -> SymTensor:
-    """img2img's ``prepare_latents``: B images on the CPU -> latents of every image."""
+def prepare_image_latents(pipeline: Pipeline, scheduler: Scheduler, timesteps: int | None = None) -> SymTensor:
+    """img2img's ``prepare_latents``: B images on the CPU -> latents of every image, noised at ``timesteps`` timesteps.
+
+    None: one for each image.
+    """
     image = pipeline.image_to_device()
     init_latents = pipeline.encode(image)
     init_latents = mul(init_latents)
     init_latents = cat([init_latents] * pipeline.options.num_images_per_prompt, 0)
     noise = empty(init_latents.shape, pipeline.options.dtype, "randn", Category.PIPELINE)
-    init_latents = scheduler.add_noise(init_latents, noise)
+    init_latents = scheduler.add_noise(init_latents, noise, timesteps)
     latents = init_latents
     return latents
 

@@ -63,12 +63,16 @@ def stable_diffusion_xl(pipeline: Pipeline) -> None:
         loop = Denoising(pipeline, scheduler, scheduler.init_noise(pipeline.randn()), control=control)
 
     tape().mark(UNET)
+    if control is not None:
+        loop.timestep_cond = pipeline.guidance_scale_embedding()
     add_text_embeds = pooled_prompt_embeds
     if negative_prompt_embeds is not None and negative_pooled_prompt_embeds is not None:
         prompt_embeds = cat([negative_prompt_embeds, prompt_embeds], 0)
         add_text_embeds = cat([negative_pooled_prompt_embeds, add_text_embeds], 0)
     added_cond = (add_text_embeds, time_ids(pipeline))
     loop.image_embeds = prepare_ip_adapter_image_embeds(pipeline) if control is None else image_embeds
+    if control is None:
+        loop.timestep_cond = pipeline.guidance_scale_embedding()
     loop.run(prompt_embeds, added_cond)
 
     image = decode_latents(pipeline, loop)

@@ -12,6 +12,8 @@ from derivation.tape import SymTensor
 
 SCHEDULERS: dict[str, Callable[[SchedulerConfig, int], Scheduler]] = {}
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# what replaces the spacing of the timesteps
+RESPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
 
 
 def register(cls: type[Scheduler]) -> type[Scheduler]:
@@ -48,8 +50,7 @@ class Scheduler:
         self.begin_index = 0
         self.step_index = 0
         self.expect("prediction_type", *self.prediction_types)
-        for key in ("thresholding", "use_flow_sigmas", "use_dynamic_shifting"):
-            self.expect(key, False, None)
+        self.expect("use_dynamic_shifting", False, None)
         if num_inference_steps > config.num_train_timesteps:
             raise DerivationError(
                 f"num_inference_steps = {num_inference_steps} is above num_train_timesteps = "
@@ -159,15 +160,19 @@ class Sigmas(Scheduler):
 
     def __init__(self, config: SchedulerConfig, num_inference_steps: int) -> None:
         super().__init__(config, num_inference_steps)
-        self.sigmas = on_cpu((self.num_timesteps + 1,), "float32")
+        self.sigmas = on_cpu((self.num_sigmas,), "float32")
         self.timesteps = on_cpu((self.num_timesteps,), self.timestep_dtype)
 
     @property
     def num_timesteps(self) -> int:
-        respaced = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-        if any(self.config.options.get(key) for key in respaced):
+        if any(self.config.options.get(key) for key in RESPACED):
             return self.num_inference_steps
         return super().num_timesteps
+
+    @property
+    def num_sigmas(self) -> int:
+        """Entries of ``sigmas``: one a timestep, and the final one."""
+        return self.num_timesteps + 1
 
     def add_noise(self, original_samples: SymTensor, noise: SymTensor, count: int | None = None) -> SymTensor:
         original_samples, noise = Value(original_samples), Value(noise)
@@ -183,13 +188,16 @@ class Sigmas(Scheduler):
 
     def noised(self, original_samples: Value, noise: Value, sigma: Value) -> Value:
         """Combine sample and noise at ``sigma``."""
-        alpha_t, sigma_t = sigma_to_alpha_sigma_t(sigma)
+        alpha_t, sigma_t = self.sigma_to_alpha_sigma_t(sigma)
         noisy_samples = alpha_t * original_samples + sigma_t * noise
         return noisy_samples
 
-
-def sigma_to_alpha_sigma_t(sigma: Value) -> tuple[Value, Value]:
-    """``_sigma_to_alpha_sigma_t`` of DPMSolverMultistepScheduler and UniPCMultistepScheduler."""
-    alpha_t = 1 / ((sigma**2 + 1) ** 0.5)
-    sigma_t = sigma * alpha_t
-    return alpha_t, sigma_t
+    def sigma_to_alpha_sigma_t(self, sigma: Value) -> tuple[Value, Value]:
+        """``_sigma_to_alpha_sigma_t`` of DPMSolverMultistepScheduler and UniPCMultistepScheduler."""
+        if self.config.options.get("use_flow_sigmas"):
+            alpha_t = 1 - sigma
+            sigma_t = sigma
+        else:
+            alpha_t = 1 / ((sigma**2 + 1) ** 0.5)
+            sigma_t = sigma * alpha_t
+        return alpha_t, sigma_t

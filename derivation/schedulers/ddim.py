@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from derivation.schedulers.arithmetic import Value
 from derivation.schedulers.base import AlphasCumprod, register
+from derivation.schedulers.thresholding import threshold_sample
 
 
 @register
@@ -31,7 +32,9 @@ class DDIMScheduler(AlphasCumprod):
             pred_original_sample = (alpha_prod_t**0.5) * sample - (beta_prod_t**0.5) * model_output
             pred_epsilon = (alpha_prod_t**0.5) * model_output + (beta_prod_t**0.5) * sample
 
-        if self.config.clip_sample:
+        if self.config.thresholding:
+            pred_original_sample = threshold_sample(pred_original_sample)
+        elif self.config.clip_sample:
             pred_original_sample = pred_original_sample.apply("clamp")
 
         variance = self._get_variance(timestep, prev_timestep)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from derivation.config import SchedulerConfig
 from derivation.schedulers.arithmetic import Value, on_device
-from derivation.schedulers.base import Sigmas, register, sigma_to_alpha_sigma_t
+from derivation.schedulers.base import Sigmas, register
+from derivation.schedulers.thresholding import threshold_sample
 
 # Below this many timesteps lower_order_final takes effect.
 FEW_STEPS = 15
@@ -12,21 +15,34 @@ FEW_STEPS = 15
 
 @register
 class DPMSolverMultistepScheduler(Sigmas):
-    """DPM-Solver++ and its SDE variant: the last ``solver_order`` model outputs stay alive."""
+    """DPM-Solver, DPM-Solver++ and their SDE variants: the last ``solver_order`` model outputs stay alive."""
 
-    prediction_types = ("epsilon", "sample", "v_prediction")
+    prediction_types = ("epsilon", "sample", "v_prediction", "flow_prediction")
     tail = 2
 
     def __init__(self, config: SchedulerConfig, num_inference_steps: int) -> None:
         super().__init__(config, num_inference_steps)
-        self.expect("algorithm_type", "dpmsolver++", "sde-dpmsolver++")
-        self.expect("variance_type", None)
         assert config.solver_order is not None
         self.solver_order = config.solver_order
+        self.predicts_noise = config.algorithm_type in ("dpmsolver", "sde-dpmsolver")
+        self.check()
         self.warmup = self.solver_order + 1
-        self.stochastic = config.algorithm_type == "sde-dpmsolver++"
+        self.stochastic = config.algorithm_type in ("sde-dpmsolver", "sde-dpmsolver++")
         self.model_outputs: list[Value | None] = [None] * self.solver_order
         self.lower_order_nums = 0
+
+    def check(self) -> None:
+        """Raise DerivationError for what diffusers has no formula for, and for the learned variances of pixels."""
+        self.expect("variance_type", None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+        if self.config.algorithm_type not in ("dpmsolver++", "sde-dpmsolver++"):
+            self.expect("final_sigmas_type", "sigma_min")
+        if self.predicts_noise:
+            self.expect("prediction_type", "epsilon", "sample", "v_prediction")
+        if self.config.algorithm_type == "sde-dpmsolver":
+            self.expect("solver_order", 1, 2)
+        if self.config.timestep_spacing == "trailing":
+            # the timesteps begin below a noise level that the betas decide
+            self.expect("lambda_min_clipped", -math.inf)
 
     @property
     def order_now(self) -> int:
@@ -55,15 +71,36 @@ class DPMSolverMultistepScheduler(Sigmas):
         return prev_sample
 
     def convert_model_output(self, model_output: Value, sample: Value) -> Value:
-        """Compute the predicted x_0."""
-        if self.config.prediction_type == "sample":
-            return model_output
-        alpha_t, sigma_t = sigma_to_alpha_sigma_t(self.sigmas.entry())
+        """Compute the predicted x_0, or the predicted noise for DPM-Solver."""
+        if self.predicts_noise:
+            return self.convert_to_epsilon(model_output, sample)
+        alpha_t, sigma_t = self.sigma_to_alpha_sigma_t(self.sigmas.entry())
         if self.config.prediction_type == "epsilon":
             x0_pred = (sample - sigma_t * model_output) / alpha_t
-        else:
+        elif self.config.prediction_type == "sample":
+            x0_pred = model_output
+        elif self.config.prediction_type == "v_prediction":
             x0_pred = alpha_t * sample - sigma_t * model_output
+        else:
+            x0_pred = sample - sigma_t * model_output
+        if self.config.thresholding:
+            x0_pred = threshold_sample(x0_pred)
         return x0_pred
+
+    def convert_to_epsilon(self, model_output: Value, sample: Value) -> Value:
+        """Compute the predicted noise."""
+        alpha_t, sigma_t = self.sigma_to_alpha_sigma_t(self.sigmas.entry())
+        if self.config.prediction_type == "epsilon":
+            epsilon = model_output
+        elif self.config.prediction_type == "sample":
+            epsilon = (sample - alpha_t * model_output) / sigma_t
+        else:
+            epsilon = alpha_t * model_output + sigma_t * sample
+        if self.config.thresholding:
+            x0_pred = (sample - sigma_t * epsilon) / alpha_t
+            x0_pred = threshold_sample(x0_pred)
+            epsilon = (sample - alpha_t * x0_pred) / sigma_t
+        return epsilon
 
     def outputs(self) -> tuple[Value, ...]:
         """Return the model outputs, newest first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from derivation.schedulers.arithmetic import Value, on_device
-from derivation.schedulers.base import Sigmas, register
+from derivation.schedulers.base import RESPACED, Sigmas, register
 from derivation.tape import SymTensor
 
 
@@ -35,6 +35,23 @@ class EulerDiscreteScheduler(Euler):
     """Euler's method (s_churn = 0)."""
 
     prediction_types = ("epsilon", "sample", "v_prediction")
+
+    @property
+    def log_linear(self) -> bool:
+        """Whether steps + 1 sigmas are spaced evenly by their logarithms."""
+        respaced = any(self.config.options.get(key) for key in RESPACED)
+        return self.config.options["interpolation_type"] == "log_linear" and not respaced
+
+    @property
+    def num_timesteps(self) -> int:
+        continuous = self.config.options["timestep_type"] == "continuous"
+        if self.log_linear and continuous and self.config.prediction_type == "v_prediction":
+            return self.num_inference_steps + 1
+        return super().num_timesteps
+
+    @property
+    def num_sigmas(self) -> int:
+        return self.num_inference_steps + 2 if self.log_linear else super().num_sigmas
 
     def previous(self, model_output: Value, sample: Value) -> Value:
         sample = sample.to("float32")

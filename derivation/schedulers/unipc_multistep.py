@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from derivation.config import SchedulerConfig
 from derivation.ops import bmm, reshape
 from derivation.schedulers.arithmetic import Value, on_cpu, on_device
-from derivation.schedulers.base import Sigmas, register, sigma_to_alpha_sigma_t
+from derivation.schedulers.base import Sigmas, register
+from derivation.schedulers.thresholding import threshold_sample
 from derivation.symbols import Size
 from derivation.tape import Category
 
@@ -16,10 +17,12 @@ from derivation.tape import Category
 class UniPCMultistepScheduler(Sigmas):
     """UniPC: the last ``solver_order`` model outputs and the last sample stay alive; sigmas go to the device."""
 
-    prediction_types = ("epsilon", "sample", "v_prediction")
+    prediction_types = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
     def __init__(self, config: SchedulerConfig, num_inference_steps: int) -> None:
         super().__init__(config, num_inference_steps)
+        if not config.predict_x0:
+            self.expect("prediction_type", "epsilon", "sample", "v_prediction")
         assert config.solver_order is not None
         self.solver_order = config.solver_order
         self.tail = self.solver_order
@@ -56,14 +59,24 @@ class UniPCMultistepScheduler(Sigmas):
 
     def convert_model_output(self, model_output: Value, sample: Value) -> Value:
         """Compute the predicted x_0 (``predict_x0``), else the predicted noise."""
-        alpha_t, sigma_t = sigma_to_alpha_sigma_t(self.sigmas.entry())
-        if self.config.prediction_type == ("sample" if self.config.predict_x0 else "epsilon"):
-            return model_output
-        if self.config.prediction_type == "v_prediction":
-            if self.config.predict_x0:
-                return alpha_t * sample - sigma_t * model_output
+        alpha_t, sigma_t = self.sigma_to_alpha_sigma_t(self.sigmas.entry())
+        if not self.config.predict_x0:
+            if self.config.prediction_type == "epsilon":
+                return model_output
+            if self.config.prediction_type == "sample":
+                return (sample - alpha_t * model_output) / sigma_t
             return alpha_t * model_output + sigma_t * sample
-        return (sample - sigma_t * model_output) / alpha_t
+        if self.config.prediction_type == "epsilon":
+            x0_pred = (sample - sigma_t * model_output) / alpha_t
+        elif self.config.prediction_type == "sample":
+            x0_pred = model_output
+        elif self.config.prediction_type == "v_prediction":
+            x0_pred = alpha_t * sample - sigma_t * model_output
+        else:
+            x0_pred = sample - sigma_t * model_output
+        if self.config.thresholding:
+            x0_pred = threshold_sample(x0_pred)
+        return x0_pred
 
     def outputs(self) -> tuple[Value, ...]:
         """Return the model outputs, newest first."""
@@ -113,27 +126,28 @@ class Frame:
         self.predict_x0 = scheduler.config.predict_x0
         sigma = scheduler.sigmas.entry()
         self.sigma_t, self.sigma_s0 = sigma.to_device(), sigma.to_device()
-        self.alpha_t, self.sigma_t = sigma_to_alpha_sigma_t(self.sigma_t)
-        self.alpha_s0, self.sigma_s0 = sigma_to_alpha_sigma_t(self.sigma_s0)
+        self.alpha_t, self.sigma_t = scheduler.sigma_to_alpha_sigma_t(self.sigma_t)
+        self.alpha_s0, self.sigma_s0 = scheduler.sigma_to_alpha_sigma_t(self.sigma_s0)
 
         self.lambda_t = self.alpha_t.apply("log") - self.sigma_t.apply("log")
         self.lambda_s0 = self.alpha_s0.apply("log") - self.sigma_s0.apply("log")
         self.h = self.lambda_t - self.lambda_s0
 
         self.D1s: Value | None = None
-        self._differences(scheduler.outputs(), sigma, order)
+        self._differences(scheduler, sigma, order)
         self.hh = -self.h if self.predict_x0 else self.h
         self.h_phi_1 = self.hh.apply("expm1")
         self.h_phi_k = self.h_phi_1 / self.hh - 1
         self.B_h = self.hh if scheduler.config.solver_type == "bh1" else self.hh.apply("expm1")
         self._system(order)
 
-    def _differences(self, outputs: Sequence[Value], sigma: Value, order: int) -> None:
+    def _differences(self, scheduler: UniPCMultistepScheduler, sigma: Value, order: int) -> None:
+        outputs = scheduler.outputs()
         m0 = outputs[0]
         rks: list[Value] = []
         self.differences: list[Value] = []
         for mi in outputs[1:order]:
-            self.alpha_si, self.sigma_si = sigma_to_alpha_sigma_t(sigma.to_device())
+            self.alpha_si, self.sigma_si = scheduler.sigma_to_alpha_sigma_t(sigma.to_device())
             self.lambda_si = self.alpha_si.apply("log") - self.sigma_si.apply("log")
             self.rk = (self.lambda_si - self.lambda_s0) / self.h
             rks.append(self.rk)

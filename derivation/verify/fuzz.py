@@ -12,9 +12,8 @@ from typing import Any
 
 from derivation.api import Derivation
 from derivation.config import clip_text_config, clip_vision_config, load, unet_config, vae_config
-from derivation.options import DTYPES, PIPELINES, Options
+from derivation.options import DTYPES, OFFLOADS, PIPELINES, Options
 from derivation.schedulers import SCHEDULERS
-from derivation.simplify import Grid
 from derivation.verify import random_configs
 from derivation.verify.compare import Comparison, compare_component, compare_pipeline
 
@@ -29,12 +28,23 @@ LENGTHS = {"text_encoder": (1, 2, 8, 77), PIPELINE: (2, 7, 77, 154)}
 SIDES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 24, 31)
 
 # What each option is drawn from where it is drawn at all; a config's own limits are respected.
+BOTH_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+    "channels_last": (True,),
+    "offload": ("sequential",),
+}
 UNET_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+    **BOTH_OPTIONS,
     "attention_slicing": ("max", 1),
+    "lora_rank": (1, 4, 33),
+    "lora_fused": (True,),
+    "ip_adapter_tokens": (4, 16),
 }
 VAE_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+    **BOTH_OPTIONS,
     "vae_slicing": (True,),
     "vae_tiling": (True,),
+    "tile_sample_min_size": (32, 64, 100, 128),
+    "tile_overlap_factor": (0.0, 0.1, 0.3, 0.5),
 }
 CALL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "scheduler": tuple(sorted(SCHEDULERS)),
@@ -43,6 +53,8 @@ CALL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "clip_skip": (1,),
     "safety_checker": (False,),
     "strength": (0.4, 0.75, 1.0),
+    "offload": OFFLOADS,
+    "controlnets": (1, 2),
 }
 PARTS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "unet": UNET_OPTIONS,
@@ -98,7 +110,7 @@ def random_case(seed: int, component: str | None = None) -> Case:
     rng = random.Random(seed)
     component = component or (PIPELINE if rng.randrange(PIPELINE_SHARE) == 0 else rng.choice(COMPONENTS))
     config = RANDOM[component](rng)
-    options = random_options(rng, component)
+    options = random_options(rng, component, config.get("unet/config.json", config))
     sizes = {
         "B": rng.choice((1, 1, 2, 3, 5)),
         "L": rng.choice(LENGTHS.get(component, (1, 2, 7, 77, 154))),
@@ -108,8 +120,8 @@ def random_case(seed: int, component: str | None = None) -> Case:
     return Case(seed, component, config, options, sizes, rng.random() < 0.5)
 
 
-def random_options(rng: random.Random, component: str) -> Options:
-    """Return options that ``component`` reads, each drawn once in OPTION_SHARE times."""
+def random_options(rng: random.Random, component: str, unet: Mapping[str, Any]) -> Options:
+    """Return options that ``component`` reads and ``unet`` can have, each drawn once in OPTION_SHARE times."""
     drawn = {
         name: rng.choice(values)
         for name, values in PARTS.get(component, {}).items()
@@ -117,7 +129,22 @@ def random_options(rng: random.Random, component: str) -> Options:
     }
     if component == PIPELINE:
         drawn |= {"pipeline": rng.choice(PIPELINES), "num_inference_steps": rng.randint(4, 7)}
+    for name in _impossible(drawn, unet):
+        drawn.pop(name, None)
     return Options(dtype=rng.choice(DTYPES), attention=rng.choice(ATTENTION), **drawn)
+
+
+def _impossible(drawn: Mapping[str, Any], unet: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the drawn options that the others, or the UNet, rule out."""
+    types = (*unet.get("down_block_types", ()), *unet.get("up_block_types", ()), unet.get("mid_block_type"))
+    if not any("CrossAttn" in (name or "") for name in types):
+        yield from ("lora_rank", "lora_fused", "ip_adapter_tokens")
+    if "lora_rank" not in drawn:
+        yield "lora_fused"
+    if "ip_adapter_tokens" in drawn:
+        yield "attention_slicing"
+    if unet.get("mid_block_type") is None or not isinstance(unet.get("layers_per_block"), int):
+        yield "controlnets"  # ControlNetModel.from_unet
 
 
 def compare_case(case: Case) -> list[Comparison]:
@@ -127,7 +154,7 @@ def compare_case(case: Case) -> list[Comparison]:
     field, read = READERS[case.component]
     checkpoint = replace(load(BASE), **{field: read(case.config)}, text_encoder_2=None)
     derivation = Derivation(checkpoint, case.options)
-    sides = Grid(1, 4).sizes(case.sizes["h0"], case.sizes["w0"])
+    sides = replace(derivation.grid, vae_scale_factor=1).sizes(case.sizes["h0"], case.sizes["w0"])
     return [compare_component(derivation, case.component, case.config, {**sides, **case.sizes}, case.guidance)]
 
 

@@ -29,6 +29,10 @@ PIPELINES: Mapping[str, Mapping[str, Any]] = {
         "img2img": diffusers.StableDiffusionImg2ImgPipeline,
         "inpaint": diffusers.StableDiffusionInpaintPipeline,
     },
+    "LCM": {
+        "txt2img": diffusers.LatentConsistencyModelPipeline,
+        "img2img": diffusers.LatentConsistencyModelImg2ImgPipeline,
+    },
     "SD ControlNet": {
         "txt2img": diffusers.StableDiffusionControlNetPipeline,
         "img2img": diffusers.StableDiffusionControlNetImg2ImgPipeline,
@@ -130,7 +134,8 @@ def build_pipeline(
         parts |= _sdxl_parts(folder, pipeline, dtype, prompt_length, index)
         pipe = PIPELINES[f"SDXL{kind}"][pipeline](**parts)
     else:
-        pipe = PIPELINES[f"SD{kind}"][pipeline](**parts, **_checker(folder, dtype, safety_checker))
+        family = "LCM" if index["_class_name"].startswith("LatentConsistencyModel") else f"SD{kind}"
+        pipe = PIPELINES[family][pipeline](**parts, **_checker(folder, dtype, safety_checker))
     if (offload := dict(switches).get("offload")) is not None:
         offload_pipeline(pipe, offload)
     return pipe

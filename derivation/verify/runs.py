@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def trace_pipeline(
             switches=switches,
         )
     pipe.set_progress_bar_config(disable=True)
-    sizes = Sizes(height, width, batch_size, prompt_length, guidance_scale > 1, dtype)
+    sizes = _doubled(pipe.unet.config, Sizes(height, width, batch_size, prompt_length, guidance_scale > 1, dtype))
     inputs = _prompt(pipe, sizes, negative_prompt) | _image(pipeline, sizes, strength)
     inputs |= _control(pipeline, sizes, dict(switches).get("controlnets", 0))
     inputs |= _ip_adapter_image(pipe)
@@ -183,7 +183,10 @@ def _vae_encode(config: Config, attention: str, sizes: Sizes) -> Call:
 
 def _unet(config: Config, attention: str, sizes: Sizes) -> Call:
     unet = _placed(build_unet(config, sizes.dtype, attention, sizes.switches), sizes)
+    sizes = _doubled(config, sizes)
     inputs = _latent_inputs(unet.config, sizes)
+    if (width := unet.config.time_cond_proj_dim) is not None:
+        inputs["timestep_cond"] = sizes.empty(sizes.unet_batch, width)
     added = _added_conditions(unet.config, sizes) | _image_embeds(unet, sizes)
 
     def call(**inputs: torch.Tensor) -> object:
@@ -202,6 +205,7 @@ def _controlnet(config: Config, attention: str, sizes: Sizes) -> Call:
     module = build_controlnet(config, sizes.dtype, attention, sizes.switches)
     count = dict(sizes.switches)["controlnets"]
     own = (module.nets[0] if count > 1 else module).config
+    sizes = _doubled(config, sizes)
     inputs, added = _latent_inputs(own, sizes), _added_conditions(own, sizes)
     image = {"controlnet_cond": sizes.empty(sizes.unet_batch, 3, 8 * (sizes.height // 8), 8 * (sizes.width // 8))}
 
@@ -211,6 +215,11 @@ def _controlnet(config: Config, attention: str, sizes: Sizes) -> Call:
         return module(**_grouped(inputs, added), **conditions, return_dict=False)
 
     return module, inputs | added | image, call
+
+
+def _doubled(config: Config, sizes: Sizes) -> Sizes:
+    """Return sizes without guidance for a UNet that takes the guidance scale as an input, as the pipelines do."""
+    return replace(sizes, guidance=sizes.guidance and config.get("time_cond_proj_dim") is None)
 
 
 def _latent_inputs(config: Any, sizes: Sizes) -> dict[str, torch.Tensor]:
