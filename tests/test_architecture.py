@@ -79,11 +79,12 @@ def test_every_block_name_is_diffusers_or_transformers_own():
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
     homes = [Path(package.__file__).parent for package in (diffusers, transformers)]
+    folders = {"unets", "autoencoders", "transformers", "clip", "controlnets"}
     text = "".join(
         path.read_text()
         for home in homes
         for path in [*home.glob("models/**/*.py")]
-        if {"unets", "autoencoders", "transformers", "clip", "controlnets"} & set(path.parts) or path.parent.name == "models"
+        if folders & set(path.parts) or path.parent.name == "models"
     ) + (homes[0] / "pipelines/stable_diffusion/safety_checker.py").read_text()
     for path in (PACKAGE / "blocks").glob("*.py"):
         for node in ast.parse(path.read_text()).body:

@@ -23,8 +23,13 @@ def run(*arguments: str) -> None:
     subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_cold_derive_with_interpreter_start(benchmark):
-    code = f"from derivation import derive; derive({SD15!r}).peak"
+def task(name: str) -> str:
+    return "inpaint" if "inpaint" in name else "img2img"
+
+
+@pytest.mark.parametrize("name", bundled())
+def test_cold_derive_with_interpreter_start(benchmark, name):
+    code = f"from derivation import derive; derive({name!r}, pipeline={task(name)!r}).peak"
     benchmark.pedantic(run, args=("-c", code), rounds=5)
 
 
@@ -35,8 +40,7 @@ def test_cold_estimate_command(benchmark):
 
 @pytest.mark.parametrize("name", bundled())
 def test_warm_derive(benchmark, name):
-    pipeline = "inpaint" if "inpaint" in name else "img2img"
-    benchmark.pedantic(lambda: derive(name, pipeline=pipeline).peak, rounds=3)
+    benchmark.pedantic(lambda: derive(name, pipeline=task(name)).peak, rounds=5, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4, 8])
