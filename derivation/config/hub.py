@@ -22,7 +22,12 @@ MISSING = ("LocalEntryNotFoundError", "EntryNotFoundError")
 
 
 class MissingFile(DerivationError):
-    """A repository without the file that was asked for, or one whose cached part has no such file."""
+    """A repository without the file that was asked for, or one whose cached part has no such file.
+
+    ``cached`` tells which: whether the cache alone was looked at, or was all that could be reached.
+    """
+
+    cached = False
 
 
 def fetch(repo_id: str, file: str, revision: str | None = None, local_files_only: bool = False) -> Path:
@@ -36,7 +41,7 @@ def fetch(repo_id: str, file: str, revision: str | None = None, local_files_only
     except ImportError:
         raise DerivationError(_line(repo_id, f"huggingface_hub is not installed ({EXTRA})")) from None
     try:
-        with _without_progress_bars():
+        with _quiet():
             path = huggingface_hub.hf_hub_download(
                 repo_id, file, revision=revision, local_files_only=local_files_only
             )
@@ -44,8 +49,12 @@ def fetch(repo_id: str, file: str, revision: str | None = None, local_files_only
         names = [cls.__name__ for cls in type(error).__mro__]
         reason = next((REASONS[name] for name in names if name in REASONS), None)
         said = reason or " ".join(f"{names[0]}: {error}".split())[:200]
-        kind = MissingFile if any(name in MISSING for name in names) else DerivationError
-        raise kind(_line(repo_id, said.replace("{file}", file).replace("{revision}", str(revision)))) from None
+        line = _line(repo_id, said.replace("{file}", file).replace("{revision}", str(revision)))
+        if not any(name in MISSING for name in names):
+            raise DerivationError(line) from None
+        missing = MissingFile(line)
+        missing.cached = MISSING[0] in names
+        raise missing from None
     return Path(path)
 
 
@@ -54,14 +63,16 @@ def _line(repo_id: str, reason: str) -> str:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+def _quiet() -> Iterator[None]:
+    """Keep huggingface_hub's progress bars, warnings and notes on its retries off stderr: an error is one line."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
-    if are_progress_bars_disabled():
-        yield
-        return
+    shown, level = not are_progress_bars_disabled(), logging.get_verbosity()
     disable_progress_bars()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        enable_progress_bars()
+        logging.set_verbosity(level)
+        if shown:
+            enable_progress_bars()

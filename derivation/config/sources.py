@@ -93,7 +93,7 @@ def _hub(name: str, revision: str | None, local_files_only: bool) -> Checkpoint:
         index = hub.fetch(name, INDEX, revision, local_files_only)
     except hub.MissingFile as missing:
         try:
-            return _component(label, hub.fetch(name, FILES[0], revision, local_files_only))
+            return _component(label, hub.fetch(name, FILES[0], revision, local_files_only or missing.cached))
         except hub.MissingFile:
             raise missing from None
     commit = index.parent.name
