@@ -19,7 +19,7 @@ from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
 from derivation.config import load
 from derivation.errors import DerivationError
 from derivation.fit import fit, peak_tensor_bytes
-from derivation.live import FREEU, MODELS, attentions, first_parameter, live_options, models_of, up_blocks
+from derivation.live import FREEU, MODELS, attentions, first_parameter, live_options, models_of, tuners, up_blocks
 from derivation.recommend import Call, recommend
 
 # What a pipeline can set on its VAE
@@ -148,10 +148,11 @@ def _watch(models: Mapping[str, Any], parameters: Mapping[str, Callable[[], Any]
     modules = list(attentions(models.values()))
     vae, unet, blocks = models.get("vae"), models.get("unet"), list(up_blocks(models))
     first = list(parameters.values())
+    loras = [layer for _, layer in tuners(unet)][:1]
 
     def watched(pipe: Any) -> tuple[object, ...]:
         return (
-            *[id(getattr(pipe, name, None)) for name in (*MODELS, "controlnet")],
+            *[id(getattr(pipe, name, None)) for name in (*MODELS, "controlnet", "scheduler")],
             *[getattr(parameter(), "dtype", None) for parameter in first],
             *[_strides(parameter()) for parameter in first],
             *[(type(module.processor), getattr(module.processor, "slice_size", None)) for module in modules],
@@ -160,7 +161,7 @@ def _watch(models: Mapping[str, Any], parameters: Mapping[str, Callable[[], Any]
             *[id(getattr(model, "_hf_hook", None)) for model in models.values()],
             id(getattr(unet, "encoder_hid_proj", None)),
             tuple(getattr(unet, "peft_config", ())),
-            getattr(pipe, "num_fused_loras", 0),
+            *[(bool(layer.merged), bool(layer.disable_adapters)) for layer in loras],
         )
 
     return watched

@@ -131,13 +131,13 @@ def safety_checker(pipe: Any, models: Models) -> bool:
 
 @option
 def vae_slicing(pipe: Any, models: Models) -> bool:
-    """Whether ``enable_vae_slicing`` was called."""
+    """Whether ``vae.enable_slicing`` was called."""
     return bool(getattr(models.get("vae"), "use_slicing", False))
 
 
 @option
 def vae_tiling(pipe: Any, models: Models) -> bool:
-    """Whether ``enable_vae_tiling`` was called."""
+    """Whether ``vae.enable_tiling`` was called."""
     return bool(getattr(models.get("vae"), "use_tiling", False))
 
 
@@ -216,10 +216,14 @@ def lora_rank(pipe: Any, models: Models) -> int | None:
     expected = {f"{name}.{projection}" for name in heads for projection in PROJECTIONS}
     ranks = {rank for layer in layers.values() for rank in layer.r.values()}
     adapters = {name for layer in layers.values() for name in layer.r}
-    plain = not any(layer.disable_adapters or any(layer.use_dora.values()) for layer in layers.values())
-    if len(ranks) != 1 or len(adapters) != 1 or not plain or layers.keys() != expected:
+    odd = {
+        "DoRA": any(any(layer.use_dora.values()) for layer in layers.values()),
+        "disabled": any(layer.disable_adapters for layer in layers.values()),
+    }
+    if len(ranks) != 1 or len(adapters) != 1 or any(odd.values()) or layers.keys() != expected:
         said = f"{len(adapters)} adapters of rank {sorted(ranks)} on {len(layers)} layers"
-        supported = f"one of one rank, enabled, on {', '.join(PROJECTIONS)} of all {len(heads)} attentions of the UNet"
+        said = ", ".join([said, *(name for name, found in odd.items() if found)])
+        supported = f"one of one rank, on, without DoRA, on {', '.join(PROJECTIONS)} of all {len(heads)} UNet attentions"
         raise _unsupported("LoRA", said, supported)
     return int(ranks.pop())
 
@@ -235,13 +239,14 @@ def lora_fused(pipe: Any, models: Models) -> bool:
 
 def _lora(models: Models) -> dict[str, Any]:
     """Return peft's layers in the UNet by path; raises DerivationError where another model has one."""
-    found = {name: dict(_tuners(model)) for name, model in models.items()}
+    found = {name: dict(tuners(model)) for name, model in models.items()}
     if others := [name for name, layers in found.items() if layers and name != "unet"]:
         raise _unsupported("LoRA", f"on {others[0]}", "on the UNet alone")
     return found.get("unet", {})
 
 
-def _tuners(model: Any) -> Iterator[tuple[str, Any]]:
+def tuners(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield peft's layers of a model by path."""
     for name, module in _called(model, "named_modules"):
         if any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__):
             yield name, module

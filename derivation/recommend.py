@@ -23,17 +23,20 @@ class Remedy:
     call: str
 
 
+# Lines of Python for diffusers 0.42.1, whose pipelines no longer have enable_vae_slicing and enable_vae_tiling.
+FUSED = "pipe.unet.set_attn_processor(AttnProcessor2_0()); pipe.vae.set_attn_processor(AttnProcessor2_0())"
+MODEL_OFFLOAD, SEQUENTIAL_OFFLOAD = "pipe.enable_model_cpu_offload()", "pipe.enable_sequential_cpu_offload()"
 # In order of cost. A row whose option, or value, this version does not have is left out.
 REMEDIES: tuple[Remedy, ...] = (
-    Remedy("fused attention", {"attention": "efficient"}, "none: the same result, faster", "AttnProcessor2_0()"),
-    Remedy("float16", {"dtype": "float16"}, "none that is visible; faster", "torch_dtype=torch.float16"),
-    Remedy("VAE slicing", {"vae_slicing": True}, "none at batch 1; slightly slower", "pipe.enable_vae_slicing()"),
+    Remedy("fused attention", {"attention": "efficient"}, "none: the same result, faster", FUSED),
+    Remedy("float16", {"dtype": "float16"}, "none that is visible; faster", "pipe.to(torch.float16)"),
+    Remedy("VAE slicing", {"vae_slicing": True}, "none at batch 1; slightly slower", "pipe.vae.enable_slicing()"),
     Remedy("one image a prompt", {"num_images_per_prompt": 1}, "one call an image", "num_images_per_prompt=1"),
-    Remedy("VAE tiling", {"vae_tiling": True}, "slower; tones may differ at seams", "pipe.enable_vae_tiling()"),
+    Remedy("VAE tiling", {"vae_tiling": True}, "slower; tones may differ at seams", "pipe.vae.enable_tiling()"),
     Remedy("sliced attention", {"attention_slicing": "auto"}, "slower", "pipe.enable_attention_slicing()"),
     Remedy("no safety checker", {"safety_checker": False}, "no filter", "pipe.safety_checker = None"),
-    Remedy("model offload", {"offload": "model"}, "weights cross the bus once a call", "enable_model_cpu_offload()"),
-    Remedy("sequential offload", {"offload": "sequential"}, "many times slower", "enable_sequential_cpu_offload()"),
+    Remedy("model offload", {"offload": "model"}, "weights cross the bus once a call", MODEL_OFFLOAD),
+    Remedy("sequential offload", {"offload": "sequential"}, "many times slower", SEQUENTIAL_OFFLOAD),
 )
 
 
