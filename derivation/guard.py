@@ -19,7 +19,8 @@ from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
 from derivation.config import load
 from derivation.errors import DerivationError
 from derivation.fit import fit, peak_tensor_bytes
-from derivation.live import FREEU, MODELS, attentions, first_parameter, live_options, models_of, tuners, up_blocks
+from derivation.live import FREEU, live_options
+from derivation.live.modules import MODELS, attentions, first_parameter, models_of, tuners, up_blocks
 from derivation.recommend import Call, recommend
 
 # What a pipeline can set on its VAE
@@ -152,7 +153,7 @@ def _watch(models: Mapping[str, Any], parameters: Mapping[str, Callable[[], Any]
 
     def watched(pipe: Any) -> tuple[object, ...]:
         return (
-            *[id(getattr(pipe, name, None)) for name in (*MODELS, "controlnet", "scheduler")],
+            *[id(getattr(pipe, name, None)) for name in (*MODELS, "scheduler")],
             *[getattr(parameter(), "dtype", None) for parameter in first],
             *[_strides(parameter()) for parameter in first],
             *[(type(module.processor), getattr(module.processor, "slice_size", None)) for module in modules],

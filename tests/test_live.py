@@ -1,4 +1,4 @@
-"""What is read off real diffusers pipelines: each thing is switched on as a user does, and the bytes are traced ones."""
+"""What is read off real diffusers pipelines: switched on as users do it, with the bytes that a trace has."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from accelerate import dispatch_model
@@ -20,6 +21,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from peft import LoraConfig
 
 from derivation import DerivationError, derive
+from derivation.config.checkpoint import IMAGE_ENCODER
 from derivation.guard import will_fit
 from derivation.live import live_options
 from derivation.options import Options
@@ -27,6 +29,7 @@ from derivation.recommend import REMEDIES
 from derivation.verify.modules import build_pipeline
 from derivation.verify.offload import meta_as_gpu, on_cpu
 from derivation.verify.runs import trace_pipeline
+from derivation.verify.switches import switch_on
 
 BLOCK = 512
 STEPS = {"num_inference_steps": 4}
@@ -154,7 +157,7 @@ SWITCHED: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
     "small tiles": (small_tiles, TILES),
     "slicing auto": (lambda pipe: pipe.enable_attention_slicing(), {"attention_slicing": "auto"}),
     "slicing max": (lambda pipe: pipe.enable_attention_slicing("max"), {"attention_slicing": "max"}),
-    "slicing 4": (lambda pipe: pipe.enable_attention_slicing(4), {"attention_slicing": 4}),
+    "slicing 2": (lambda pipe: pipe.enable_attention_slicing(2), {"attention_slicing": 2}),
     "channels_last": (channels_last, {"channels_last": True}),
     "LoRA": (lora, {"lora_rank": 4}),
     "LoRA of rank 9": (lambda pipe: lora(pipe, r=9), {"lora_rank": 9}),
@@ -198,7 +201,7 @@ def test_what_the_verification_switches_on_is_found(folder: Path, options: dict[
 
 
 def mixed_slices(pipe: Any) -> None:
-    pipe.unet.set_attention_slice([2, 2, 1, 1, 4, 4, 1, 1][: len(pipe.unet.attn_processors) // 2])
+    pipe.unet.set_attention_slice([1, 1, 1, 1, 4, 4, 4, 4])
 
 
 def device_map(pipe: Any) -> None:
@@ -217,6 +220,23 @@ def one_offloaded(pipe: Any) -> None:
         from accelerate import cpu_offload_with_hook
 
         pipe.unet, _ = cpu_offload_with_hook(pipe.unet, "meta")
+
+
+def published_encoder(pipe: Any, **changed: int) -> None:
+    config = json.loads(IMAGE_ENCODER.read_text()) | changed
+    config = transformers.CLIPVisionConfig(**config)
+    with torch.device("meta"):
+        pipe.register_modules(image_encoder=transformers.CLIPVisionModelWithProjection(config).half())
+
+
+def adapter(pipe: Any) -> None:
+    with torch.device("meta"):
+        switch_on(pipe.unet, {"ip_adapter_tokens": 4})
+
+
+def other_encoder(pipe: Any) -> None:
+    adapter(pipe)
+    published_encoder(pipe, num_hidden_layers=3)
 
 
 def disabled_lora(pipe: Any) -> None:
@@ -264,13 +284,16 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a VAE in float32": (half_float32, "'vae': torch.float32"),
     "float8 storage": (
         lambda pipe: pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float16),
-        "torch.float8_e4m3fn",
+        "unet's hooks = layerwise_casting",
     ),
     "an eager text encoder": (
         lambda pipe: pipe.text_encoder.set_attn_implementation("eager"),
         "text_encoder's attn_implementation = 'eager'",
     ),
     "a foreign ControlNet": (foreign_controlnet, "controlnet.config.block_out_channels = (64, 64)"),
+    "an image encoder without an IP-Adapter": (published_encoder, "image_encoder = ('transformers'"),
+    "an IP-Adapter without an image encoder": (adapter, "image_encoder = NoneType"),
+    "another image encoder": (other_encoder, "image_encoder = of 3 layers"),
     "a tile of another latent size": (
         lambda pipe: setattr(pipe.vae, "tile_latent_min_size", 7),
         "tile_latent_min_size = 7",
@@ -282,7 +305,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
 def test_what_is_not_supported_is_one_line_with_what_is(name: str, pipe: Any) -> None:
     switch_on, said = UNSUPPORTED[name]
     switch_on(pipe)
-    with pytest.raises(DerivationError, match="is not supported .supported: .") as caught:
+    with pytest.raises(DerivationError, match=r"is not supported \(supported: .") as caught:
         will_fit(pipe, 64, 64, free_bytes=1)
     message = str(caught.value)
     assert said in message
@@ -333,7 +356,7 @@ def test_will_fit_says_what_the_real_call_takes(folder: Path, options: dict[str,
     assert (verdict.fits, verdict.needed_bytes) == (False, needed)
 
 
-CHANGES = {name: row[0] for name, row in SWITCHED.items() if row[1] and "slicing 4" not in name}
+CHANGES = {name: row[0] for name, row in SWITCHED.items() if row[1]}
 CHANGES["another scheduler"] = other_scheduler
 
 
@@ -376,12 +399,24 @@ def _seconds(pipe: Any) -> float:
     return (time.perf_counter() - start) / 50
 
 
+@pytest.mark.parametrize("options", [{"controlnets": 1}, {"controlnets": 2}, {"ip_adapter_tokens": 4}], ids=str)
+def test_weights_that_are_on_the_gpu_are_not_counted_again(
+    folder: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("derivation.guard._device", lambda parameter: "cuda")
+    switches = tuple(options.items())
+    pipe = build_pipeline(folder, "txt2img", switches=switches)
+    traced = trace_pipeline(folder, "txt2img", height=64, width=64, switches=switches, paths=False, **STEPS)
+    assert will_fit(pipe, 64, 64, free_bytes=0, **STEPS).needed_bytes == traced.peak_bytes
+
+
 ON_MODELS = [remedy for remedy in REMEDIES if remedy.call.startswith("pipe.") and "offload" not in remedy.change]
 
 
 @pytest.mark.parametrize("remedy", ON_MODELS, ids=lambda remedy: remedy.name)
 def test_a_remedys_line_of_python_does_what_it_says(remedy: Any, pipe: Any) -> None:
     processors(AttnProcessor)(pipe)
+    pipe.to(torch.float32)
     before = live_options(pipe)
     exec(remedy.call, {"pipe": pipe, "torch": torch, "AttnProcessor2_0": AttnProcessor2_0})
     changed = live_options(pipe).as_dict()
