@@ -327,7 +327,8 @@ class Derivation:
     def lambdify(self, target: str = "math") -> Callable[..., Any]:
         """Return peak_vram(height, width, prompt_length, batch_size, guidance) in bytes, exact at every size.
 
-        ``target`` is "math" (Python integers), "numpy" (broadcasting int64 arrays).
+        ``target`` is "math" (Python integers), "numpy" or "torch" (int64 arrays that broadcast); raises
+        DerivationError for another.
         """
         from derivation.export import compiled
 

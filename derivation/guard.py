@@ -136,7 +136,7 @@ def _advice(derivation: Derivation, budget: int, sizes: Sizes) -> tuple[str, ...
     if budget < 1:
         return ("free some GPU memory: not even the weights fit",)
     found = recommend(derivation, budget, Call(height, width, batch, length, guidance))
-    lines = [f"{step.name} saves {step.saves_bytes:,} bytes: {step.call}" for step in found.needed]
+    lines = [f"{step.name} saves {step.adds_bytes:,} bytes: {step.call}" for step in found.needed]
     if not found.fits:
         largest = fit(derivation, budget, (width, height), batch, length, guidance).image
         where = f"{largest.width}x{largest.height}" if largest else "none"
