@@ -14,7 +14,7 @@ import sympy
 from derivation.components import Component, components, parameter_count, parameters, weights_bytes
 from derivation.config import VAE_SCALE_FACTOR, Checkpoint, is_live, load
 from derivation.config.document import from_document, to_document
-from derivation.errors import DerivationError
+from derivation.errors import DerivationError, shown
 from derivation.hardware.memory import device_memory
 from derivation.hardware.profile import hardware
 from derivation.live import live_options
@@ -83,11 +83,22 @@ class Derivation:
         """Return the derivation of ``to_json``; raises DerivationError for anything else."""
         try:
             document = json.loads(text)
-            return cls(from_document(document["checkpoint"]), Options(**document["options"]), document["fixed"])
+            found = cls(from_document(document["checkpoint"]), options_of(document["options"]))
+            return found._fixed_as(document["fixed"])
         except DerivationError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DerivationError(f"not a derivation: {error}") from None
+
+    def _fixed_as(self, fixed: Mapping[str, int]) -> Derivation:
+        """Return the derivation with level sides, batch and prompt length fixed; raises DerivationError for others."""
+        factor = self.grid.vae_scale_factor
+        sides = {name: fixed[key] * factor for name, key in (("height", "h0"), ("width", "w0")) if key in fixed}
+        others = {name: fixed[key] for name, key in (("batch_size", "B"), ("prompt_length", "L")) if key in fixed}
+        found = self.at(**sides, **others)
+        if found.fixed != fixed or any(type(value) is not int for value in fixed.values()):
+            raise DerivationError(f"fixed = {shown(fixed)} is not supported (supported: what at() fixes)")
+        return found
 
     def _repr_latex_(self) -> str:
         return f"$\\displaystyle {sympy.latex(self.peak)}$"
@@ -210,7 +221,8 @@ class Derivation:
         Raises DerivationError for a size that the pipeline rejects.
         """
         given = {"h": height, "w": width, "B": batch_size, "L": prompt_length}
-        values = self.sizes(height or self.grid.unit, width or self.grid.unit, batch_size or 1, prompt_length or 1)
+        some = {"h": self.grid.unit, "w": self.grid.unit, "B": 1, "L": 1}
+        values = self.sizes(*(some[key] if value is None else value for key, value in given.items()))
         fixed = {name: value for name, value in values.items() if given[name[0]] is not None}
         return Derivation(self.checkpoint, self.options, {**self.fixed, **fixed})
 
