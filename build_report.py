@@ -8,19 +8,30 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
 from derivation import DerivationError
 from derivation.cli.arguments import add_options, given_options
+from derivation.errors import one_line
 from derivation.report.job import build_all
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2; where the usage is to be found is part of the line."""
+        self.exit(2, f"{self.prog}: {one_line(message)} (see {self.prog} --help)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line of the main job."""
-    result = argparse.ArgumentParser(
+    result = Parser(
+        prog="build_report.py",
         description=__doc__,
         epilog="example: python build_report.py stabilityai/stable-diffusion-2-1 --pipeline txt2img --output report/",
     )

@@ -14,7 +14,7 @@ import sympy
 from derivation.components import Component, components, parameter_count, parameters, weights_bytes
 from derivation.config import VAE_SCALE_FACTOR, Checkpoint, is_live, load
 from derivation.config.document import from_document, to_document
-from derivation.errors import DerivationError
+from derivation.errors import DerivationError, shown
 from derivation.hardware.memory import device_memory
 from derivation.hardware.profile import hardware
 from derivation.live import live_options
@@ -85,11 +85,22 @@ class Derivation:
         """Return the derivation of ``to_json``; raises DerivationError for anything else."""
         try:
             document = json.loads(text)
-            return cls(from_document(document["checkpoint"]), Options(**document["options"]), document["fixed"])
+            found = cls(from_document(document["checkpoint"]), options_of(document["options"]))
+            return found._fixed_as(document["fixed"])
         except DerivationError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DerivationError(f"not a derivation: {error}") from None
+
+    def _fixed_as(self, fixed: Mapping[str, int]) -> Derivation:
+        """Return the derivation with level sides, batch and prompt length fixed; raises DerivationError for others."""
+        factor = self.grid.vae_scale_factor
+        sides = {name: fixed[key] * factor for name, key in (("height", "h0"), ("width", "w0")) if key in fixed}
+        others = {name: fixed[key] for name, key in (("batch_size", "B"), ("prompt_length", "L")) if key in fixed}
+        found = self.at(**sides, **others)
+        if found.fixed != fixed or any(type(value) is not int for value in fixed.values()):
+            raise DerivationError(f"fixed = {shown(fixed)} is not supported (supported: what at() fixes)")
+        return found
 
     def _repr_latex_(self) -> str:
         return f"$\\displaystyle {sympy.latex(self.peak)}$"
@@ -213,7 +224,8 @@ class Derivation:
         if self.options.vae_tiling and (height is None) != (width is None):
             raise DerivationError("vae_tiling = True takes height and width together: tiles depend on both")
         given = {"h": height, "w": width, "B": batch_size, "L": prompt_length}
-        values = self.sizes(height or self.grid.unit, width or self.grid.unit, batch_size or 1, prompt_length or 1)
+        some = {"h": self.grid.unit, "w": self.grid.unit, "B": 1, "L": 1}
+        values = self.sizes(*(some[key] if value is None else value for key, value in given.items()))
         fixed = {name: value for name, value in values.items() if given.get(name[0], height) is not None}
         return Derivation(self.checkpoint, self.options, {**self.fixed, **fixed})
 
@@ -330,7 +342,8 @@ class Derivation:
     def lambdify(self, target: str = "math") -> Callable[..., Any]:
         """Return peak_vram(height, width, prompt_length, batch_size, guidance) in bytes, exact at every size.
 
-        ``target`` is "math" (Python integers), "numpy" (broadcasting int64 arrays).
+        ``target`` is "math" (Python integers), "numpy" or "torch" (int64 arrays that broadcast); raises
+        DerivationError for another.
         """
         from derivation.export import compiled
 

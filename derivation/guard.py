@@ -19,7 +19,8 @@ from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
 from derivation.config import load
 from derivation.errors import DerivationError
 from derivation.fit import fit, peak_tensor_bytes
-from derivation.live import FREEU, MODELS, attentions, first_parameter, live_options, models_of, up_blocks
+from derivation.live import FREEU, live_options
+from derivation.live.modules import MODELS, attentions, first_parameter, models_of, tuners, up_blocks
 from derivation.recommend import Call, recommend
 
 # What a pipeline can set on its VAE
@@ -135,7 +136,7 @@ def _advice(derivation: Derivation, budget: int, sizes: Sizes) -> tuple[str, ...
     if budget < 1:
         return ("free some GPU memory: not even the weights fit",)
     found = recommend(derivation, budget, Call(height, width, batch, length, guidance))
-    lines = [f"{step.name} saves {step.saves_bytes:,} bytes: {step.call}" for step in found.needed]
+    lines = [f"{step.name} saves {step.adds_bytes:,} bytes: {step.call}" for step in found.needed]
     if not found.fits:
         largest = fit(derivation, budget, (width, height), batch, length, guidance).image
         where = f"{largest.width}x{largest.height}" if largest else "none"
@@ -148,10 +149,11 @@ def _watch(models: Mapping[str, Any], parameters: Mapping[str, Callable[[], Any]
     modules = list(attentions(models.values()))
     vae, unet, blocks = models.get("vae"), models.get("unet"), list(up_blocks(models))
     first = list(parameters.values())
+    loras = [layer for _, layer in tuners(unet)][:1]
 
     def watched(pipe: Any) -> tuple[object, ...]:
         return (
-            *[id(getattr(pipe, name, None)) for name in (*MODELS, "controlnet")],
+            *[id(getattr(pipe, name, None)) for name in (*MODELS, "scheduler")],
             *[getattr(parameter(), "dtype", None) for parameter in first],
             *[_strides(parameter()) for parameter in first],
             *[(type(module.processor), getattr(module.processor, "slice_size", None)) for module in modules],
@@ -160,7 +162,7 @@ def _watch(models: Mapping[str, Any], parameters: Mapping[str, Callable[[], Any]
             *[id(getattr(model, "_hf_hook", None)) for model in models.values()],
             id(getattr(unet, "encoder_hid_proj", None)),
             tuple(getattr(unet, "peft_config", ())),
-            getattr(pipe, "num_fused_loras", 0),
+            *[(bool(layer.merged), bool(layer.disable_adapters)) for layer in loras],
         )
 
     return watched

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import cache
+from typing import Any, get_args, get_type_hints
 
 from derivation import attention
-from derivation.errors import DerivationError
+from derivation.config.checks import MAX_SIZE
+from derivation.errors import DerivationError, shown
 from derivation.hardware.profile import SCRATCH, Hardware
 from derivation.schedulers import SCHEDULERS
 from derivation.tape import Settings
@@ -21,6 +23,26 @@ TILE_OVERLAP_FACTOR = 0.25
 DEFAULT_STEPS = 50
 MAX_STEPS = 1000
 MAX_CONTROLNETS = 8
+
+SLICINGS = ("auto", "max")
+CHOICES: Mapping[str, Callable[[], tuple[str, ...]]] = {
+    "pipeline": lambda: PIPELINES,
+    "dtype": lambda: DTYPES,
+    "attention": attention.names,
+    "scheduler": lambda: tuple(sorted(SCHEDULERS)),
+    "offload": lambda: OFFLOADS,
+    "scratch": lambda: SCRATCH,
+}
+# Integers from 1, and up to what: config files are held to MAX_SIZE, too.
+COUNTS = {
+    "num_images_per_prompt": MAX_SIZE,
+    "num_inference_steps": MAX_STEPS,
+    "clip_skip": MAX_SIZE,
+    "tile_sample_min_size": MAX_SIZE,
+    "attention_slicing": MAX_SIZE,
+    "lora_rank": MAX_SIZE,
+    "ip_adapter_tokens": MAX_SIZE,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,29 +88,26 @@ class Options:
     ip_adapter_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        for name, hint in _hints(Options).items():
+            typed(name, getattr(self, name), hint)
         object.__setattr__(self, "attention", attention.ALIASES.get(self.attention, self.attention))
-        one_of("pipeline", self.pipeline, PIPELINES)
-        one_of("dtype", self.dtype, DTYPES)
-        one_of("attention", self.attention, attention.names())
-        positive("num_images_per_prompt", self.num_images_per_prompt)
-        positive("num_inference_steps", self.num_inference_steps)
-        if self.num_inference_steps > MAX_STEPS:
-            raise DerivationError(
-                f"num_inference_steps = {self.num_inference_steps} is above {MAX_STEPS}, the training steps"
-            )
+        for name, choices in CHOICES.items():
+            if getattr(self, name) is not None:
+                one_of(name, getattr(self, name), choices())
+        for name, most in COUNTS.items():
+            if getattr(self, name) not in (None, *SLICINGS):
+                positive(name, getattr(self, name), most)
         if self.strength is not None and not 0 < self.strength <= 1:
             raise DerivationError(f"strength = {self.strength} is not in (0, 1]")
-        if self.scheduler is not None:
-            one_of("scheduler", self.scheduler, tuple(sorted(SCHEDULERS)))
-        if self.clip_skip is not None:
-            positive("clip_skip", self.clip_skip)
-        if self.attention_slicing not in (None, "auto", "max"):
-            positive("attention_slicing", self.attention_slicing)
-        for name in ("tile_sample_min_size", "lora_rank", "ip_adapter_tokens"):
-            if getattr(self, name) is not None:
-                positive(name, getattr(self, name))
         if not 0 <= self.tile_overlap_factor <= 0.5:
             raise DerivationError(f"tile_overlap_factor = {self.tile_overlap_factor} is not in [0, 0.5]")
+        if not 0 <= self.controlnets <= MAX_CONTROLNETS:
+            supported = f"integers from 0 to {MAX_CONTROLNETS}"
+            raise DerivationError(f"controlnets = {shown(self.controlnets)} is not supported (supported: {supported})")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise DerivationError for options that exclude each other."""
         if self.ip_adapter_tokens is not None and self.attention_slicing is not None:
             raise DerivationError(
                 f"ip_adapter_tokens = {self.ip_adapter_tokens} is not supported with attention_slicing: "
@@ -96,13 +115,6 @@ class Options:
             )
         if self.lora_fused and self.lora_rank is None:
             raise DerivationError("lora_fused = True is not supported without a lora_rank")
-        if self.offload is not None:
-            one_of("offload", self.offload, OFFLOADS)
-        if type(self.controlnets) is not int or not 0 <= self.controlnets <= MAX_CONTROLNETS:
-            raise DerivationError(
-                f"controlnets = {self.controlnets!r} is not supported (supported: integers from 0 to {MAX_CONTROLNETS})"
-            )
-        one_of("scratch", self.scratch, SCRATCH)
 
     def settings(self, hardware: Hardware | None = None) -> Settings:
         """Return what the symbolic modules read of these options."""
@@ -138,11 +150,29 @@ def flag(name: str, value: object) -> str:
 def one_of(key: str, value: object, supported: tuple[str, ...]) -> None:
     """Raise DerivationError unless ``value`` is one of ``supported``."""
     if value not in supported:
-        raise DerivationError(f"{key} = {value!r} is not supported (supported: {', '.join(supported)})")
+        raise DerivationError(f"{key} = {shown(value)} is not supported (supported: {', '.join(supported)})")
 
 
-def positive(key: str, value: object) -> int:
-    """Return ``value``; raises DerivationError unless it is an integer >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise DerivationError(f"{key} = {value!r} is not supported (supported: integers from 1)")
+def positive(key: str, value: object, most: int | None = None) -> int:
+    """Return ``value``; raises DerivationError unless it is an integer >= 1, and at most ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+        supported = "integers from 1" + ("" if most is None else f" to {most}")
+        raise DerivationError(f"{key} = {shown(value)} is not supported (supported: {supported})")
     return value
+
+
+def typed(key: str, value: object, hint: Any) -> None:
+    """Raise DerivationError unless ``value`` is of a type that ``hint`` names; an integer is a number, too."""
+    kinds = get_args(hint) or (hint,)
+    if type(value) in kinds or (float in kinds and type(value) is int):
+        return
+    supported = " or ".join(KINDS[kind] for kind in kinds)
+    raise DerivationError(f"{key} = {shown(value)} is not supported (supported: {supported})")
+
+
+KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "text", type(None): "None"}
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)

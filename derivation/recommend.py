@@ -9,7 +9,7 @@ from typing import Any
 
 from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
 from derivation.errors import DerivationError
-from derivation.fit import peak_tensor_bytes
+from derivation.fit import Image, Request
 from derivation.options import Options, positive
 
 
@@ -23,25 +23,29 @@ class Remedy:
     call: str
 
 
+# Lines of Python for diffusers 0.42.1, whose pipelines no longer have enable_vae_slicing and enable_vae_tiling.
+FUSED = "pipe.unet.set_attn_processor(AttnProcessor2_0()); pipe.vae.set_attn_processor(AttnProcessor2_0())"
+MODEL_OFFLOAD, SEQUENTIAL_OFFLOAD = "pipe.enable_model_cpu_offload()", "pipe.enable_sequential_cpu_offload()"
 # In order of cost. A row whose option, or value, this version does not have is left out.
 REMEDIES: tuple[Remedy, ...] = (
-    Remedy("fused attention", {"attention": "efficient"}, "none: the same result, faster", "AttnProcessor2_0()"),
-    Remedy("float16", {"dtype": "float16"}, "none that is visible; faster", "torch_dtype=torch.float16"),
-    Remedy("VAE slicing", {"vae_slicing": True}, "none at batch 1; slightly slower", "pipe.enable_vae_slicing()"),
+    Remedy("fused attention", {"attention": "efficient"}, "none: the same result, faster", FUSED),
+    Remedy("float16", {"dtype": "float16"}, "none that is visible; faster", "pipe.to(torch.float16)"),
+    Remedy("VAE slicing", {"vae_slicing": True}, "none at batch 1; slightly slower", "pipe.vae.enable_slicing()"),
     Remedy("one image a prompt", {"num_images_per_prompt": 1}, "one call an image", "num_images_per_prompt=1"),
-    Remedy("VAE tiling", {"vae_tiling": True}, "slower; tones may differ at seams", "pipe.enable_vae_tiling()"),
+    Remedy("VAE tiling", {"vae_tiling": True}, "slower; tones may differ at seams", "pipe.vae.enable_tiling()"),
     Remedy("sliced attention", {"attention_slicing": "auto"}, "slower", "pipe.enable_attention_slicing()"),
+    Remedy("model offload", {"offload": "model"}, "weights cross the bus once a call", MODEL_OFFLOAD),
     Remedy("no safety checker", {"safety_checker": False}, "no filter", "pipe.safety_checker = None"),
-    Remedy("model offload", {"offload": "model"}, "weights cross the bus once a call", "enable_model_cpu_offload()"),
-    Remedy("sequential offload", {"offload": "sequential"}, "many times slower", "enable_sequential_cpu_offload()"),
+    Remedy("sequential offload", {"offload": "sequential"}, "many times slower", SEQUENTIAL_OFFLOAD),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One remedy on top of the ones before: bytes saved by it alone, and whether the size needs it.
+    """One remedy: ``saves_bytes`` by itself, and whether the size needs it.
 
-    ``peak_tensor_bytes`` is the peak with this and every needed remedy before it, None where it is not needed.
+    ``adds_bytes`` is what it saves on top of the needed remedies before it, and ``peak_tensor_bytes`` the peak with
+    it and them; both None where it is not needed.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Step:
     call: str
     saves_bytes: int
     needed: bool
+    adds_bytes: int | None
     peak_tensor_bytes: int | None
 
 
@@ -88,39 +93,54 @@ class Call:
 class _Peaks:
     """The exact peak of one call under changed options, each set of options derived once."""
 
-    def __init__(self, derivation: Derivation, call: Call) -> None:
+    def __init__(self, derivation: Derivation, call: Call, budget_bytes: int, replayed: bool) -> None:
         self._derivation, self._call = derivation, call
-        self._known: dict[Options, int] = {}
+        self._budget_bytes, self._replayed = budget_bytes, replayed
+        self._known: dict[Options, Image] = {}
 
     def __getitem__(self, remedies: Sequence[Remedy]) -> int:
+        return self.image(remedies).peak_tensor_bytes
+
+    def fits(self, remedies: Sequence[Remedy]) -> bool:
+        """Return whether the call is within the budget, and served by the caching allocator where it is replayed."""
+        image = self.image(remedies)
+        return image.headroom_bytes >= 0 and (image.reserved_bytes is not None or not self._replayed)
+
+    def image(self, remedies: Sequence[Remedy]) -> Image:
+        """Return the call's peak with some remedies."""
         changed = self._derivation.options
         for remedy in remedies:
             changed = replace(changed, **remedy.change)  # type: ignore[arg-type]
         if changed not in self._known:
-            derivation = Derivation(self._derivation.checkpoint, changed)
-            self._known[changed] = peak_tensor_bytes(derivation, **asdict(self._call))[1]
+            derivation, call = Derivation(self._derivation.checkpoint, changed), self._call
+            request = Request(derivation, self._budget_bytes, call.prompt_length, call.guidance, self._replayed)
+            self._known[changed] = request.image(call.height, call.width, call.batch_size)
         return self._known[changed]
 
 
-def recommend(derivation: Derivation, budget_bytes: int, call: Call) -> Recommendation:
+def recommend(derivation: Derivation, budget_bytes: int, call: Call, replayed: bool = False) -> Recommendation:
     """Return the remedies, in order of cost, that ``call`` needs to stay within ``budget_bytes``.
 
     Cheap remedies are added until the call fits; then each that turned out needless is taken back, the
-    costliest first. Raises DerivationError for a size that the pipeline rejects.
+    costliest first. With ``replayed`` the caching allocator must also serve the call on the derivation's GPU.
+    Raises DerivationError for a size that the pipeline rejects.
     """
     positive("budget_bytes", budget_bytes)
-    peaks = _Peaks(derivation, call)
-    before = peaks[()]
+    peaks = _Peaks(derivation, call, budget_bytes, replayed)
     alone = _savings(peaks, derivation.options)
-    chosen = _minimal(peaks, budget_bytes, list(alone))
-    peak = peaks[chosen]
-    steps = []
-    for remedy, saves in alone.items():
-        needed = remedy in chosen
-        after = peaks[chosen[: chosen.index(remedy) + 1]] if needed else None
-        if needed or saves > 0:
-            steps.append(Step(remedy.name, dict(remedy.change), remedy.cost, remedy.call, saves, needed, after))
-    return Recommendation(budget_bytes, before, before <= budget_bytes, peak <= budget_bytes, peak, tuple(steps))
+    chosen = _minimal(peaks, list(alone))
+    steps = (_step(peaks, remedy, saves, chosen) for remedy, saves in alone.items())
+    kept = tuple(step for step in steps if step.needed or step.saves_bytes > 0)
+    return Recommendation(budget_bytes, peaks[()], peaks.fits(()), peaks.fits(chosen), peaks[chosen], kept)
+
+
+def _step(peaks: _Peaks, remedy: Remedy, saves_bytes: int, chosen: Sequence[Remedy]) -> Step:
+    needed, after, adds = remedy in chosen, None, None
+    if needed:
+        before = chosen[: chosen.index(remedy)]
+        after = peaks[[*before, remedy]]
+        adds = peaks[before] - after
+    return Step(remedy.name, dict(remedy.change), remedy.cost, remedy.call, saves_bytes, needed, adds, after)
 
 
 def _savings(peaks: _Peaks, options: Options) -> dict[Remedy, int]:
@@ -144,17 +164,17 @@ def _improves(options: Options, remedy: Remedy) -> bool:
     return (not fused or slow) and ("dtype" not in change or options.dtype == "float32")
 
 
-def _minimal(peaks: _Peaks, budget_bytes: int, remedies: Sequence[Remedy]) -> list[Remedy]:
+def _minimal(peaks: _Peaks, remedies: Sequence[Remedy]) -> list[Remedy]:
     """Return the cheapest prefix that fits, without its needless members; all that help where none fits."""
     chosen: list[Remedy] = []
     for remedy in remedies:
-        if peaks[chosen] <= budget_bytes:
+        if peaks.fits(chosen):
             break
         if peaks[[*chosen, remedy]] < peaks[chosen]:
             chosen.append(remedy)
-    enough = max(peaks[chosen], budget_bytes)
+    fit, least = peaks.fits(chosen), peaks[chosen]
     for remedy in reversed(chosen[:]):
         rest = [other for other in chosen if other is not remedy]
-        if peaks[rest] <= enough:
+        if peaks.fits(rest) if fit else peaks[rest] <= least:
             chosen = rest
     return chosen

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from dataclasses import fields
 
 import pytest
 
 from derivation import Derivation, DerivationError, derive
 from derivation.config import bundled
+from derivation.options import Options, options_of
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -84,3 +87,109 @@ def test_a_gpu_adds_the_allocator_and_the_device():
     assert found["verdict"] == "fits"
     eager = derive(SD15, gpu="t4", attention="eager").estimate(height=1024, width=1024)
     assert eager["verdict"].startswith("out of memory at unet.")
+
+
+OPTION_SETS = (
+    {"offload": "sequential", "safety_checker": False},
+    {"lora_rank": 4, "lora_fused": True, "channels_last": True},
+    {"controlnets": 2, "attention": "eager", "attention_slicing": "max"},
+    {"ip_adapter_tokens": 4, "scheduler": "UniPCMultistepScheduler", "strength": 0.5, "negative_prompt": True},
+    {"vae_tiling": True, "tile_sample_min_size": 256, "tile_overlap_factor": 0.5, "vae_slicing": True},
+    {"gpu": "t4", "scratch": "upper", "clip_skip": 2, "num_images_per_prompt": 3},
+)
+
+
+@pytest.mark.parametrize("options", OPTION_SETS, ids=str)
+def test_round_trips_keep_every_option(options):
+    derivation = derive(SD15, **options).at(height=128, width=64, prompt_length=77)
+    for back in (pickle.loads(pickle.dumps(derivation)), Derivation.from_json(derivation.to_json())):
+        assert back.options == derivation.options
+        assert {name: getattr(back.options, name) for name in options} == options
+        assert back.fixed == derivation.fixed
+        assert back.estimate(128, 64, 2) == derivation.estimate(128, 64, 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("fixed", {"h0": "a"}),
+        ("fixed", {"zz": 3}),
+        ("fixed", {"B": -1}),
+        ("fixed", {"B": 1.5}),
+        ("fixed", {"h0": 8, "h1": 9}),
+        ("fixed", {"w1": 4}),
+        ("fixed", [1, 2]),
+        ("fixed", None),
+        ("options", {"strength": "x"}),
+        ("options", {"gpu": 5}),
+        ("options", {"nothing": 5}),
+        ("options", []),
+        ("checkpoint", {"name": 5}),
+        ("checkpoint", {"source": [1]}),
+        ("checkpoint", {"pipeline_class": "Evil"}),
+        ("checkpoint", {"requires_safety_checker": "x"}),
+        ("checkpoint", {"unet": 5}),
+    ],
+)
+def test_a_document_with_a_bad_value_is_refused_in_one_line(key, value):
+    document = json.loads(derive(SD15).to_json())
+    document[key] = {**document[key], **value} if key == "checkpoint" else value
+    with pytest.raises(DerivationError) as caught:
+        Derivation.from_json(json.dumps(document))
+    assert str(caught.value).isprintable()
+
+
+def test_a_deep_document_is_refused_in_one_line():
+    with pytest.raises(DerivationError):
+        Derivation.from_json("[" * 100_000)
+
+
+JUNK = (None, True, 0, -1, 10**40, 0.5, float("nan"), "x", "", "<b>\n", [], ["model"], {}, (1,), b"x")
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Options)])
+def test_an_option_takes_its_own_type_or_is_refused_by_name(name):
+    default = getattr(Options(), name)
+    for value in JUNK:
+        try:
+            found = options_of({name: value})
+        except DerivationError as error:
+            assert str(error).startswith(f"{name} = ") and str(error).isprintable()
+            continue
+        assert type(getattr(found, name)) is type(value)
+        assert value is default or not isinstance(value, (list, dict, tuple, bytes))
+        assert not isinstance(default, bool) or isinstance(value, bool)
+
+
+@pytest.mark.parametrize(("name", "layers"), [(SD15, 12), ("stabilityai/stable-diffusion-xl-base-1.0", 11)])
+def test_clip_skip_leaves_a_hidden_state(name, layers):
+    assert derive(name, clip_skip=layers).stage_peaks(64, 64)
+    with pytest.raises(DerivationError, match=rf"^clip_skip = {layers + 1} is not supported .*1 to {layers} "):
+        derive(name, clip_skip=layers + 1).stage_peaks(64, 64)
+
+
+@pytest.mark.parametrize("size", ["height", "width", "batch_size", "prompt_length"])
+def test_fixing_a_size_at_zero_is_refused(size):
+    with pytest.raises(DerivationError, match=f"^{size} = 0 is not supported"):
+        derive(SD15).at(**{size: 0})
+
+
+def test_jupyter_shows_latex_of_what_is_left():
+    whole, part = derive(SD15), derive(SD15).at(batch_size=1, prompt_length=77)
+    assert whole._repr_latex_().startswith("$\\displaystyle ") and whole._repr_latex_().endswith("$")
+    letters = {name: f"{name} " in whole._repr_latex_().replace("}", " ") for name in "BHLW"}
+    assert letters == dict.fromkeys("BHLW", True)
+    assert "B" not in part._repr_latex_().replace("\\", "") and "L" not in part._repr_latex_()
+
+
+@pytest.mark.parametrize("target", ["math", "numpy", "torch"])
+def test_lambdify_equals_the_replayed_tape(target):
+    if target == "torch":
+        pytest.importorskip("torch")
+    derivation = derive(SD15, lora_rank=4)
+    peak = derivation.lambdify(target)
+    assert int(peak(520, 768, 77, 2, False)) == derivation.weights_bytes + max(
+        derivation.stage_peaks(520, 768, 2, 77, False).values()
+    )
+    with pytest.raises(DerivationError, match="jax"):
+        derivation.lambdify("jax")

@@ -312,3 +312,53 @@ def test_random_arguments_never_print_a_traceback(
     assert "Traceback" not in captured.err, reproduce
     lines = [line for line in captured.err.splitlines() if not line.startswith("warning: ")]
     assert len(lines) == (code != 0), reproduce
+
+
+@pytest.mark.parametrize("name", ["estimate", "export", "fit", "recommend", "compare", "verify", "report"])
+def test_help_cuts_no_option_off(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert [flag for flag in ("--num-inference-steps", "--no-negative-prompt", "--ip-adapter-tokens") if flag in out]
+    assert "…" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("derivation export m --to ja", ["javascript"]),
+        ("derivation fit m --gpu rtx-30", ["rtx-3060"]),
+        ("derivation fit m --offload s", ["sequential"]),
+        ("derivation estimate m --scheduler UniPC", ["UniPCMultistepScheduler"]),
+        ("derivation estimate stable-diffusion-v1-5/", [SD15]),
+        ("derivation rec", ["recommend"]),
+    ],
+)
+def test_the_shell_completes_values(words: str, wanted: list[str]) -> None:
+    given = {"_DERIVATION_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    assert set(wanted) <= set(command("", **given).stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--nope", "--nope"),
+        ("--attention fast", "attention = 'fast'"),
+        ("--lora-rank x", "lora_rank = 'x'"),
+        ("--lora-rank 0", "lora_rank = 0"),
+        ("--offload disk", "offload = 'disk'"),
+        ("--strength nan", "strength = nan"),
+        ("--scheduler Nope", "scheduler = 'Nope'"),
+        ("--num-images-per-prompt 9999999999999999999999", "num_images_per_prompt"),
+        ("--gpu gtx-nothing", "gtx-nothing"),
+        ("./no-such-folder", "no-such-folder"),
+        ("--output /dev/null/folder", "/dev/null"),
+    ],
+)
+def test_build_report_says_one_line_and_writes_nothing(arguments: str, named: str, tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "build_report.py"
+    given = arguments.split() if "--output" in arguments else [*arguments.split(), "--output", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, str(script), *given], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("build_report.py: ") and done.stderr.count("\n") == 1
+    assert named in done.stderr
+    assert list(tmp_path.iterdir()) == []

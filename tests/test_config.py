@@ -266,7 +266,9 @@ def test_bad_source(source: object) -> None:
     rejects(lambda: config.load(source), "bundled id")
 
 
-def test_broken_link_as_source(folder: Path) -> None:
+def test_file_and_broken_link_as_source(folder: Path) -> None:
+    assert config.load(folder / "model_index.json").unet == config.load(folder).unet
+    rejects(lambda: config.load(folder / "nothing.json"), "neither a file, a folder nor an id")
     (folder / "link").symlink_to("link")
     rejects(lambda: config.load(folder / "link"), "a broken link")
 

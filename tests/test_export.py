@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 import types
+from dataclasses import replace
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -21,11 +22,11 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
-from derivation import DerivationError, derive
+from derivation import Derivation, DerivationError, derive
 from derivation.crossover import crossovers, does_not_matter
 from derivation.export import CHECKED_IN, TARGETS, compiled, export, generate, regenerate, write
 from derivation.export.exact import generic_sizes, regimes
-from derivation.export.render import VERSIONS
+from derivation.export.render import VERSIONS, assumptions, exclusions
 from derivation.simplify import B, H, L, W
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -300,6 +301,110 @@ def compiled_corner(texts, corner):
     namespace = {"__name__": "corner"}
     exec(texts["python"], namespace)
     return namespace["peak_vram"](*corner)
+
+
+VARIANTS = (
+    {"offload": "model"},
+    {"offload": "sequential", "pipeline": "txt2img"},
+    {"ip_adapter_tokens": 4, "vae_slicing": True},
+)
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=str)
+def variant(request):
+    return derive(MODEL, **request.param)
+
+
+def test_every_export_of_other_options_equals_the_replayed_tape(variant, tmp_path):
+    rng, multiple = random.Random(SEED), 8 if variant.options.pipeline == "txt2img" else 1
+    cases = [(h - h % multiple, w - w % multiple, *rest) for h, w, *rest in sizes(6, seed=rng.random())]
+    wanted = [truth(variant, *case) for case in cases]
+    assert [compiled(variant, "math")(*case) for case in cases] == wanted
+    columns = [np.array(column) for column in zip(*cases, strict=True)]
+    assert compiled(variant, "numpy")(*columns).tolist() == wanted
+    document = json.loads(export(variant, "json"))
+    names = [{"height": h, "width": w, "L": n, "B": b} for h, w, n, b, _ in cases]
+    assert [peak_of(document, n, case[4]) for n, case in zip(names, cases, strict=True)] == wanted
+    schema = json.loads((ROOT / "derivation/export/schema.json").read_text())
+    Draft202012Validator(schema).validate(document)
+    if (node := shutil.which("node")) is not None:
+        (tmp_path / "peak_vram.mjs").write_text(export(variant, "javascript"))
+        script = f"import {{ peak_vram }} from './peak_vram.mjs'; console.log(JSON.stringify({json.dumps(cases)}"
+        (tmp_path / "main.mjs").write_text(f"{script}.map((x) => peak_vram(...x))));")
+        assert json.loads(run([node, str(tmp_path / "main.mjs")])) == wanted
+    if (compiler := shutil.which("gcc") or shutil.which("clang")) is not None:
+        assert c_peaks(compiler, export(variant, "c"), cases, tmp_path) == wanted
+
+
+def c_peaks(compiler, header, cases, folder):
+    arguments = (", ".join(str(int(x)) for x in case) for case in cases)
+    calls = "".join(f'  printf("%" PRId64 "\\n", peak_vram({given}));\n' for given in arguments)
+    (folder / "peak_vram.h").write_text(header)
+    (folder / "main.c").write_text(
+        '#include <inttypes.h>\n#include <stdio.h>\n#include "peak_vram.h"\n'
+        f"int main(void) {{\n{calls}  return 0;\n}}\n"
+    )
+    flags = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsanitize=undefined"]
+    run([compiler, *flags, str(folder / "main.c"), "-o", str(folder / "main")])
+    return [int(line) for line in run([str(folder / "main")]).split()]
+
+
+def test_the_c_header_has_one_function_and_compiles_alone(texts, tmp_path):
+    assert re.findall(r"(?m)^static inline int64_t (\w+)\(", texts["c"]) == ["peak_vram"]
+    assert "double" not in texts["c"] and "float " not in texts["c"]
+    if (compiler := shutil.which("gcc") or shutil.which("clang")) is None:
+        pytest.skip("no C compiler is installed")
+    (tmp_path / "peak_vram.h").write_text(texts["c"])
+    (tmp_path / "alone.c").write_text('#include "peak_vram.h"\n#include "peak_vram.h"\n')
+    flags = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only"]
+    run([compiler, *flags, str(tmp_path / "alone.c")])
+
+
+@pytest.mark.parametrize(
+    ("options", "counted", "left_out", "place"),
+    [
+        ({}, (), ("CPU offload", "LoRA", "ControlNet", "IP-Adapter"), "all models stay on the GPU"),
+        ({"offload": "model"}, ("CPU offload",), ("LoRA",), "each moved to the GPU whole"),
+        ({"offload": "sequential"}, ("CPU offload",), ("LoRA",), "each layer's moved to the GPU"),
+        ({"lora_rank": 4}, ("LoRA",), ("CPU offload", "ControlNet"), "a LoRA on to_q"),
+        ({"controlnets": 2}, ("ControlNet",), ("LoRA", "IP-Adapter"), "one control image a prompt"),
+        ({"ip_adapter_tokens": 4}, ("IP-Adapter",), ("LoRA",), "OpenCLIP ViT-H/14"),
+    ],
+    ids=str,
+)
+def test_headers_leave_out_what_is_not_counted_only(options, counted, left_out, place):
+    chosen = derive(MODEL, **options).options
+    excluded = "; ".join(exclusions(chosen))
+    assert [words for words in counted if words in excluded] == []
+    assert [words for words in left_out if words not in excluded] == []
+    assert place in "; ".join(assumptions(chosen))
+
+
+NASTY = '<script>alert(1)</script> */ \\end{document} """ $x^2$ %d \'; `x` ${1} \n\u2028 é'
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_hostile_name_stays_a_name(target, d, tmp_path):
+    named = Derivation(replace(d.checkpoint, name=NASTY), d.options)
+    text = export(named, target)
+    assert text.isascii()
+    for forbidden in ("<script", "\\end{document}", '*/ \\', "${1}", "\u2028"):
+        assert forbidden not in text
+    if target in ("python", "numpy", "torch"):
+        ast.parse(text)
+    elif target == "json":
+        json.loads(text)
+    elif target == "c" and (compiler := shutil.which("gcc")) is not None:
+        assert c_peaks(compiler, text, [(512, 512, 77, 1, True)], tmp_path) == [truth(d, 512, 512, 77, 1, True)]
+    elif target == "javascript" and (node := shutil.which("node")) is not None:
+        (tmp_path / "peak_vram.mjs").write_text(text)
+        run([node, "--check", str(tmp_path / "peak_vram.mjs")])
+
+
+def test_the_generated_python_is_typed(texts, tmp_path):
+    pytest.importorskip("mypy")
+    (tmp_path / "peak_vram.py").write_text(texts["python"])
+    run([sys.executable, "-m", "mypy", "--strict", "--config-file=", str(tmp_path / "peak_vram.py")])
 
 
 # The generated Python.

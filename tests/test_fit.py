@@ -208,3 +208,47 @@ def test_comparison_names_what_differs() -> None:
     numbers = {pair.name: pair for pair in found.numbers[1024]}
     assert numbers["peak"].a == peak(derived(), 1024, 1024)
     assert numbers["peak"].difference == peak(derived(attention="eager"), 1024, 1024) - numbers["peak"].a
+
+
+def test_what_a_needed_remedy_adds_is_the_step_from_the_peak_before_it() -> None:
+    found = recommend(derived(dtype="float32", attention="eager"), 3 * GIB, Call(768, 768))
+    before, changed = found.peak_tensor_bytes, dict(derived(dtype="float32", attention="eager").options.as_dict())
+    assert len(found.needed) > 1
+    for step in found.needed:
+        changed.update(step.change)
+        after = peak(derive(SD15, **changed), 768, 768)
+        assert (step.adds_bytes, step.peak_tensor_bytes) == (before - after, after)
+        before = after
+
+
+def test_on_a_gpu_a_recommendation_is_served_by_the_allocator() -> None:
+    derivation = derived(gpu="rtx-3060", attention="eager")
+    found = recommend(derivation, 10 * GIB, Call(2048, 2048), replayed=True)
+    assert found.fits
+    changed = {**derivation.options.as_dict()}
+    for step in found.needed:
+        changed.update(step.change)
+    verdict = derive(SD15, **changed).estimate(2048, 2048)["verdict"]
+    assert not verdict.startswith("out of memory")
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_an_offload_remedy_saves_what_traced_pipelines_say(offload: str) -> None:
+    pytest.importorskip("torch")
+    from derivation.config.checkpoint import BUNDLED
+    from derivation.verify.runs import trace_pipeline
+
+    steps = {"num_inference_steps": 3, "strength": 1.0}
+    derivation = derive(SD15, **steps)
+    [step] = [s for s in recommend(derivation, 1, Call(64, 64)).steps if s.change == {"offload": offload}]
+    options = {"height": 64, "width": 64, "paths": False, **steps}
+    plain = trace_pipeline(BUNDLED / SD15, **options).peak_bytes
+    with_it = trace_pipeline(BUNDLED / SD15, switches=(("offload", offload),), **options).peak_bytes
+    stay = derive(SD15, offload=offload, **steps).weights
+    assert set(stay) >= {"safety_checker"}
+    assert step.saves_bytes == derivation.weights_bytes + plain - (sum(stay.values()) + with_it)
+
+
+def test_no_remedy_takes_the_filter_away_before_weights_are_offloaded() -> None:
+    names = [remedy.name for remedy in REMEDIES]
+    assert names.index("model offload") < names.index("no safety checker")

@@ -24,6 +24,7 @@ app = typer.Typer(
     name="derivation",
     no_args_is_help=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's panels cut option names off at 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for group in (derived, planning, gpu):

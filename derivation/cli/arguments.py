@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from derivation.cli.parameters import HELP, VALUES, value_of
+from derivation.cli.parameters import help_of, value_of
 from derivation.options import Options
 
 
@@ -14,12 +14,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add one argument for every option of a derivation."""
     group = parser.add_argument_group("options of the derivation")
     for field in fields(Options):
-        flag, text = f"--{field.name.replace('_', '-')}", HELP.get(field.name)
+        flag, text = f"--{field.name.replace('_', '-')}", help_of(field.name).replace("%", "%%")
         if isinstance(field.default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
         else:
-            choices = VALUES[field.name]() if field.name in VALUES and field.name != "gpu" else None
-            group.add_argument(flag, default=field.default, choices=choices, help=text)
+            group.add_argument(flag, default=field.default, metavar="VALUE", help=text)
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:

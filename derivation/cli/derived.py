@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from derivation.cli import output
-from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, derivation_of, expanded, sizes
+from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, completing, derivation_of, expanded, sizes
 from derivation.config import bundled, load
 from derivation.errors import DerivationError
 from derivation.options import Options
@@ -80,11 +80,22 @@ def _is_bytes(value: object) -> bool:
     return type(value) is int and abs(value) >= 1 << 10
 
 
+def _targets() -> Iterable[str]:
+    from derivation.export import TARGETS
+
+    return TARGETS
+
+
+To = typer.Option(
+    "--to", help="latex, python, numpy, torch, json, javascript or c.", autocompletion=completing(_targets)
+)
+
+
 @expanded
 def export(
     model: Model,
     options: Options,
-    to: Annotated[str, typer.Option("--to", help="latex, python, numpy, torch, json, javascript or c.")] = "python",
+    to: Annotated[str, To] = "python",
     output_path: Annotated[Path | None, typer.Option("--output", help="Folder to write into, else stdout.")] = None,
     revision: Revision = None,
 ) -> None:

@@ -60,7 +60,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=Text(title), box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, title_justify="left")
+    lines = box.SIMPLE_HEAD if sys.stdout.isatty() else None
+    made = Table(title=Text(title) if title else None, box=lines, title_justify="left")
     for name in columns:
         right = name.startswith(">")
         made.add_column(name.lstrip(">"), justify="right" if right else "left", overflow="fold", no_wrap=right)

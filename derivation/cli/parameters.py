@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import wraps
 from typing import Annotated, Any, get_args, get_type_hints
@@ -16,7 +16,9 @@ from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
 from derivation.cli.output import checked_number
 from derivation.config import bundled, load
 from derivation.errors import DerivationError, shown
-from derivation.options import DTYPES, PIPELINES, Options
+from derivation.hardware.profile import SCRATCH
+from derivation.options import DTYPES, OFFLOADS, PIPELINES, Options
+from derivation.schedulers import SCHEDULERS
 
 DEFAULT_SIDE = 512
 DEFAULT_GUIDANCE_SCALE = 7.5
@@ -29,12 +31,12 @@ HELP = {
     "safety_checker": "Whether the safety checker runs.",
     "torch": "torch version whose allocations count; read with a GPU.",
     "diffusers": "diffusers version whose allocations count; read with a GPU.",
-    "scratch": "Library scratch on a GPU: expected, upper or none.",
-    "scheduler": "Scheduler class in place of the checkpoint's.",
+    "scratch": "Library scratch on a GPU",
+    "scheduler": "Scheduler class in place of the checkpoint's",
     "negative_prompt": "Whether a negative prompt is given.",
     "clip_skip": "Last layers of the text encoder to skip.",
-    "vae_slicing": "As pipe.enable_vae_slicing() does.",
-    "vae_tiling": "As pipe.enable_vae_tiling() does.",
+    "vae_slicing": "As pipe.vae.enable_slicing() does.",
+    "vae_tiling": "As pipe.vae.enable_tiling() does.",
     "attention_slicing": "As pipe.enable_attention_slicing(...) does: auto, max or a slice size.",
     "tile_sample_min_size": "Side of a VAE tile in pixels, else the VAE's sample_size.",
     "tile_overlap_factor": "Part of a VAE tile that the next one repeats, 0 to 0.5.",
@@ -66,6 +68,10 @@ VALUES: dict[str, Callable[[], tuple[str, ...]]] = {
     "dtype": lambda: DTYPES,
     "attention": attention.names,
     "gpu": _gpus,
+    "scheduler": lambda: tuple(sorted(SCHEDULERS)),
+    "scratch": lambda: SCRATCH,
+    "offload": lambda: OFFLOADS,
+    "attention_slicing": lambda: ("auto", "max"),
 }
 
 
@@ -135,12 +141,15 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def help_of(name: str) -> str:
+    """Return what a field's option says of itself; a text without a full stop lists its values."""
+    text = HELP.get(name, name.replace("_", " ").capitalize() + ".")
+    return text if text.endswith(".") else f"{text}: {', '.join(VALUES[name]())}."
+
+
 def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
     values = VALUES.get(field.name)
-    text = HELP.get(field.name, field.name.replace("_", " ").capitalize() + ".")
-    if values is not None and not text.endswith("."):
-        text = f"{text}: {', '.join(values())}."
-    option = typer.Option(help=text, autocompletion=_completing(values) if values else None)
+    option = typer.Option(help=help_of(field.name), autocompletion=completing(values) if values else None)
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     kind = hint if len(_kinds(hint)) == 1 else str | None
     return inspect.Parameter(
@@ -176,7 +185,9 @@ _CONVERT: dict[type, Callable[[str], Any]] = {
 }
 
 
-def _completing(values: Callable[[], tuple[str, ...]]) -> Callable[[str], list[str]]:
+def completing(values: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Return how the shell completes the beginning of one of ``values``."""
+
     def complete(incomplete: str) -> list[str]:
         return [value for value in values() if value.startswith(incomplete)]
 

@@ -11,6 +11,7 @@ import typer
 from derivation.api import Derivation
 from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, derivation_of, expanded, sizes, value_of
+from derivation.compare import SIDES
 from derivation.errors import DerivationError, shown
 from derivation.options import Options
 
@@ -71,7 +72,8 @@ def _show_fit(result: Mapping[str, Any]) -> None:
         ("", "width x height", ">batch", ">peak", ">left", ">reserved", "stage"),
         rows,
     )
-    output.line(f"weights alone: {output.human(result['weights_bytes'])} ({result['weights_bytes']:,} bytes)")
+    weights = result["weights_bytes"]
+    output.line(f"weights that stay on the GPU: {output.human(weights)} ({weights:,} bytes)")
     output.line(result["counted"])
 
 
@@ -96,32 +98,34 @@ def recommend(
 
     budget, said = _budget(vram, options)
     derivation = derivation_of(model, options, revision)
-    found = recommended(derivation, budget, Call(**sizes(size, prompt))).as_dict()
+    found = recommended(derivation, budget, Call(**sizes(size, prompt)), vram is None).as_dict()
     result = {"model": derivation.checkpoint.name, **options.as_dict(), **asdict(size), **asdict(prompt), **found}
-    output.emit({**result, "counted": _counted(derivation, said, False)}, json, _show_recommendation)
+    output.emit({**result, "counted": _counted(derivation, said, vram is None)}, json, _show_recommendation)
 
 
 def _show_recommendation(result: Mapping[str, Any]) -> None:
     budget, asked = result["budget_bytes"], result["peak_tensor_bytes"]
     output.line(f"as asked: {output.human(asked)} of {output.human(budget)}, {_fits(result['fits_as_asked'])}")
     rows = [
-        ("needed" if s["needed"] else "", s["name"], output.human(saves), saves, _peak(s), s["cost"], s["call"])
+        ("needed" if s["needed"] else "", s["name"], *(_size(s[key]) for key in SAVINGS), s["cost"])
         for s in result["steps"]
-        for saves in [s["saves_bytes"]]
     ]
     if rows:
-        output.table(
-            "What helps, cheapest first", ("", "option", ">saves alone", ">bytes", ">peak then", "cost", "how"), rows
-        )
+        columns = ("", "option", ">saves alone", ">saves on top", ">peak then", "cost")
+        output.table("What helps, cheapest first", columns, rows)
+    for step in (step for step in result["steps"] if step["needed"]):
+        output.line(f"{step['name']}: {step['call']}")
     if not result["fits_as_asked"]:
         final = output.human(result["final_peak_tensor_bytes"])
         output.line(f"with what is needed: {final}, {_fits(result['fits'])}")
     output.line(result["counted"])
 
 
-def _peak(step: Mapping[str, Any]) -> str:
-    peak = step["peak_tensor_bytes"]
-    return "" if peak is None else output.human(peak)
+SAVINGS = ("saves_bytes", "adds_bytes", "peak_tensor_bytes")
+
+
+def _size(nbytes: int | None) -> str:
+    return "" if nbytes is None else output.human(nbytes)
 
 
 def _fits(fits: bool) -> str:
@@ -182,6 +186,10 @@ def _show_comparison(result: Mapping[str, Any]) -> None:
                 *(("B", text) for text in stage["only_b"]),
             ]
             output.table(f"{stage['name']}: Max of", ("", "bytes"), rows)
+            changed = [(change["monomial"], change["a"], change["b"]) for change in stage["changes"]]
+            if changed:
+                output.line(f"{stage['name']}, term by term, of the polynomials that win at {SIDES[-1]} x {SIDES[-1]}")
+                output.table("", ("term", ">A", ">B"), changed)
         else:
             output.line(f"{stage['name']}: the same")
     for side, pairs in result["numbers"].items():

@@ -7,7 +7,8 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from ..errors import DerivationError
-from .checkpoint import Checkpoint
+from .checkpoint import PIPELINES, Checkpoint
+from .checks import At, Check, flag, one_of, text
 from .clip import clip_text_config, clip_vision_config
 from .models import unet_config, vae_config
 from .schedulers import SchedulerConfig, scheduler_config
@@ -31,6 +32,8 @@ def from_document(document: Mapping[str, Any]) -> Checkpoint:
     if not isinstance(document, Mapping) or set(document) != names:
         raise DerivationError(f"checkpoint: expected an object with the keys {', '.join(sorted(names))}")
     values = dict(document)
+    for name, check in PLAIN.items():
+        check(values[name], At("checkpoint", name))
     for name, read in READERS.items():
         if values[name] is not None:
             values[name] = read(dict(values[name]))
@@ -41,6 +44,14 @@ def _named(read: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
     return lambda part: read(part, class_name=part.pop("class_name", None))
 
 
+PLAIN: dict[str, Check[Any]] = {
+    "name": text,
+    "source": text,
+    "pipeline_class": one_of("", *PIPELINES),
+    "force_zeros_for_empty_prompt": flag,
+    "requires_aesthetics_score": flag,
+    "requires_safety_checker": flag,
+}
 READERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "unet": unet_config,
     "vae": vae_config,

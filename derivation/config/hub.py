@@ -25,7 +25,12 @@ MISSING = ("LocalEntryNotFoundError", "EntryNotFoundError")
 
 
 class MissingFile(DerivationError):
-    """A repository without the file that was asked for, or one whose cached part has no such file."""
+    """A repository without the file that was asked for, or one whose cached part has no such file.
+
+    ``cached`` tells which: whether the cache alone was looked at, or was all that could be reached.
+    """
+
+    cached = False
 
 
 def fetch(repo_id: str, file: str, revision: str | None = None, local_files_only: bool = False) -> Path:
@@ -46,8 +51,12 @@ def fetch(repo_id: str, file: str, revision: str | None = None, local_files_only
         names = [cls.__name__ for cls in type(error).__mro__]
         reason = next((REASONS[name] for name in names if name in REASONS), None)
         said = reason or " ".join(f"{names[0]}: {error}".split())[:200]
-        kind = MissingFile if any(name in MISSING for name in names) else DerivationError
-        raise kind(_line(repo_id, said.replace("{file}", file).replace("{revision}", str(revision)))) from None
+        line = _line(repo_id, said.replace("{file}", file).replace("{revision}", str(revision)))
+        if not any(name in MISSING for name in names):
+            raise DerivationError(line) from None
+        missing = MissingFile(line)
+        missing.cached = MISSING[0] in names
+        raise missing from None
     return Path(path)
 
 

@@ -93,7 +93,7 @@ def _hub(name: str, revision: str | None, local_files_only: bool) -> Checkpoint:
         index = hub.fetch(name, INDEX, revision, local_files_only)
     except hub.MissingFile as missing:
         try:
-            return _component(label, hub.fetch(name, FILES[0], revision, local_files_only))
+            return _component(label, hub.fetch(name, FILES[0], revision, local_files_only or missing.cached))
         except hub.MissingFile:
             raise missing from None
     commit = index.parent.name
@@ -173,6 +173,9 @@ def _live(pipeline: object) -> Checkpoint:
     config = getattr(pipeline, "config", None)
     index = dict(config) if isinstance(config, Mapping) else {}
     name = index.get("_name_or_path") or class_name
+    unet = getattr(pipeline, "unet", None)
+    if getattr(getattr(unet, "_orig_mod", unet), "encoder_hid_proj", None) is not None:  # load_ip_adapter
+        index.pop("image_encoder", None)
     plain = class_name
     if index.pop("controlnet", None) is not None:
         plain = class_name.replace("ControlNet", "")

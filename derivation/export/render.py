@@ -15,12 +15,18 @@ import derivation as package
 from derivation.api import Derivation
 from derivation.errors import DerivationError
 from derivation.export.function import Function
+from derivation.options import Options
 
 # The versions whose allocations the derivation follows, as in pyproject.toml's "verify" extra.
 VERSIONS = {"torch": "2.13.0", "diffusers": "0.42.1", "transformers": "5.23.0"}
 
+# Where the models are during a call, by Options.offload.
+PLACES = {
+    None: "all models stay on the GPU, in one process, under torch.no_grad()",
+    "model": "models wait on the CPU, each moved to the GPU whole when it is called; under torch.no_grad()",
+    "sequential": "parameters wait on the CPU, each layer's moved to the GPU while it runs; under torch.no_grad()",
+}
 ASSUMPTIONS = (
-    "all models stay on the GPU, in one process, under torch.no_grad()",
     "one call of the pipeline with the options above, the default output and no callback",
     "each tensor takes its size rounded up to the CUDA allocator's 512-byte block",
     "a prompt longer than the text encoder's positions comes as prompt_embeds",
@@ -28,7 +34,14 @@ ASSUMPTIONS = (
 EXCLUSIONS = (
     "CUDA context and kernels' images",
     "what the caching allocator reserves beyond live tensors",
-    "gradients, optimizer state, offloading, LoRA, ControlNet, IP-Adapter",
+    "gradients, optimizer state",
+)
+# What a pipeline may have on top: an option's name, the value that stands for nothing, and the words for it.
+EXTRAS = (
+    ("offload", None, "CPU offload"),
+    ("lora_rank", None, "LoRA"),
+    ("controlnets", 0, "ControlNet"),
+    ("ip_adapter_tokens", None, "IP-Adapter"),
 )
 LIBRARY_SCRATCH = "scratch memory of cuDNN, cuBLAS and the attention kernels"
 
@@ -55,10 +68,29 @@ def facts(function: Function) -> Facts:
         generator=f"diffusion-vram-derivation {package.__version__}, from the checkpoint's config files",
         options=tuple(f"{key}={printable(str(value))}" for key, value in d.options.as_dict().items()),
         versions=tuple(f"{name} {getattr(d.options, name, None) or version}" for name, version in VERSIONS.items()),
-        assumptions=ASSUMPTIONS,
-        exclusions=(*scratch, *EXCLUSIONS),
+        assumptions=assumptions(d.options),
+        exclusions=(*scratch, *exclusions(d.options)),
         operations=(f"{count[True]} integer operations with guidance", f"{count[False]} without"),
     )
+
+
+def assumptions(options: Options) -> tuple[str, ...]:
+    """Return what the options take for granted, in words."""
+    fused = "the LoRA's own weights stay beside the merged ones"
+    lora = "a LoRA on to_q, to_k, to_v and to_out.0 of every attention of the UNet, of one rank"
+    given = (
+        (options.lora_rank is not None, lora),
+        (options.lora_fused, fused),
+        (options.controlnets > 0, "each ControlNet has the UNet's architecture and one control image a prompt"),
+        (options.ip_adapter_tokens is not None, "one image for the IP-Adapter, encoded by OpenCLIP ViT-H/14"),
+    )
+    return (PLACES[options.offload], *ASSUMPTIONS, *(text for holds, text in given if holds))
+
+
+def exclusions(options: Options) -> tuple[str, ...]:
+    """Return what is not part of the bytes, in words: of what a pipeline may have on top, what is switched off."""
+    absent = [words for name, none, words in EXTRAS if getattr(options, name) == none]
+    return (*EXCLUSIONS, *([", ".join(absent)] if absent else []))
 
 
 def printable(text: str) -> str:

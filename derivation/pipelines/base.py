@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from derivation.config import AutoencoderKLConfig, Checkpoint, SchedulerConfig, UNet2DConditionConfig
+from derivation.config.checks import MAX_SIZE
 from derivation.errors import DerivationError
 from derivation.models import decode, encode
 from derivation.ops import elementwise, empty, mul
@@ -63,8 +64,18 @@ class Pipeline:
 
     def __call__(self) -> None:
         """Record the whole pipeline on the active tape; raises DerivationError for what it does not support."""
+        self._check_clip_skip()
         guidance = self.unet.doubled(self.guidance)
         FAMILIES[self.family](replace(self, guidance=guidance, _models=Models(self.checkpoint, self.options)))
+
+    def _check_clip_skip(self) -> None:
+        """encode_prompt: SD takes hidden_states[-(clip_skip + 1)] of the n layers' n + 1, SDXL [-(clip_skip + 2)]."""
+        spare = int(self.checkpoint.text_encoder_2 is not None)
+        for config in (self.checkpoint.text_encoder, self.checkpoint.text_encoder_2):
+            most = MAX_SIZE if config is None else config.num_hidden_layers - spare
+            if self.options.clip_skip is not None and self.options.clip_skip > most:
+                said = f"clip_skip = {self.options.clip_skip} is not supported"
+                raise DerivationError(f"{said} (supported: integers from 1 to {most} with this text encoder)")
 
     @property
     def models(self) -> Models:
