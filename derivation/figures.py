@@ -123,17 +123,18 @@ def live_bytes(live: NDArray[np.int64], stages: Sequence[tuple[str, int, int]], 
     axes.fill_between(kept, live[kept] / MIB, step="post", color=PALETTE[0], alpha=0.25, linewidth=0)
     axes.step(kept, live[kept] / MIB, where="post", color=PALETTE[0], linewidth=1)
     axes.plot([peak], [live[peak] / MIB], "o", color=PALETTE[3], markersize=6)
-    right = peak > 0.6 * len(live)
+    side = "right" if peak > 0.8 * len(live) else "left" if peak < 0.2 * len(live) else "center"
     axes.annotate(
         f"peak {live[peak] / MIB:,.1f} MiB",
         (peak, live[peak] / MIB),
-        xytext=(-10 if right else 10, -2),
+        xytext=(0, 7),
         textcoords="offset points",
-        ha="right" if right else "left",
+        ha=side,
         color=INK,
     )
     _stage_bands(axes, stages, titles, len(live))
-    axes.set(xlim=(0, len(live)), ylim=(0, None), xlabel="program point (allocation or release of a tensor)")
+    axes.set(xlim=(0, len(live)), ylim=(0, 1.16 * live[peak] / MIB))
+    axes.set_xlabel("program point (allocation or release of a tensor)")
     axes.set_ylabel("live tensors beyond the weights (MiB)")
     return figure
 
@@ -226,6 +227,8 @@ def fits_map(sides: NDArray[np.int64], total_bytes: NDArray[np.int64]) -> Figure
     edges = [0, *CARDS_GIB, max(CARDS_GIB[-1], float(nbytes.max())) + 1]
     shades = [mpl.colormaps["cividis"](x) for x in np.linspace(0.95, 0.05, len(edges) - 1)]
     axes.contourf(sides, sides, nbytes, levels=edges, colors=shades)
+    lines = axes.contour(sides, sides, nbytes, levels=CARDS_GIB, colors="white", linewidths=1.2)
+    axes.clabel(lines, fmt=lambda level: f"{level:g} GiB", fontsize=9, colors="white", rightside_up=True)
     names = [f"fits on {card} GiB" for card in CARDS_GIB] + [f"more than {CARDS_GIB[-1]} GiB"]
     shown = np.unique(np.digitize(nbytes, CARDS_GIB, right=True))
     handles = [Patch(facecolor=shades[i], label=names[i]) for i in shown]

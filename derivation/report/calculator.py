@@ -7,6 +7,7 @@ rounds it up to 512 bytes, and takes the largest sum. Integers stay below 2^53, 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from derivation.hardware.gpus import known, lookup
 from derivation.liveness import Point, local_maxima
 from derivation.options import DTYPES, Options
 from derivation.report.answer import PROMPT_LENGTH, STAGE_TITLES, stage_title
-from derivation.report.text import GIB
+from derivation.report.text import GIB, NARROW_SPACE
 from derivation.symbols import SYMBOLS, Size, as_poly
 from derivation.tape import Tape
 
@@ -120,7 +121,16 @@ def backend(model: object, options: Options, dtype: str, attention: str) -> Back
 
 def titled(found: Sequence[Crossover]) -> tuple[str, ...]:
     """Return the sentences of crossovers with the stages' titles."""
-    return tuple(c.sentence.replace(f"from {c.before} to {c.after}", _move(c)) for c in found)
+    return tuple(typeset(c.sentence.replace(f"from {c.before} to {c.after}", _move(c))) for c in found)
+
+
+def typeset(text: str) -> str:
+    """Return a sentence with the report's digit groups and multiplication signs.
+
+    >>> typeset("6,093 pixels (about 78 x 78)").replace(NARROW_SPACE, "_")
+    '6_093 pixels (about 78 \\N{MULTIPLICATION SIGN} 78)'
+    """
+    return re.sub(r"(?<=\d),(?=\d{3})", NARROW_SPACE, re.sub(r"(?<=\d) x (?=\d)", " \N{MULTIPLICATION SIGN} ", text))
 
 
 def _move(c: Crossover) -> str:
