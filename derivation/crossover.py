@@ -158,6 +158,8 @@ def _orientation(derivation: Derivation, guidance: bool) -> Irrelevant | None:
     if len(_forms(terms)) < len(terms):
         return None
     unit = derivation.grid.unit
+    if not {H, W} & derivation.peak_with(guidance).free_symbols:
+        return Irrelevant("image size", "No tensor at the peak has a size that depends on the image's.")
     return Irrelevant(
         "aspect ratio",
         f"Height and width count through their product only, for sides that are multiples of {unit} pixels.",

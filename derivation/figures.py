@@ -22,6 +22,8 @@ P = ParamSpec("P")
 GIB, MIB = 1 << 30, 1 << 20
 # Okabe & Ito 2008, https://jfly.uni-koeln.de/color/; black left to the text
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6d31", "#999999")
+# What tells the colours apart where they come round again.
+HATCHES = ("", "///")
 # Markers that ``inline_svg`` turns into the page's own colours.
 INK, RULE, PAPER = "#1a1b1c", "#d3d4d5", "#fdfefe"
 CARDS_GIB = (6, 8, 12, 16, 24)
@@ -169,7 +171,8 @@ def composition(bars: Sequence[str], segments: Sequence[Segment], total_label: s
     left = np.zeros(len(bars))
     for i, segment in enumerate(segments):
         widths = np.array(segment.nbytes) / GIB
-        axes.barh(bars, widths, left=left, color=PALETTE[i % len(PALETTE)], edgecolor=PAPER, label=segment.label)
+        color, hatch = PALETTE[i % len(PALETTE)], HATCHES[i // len(PALETTE) % len(HATCHES)]
+        axes.barh(bars, widths, left=left, color=color, edgecolor=PAPER, hatch=hatch, label=segment.label)
         left += widths
     for y, total in enumerate(left):
         axes.annotate(f"{total:.2f} GiB", (total, y), xytext=(5, 0), textcoords="offset points", va="center")
@@ -291,8 +294,7 @@ def measured_ratio(rows: Sequence[Measured]) -> Figure:
 def rule_errors(names: Sequence[str], percent: Sequence[float], ours: int) -> Figure:
     """Draw the mean relative error of rules of thumb, ``ours`` (an index) in another colour."""
     figure, axes = _axes(9, 1 + 0.34 * len(names))
-    colors = [PALETTE[3] if i == ours else PALETTE[0] for i in range(len(names))]
-    axes.barh(names, percent, color=colors)
+    axes.barh(names, percent, color=[PALETTE[3] if i == ours else PALETTE[0] for i in range(len(names))])
     for y, value in enumerate(percent):
         axes.annotate(f"{value:.3g} %", (value, y), xytext=(5, 0), textcoords="offset points", va="center")
     axes.set(xlabel="mean relative error on the measured rows (%)", xlim=(0, max(percent) * 1.15))

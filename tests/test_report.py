@@ -27,6 +27,7 @@ from derivation.report.text import grouped, tex
 from derivation.report.walk import walks
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SD_2_1, SDXL = "stabilityai/stable-diffusion-2-1", "stabilityai/stable-diffusion-xl-base-1.0"
 ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "google-chrome", "chromium-browser")
 CHROMIUM = next((found for name in BROWSERS if (found := shutil.which(name))), None)
@@ -232,6 +233,14 @@ def test_options_are_told_and_offload_stands_beside_all_on_the_gpu(options, tmp_
     for name, value in options.items():
         assert f"<span>{name} {value}</span>" in text
     assert "All models stay on the GPU" not in text
+
+
+@pytest.mark.parametrize("model", [MODEL, SD_2_1, SDXL])
+def test_half_types_that_share_a_program_have_the_same_bytes(model):
+    half = [derive(model, pipeline="txt2img", dtype=dtype) for dtype in ("float16", "bfloat16")]
+    pairs = {calculator.resolved(d.checkpoint, d.options.dtype, "efficient") for d in half}
+    bytes_ = {(d.weights_bytes, *d.stage_peaks(520, 768).items()) for d in half}
+    assert len(pairs) == len(bytes_)
 
 
 def test_a_gpu_is_told_and_its_steps_are_solved(small):

@@ -7,7 +7,7 @@ from __future__ import annotations
 from derivation.api import Derivation
 from derivation.options import Options
 from derivation.pipelines import Pipeline
-from derivation.report.answer import SIZES, Answer
+from derivation.report.answer import LOAD, PROMPT_LENGTH, SIZES, Answer, model_of
 from derivation.report.text import human
 from derivation.symbols import DTYPE_BYTES
 
@@ -34,6 +34,8 @@ def counted(options: Options) -> str:
 def summary(d: Derivation, found: Answer) -> str:
     """Return the answer in one sentence."""
     first, last = found.totals[0], found.totals[-1]
+    if first == last:
+        return f"A call with {PROMPT_LENGTH} tokens needs {human(first)} of {counted(d.options)} at every image size."
     return (
         f"One {SIZES[0]} × {SIZES[0]} image needs {human(first)} of {counted(d.options)}, of which "
         f"{human(found.weights_bytes)} are weights{'' if d.options.offload is None else ' that stay on the GPU'}; "
@@ -72,18 +74,25 @@ def assumptions(d: Derivation) -> list[Fact]:
         f"The printed polynomials hold for sides that are multiples of {d.grid.unit} pixels and leave the 512-byte "
         "rounding out; the generated functions and every number of bytes include it and hold for every size."
     )
-    precision = f"Weights and activations are {o.dtype} ({DTYPE_BYTES[o.dtype]} bytes an element)."
     return [
         *_counted(o),
         ("Inference only", "No gradients, no optimizer state: the pipeline runs under torch.no_grad()."),
         *([("Where the models are", PLACEMENTS[o.offload])] if d.checkpoint.whole else []),
         ("Options", f"{_listed(o)} No torch.compile."),
-        ("One precision", precision),
+        ("Precision", _precision(d)),
         ("Attention", f"Attention runs on the {o.attention!r} backend, with PyTorch's own fallbacks."),
         *([("Prompt length", PADDED)] if d.checkpoint.whole else []),
         ("Image sides", grid),
         ("Run", _run(d)),
     ]
+
+
+def _precision(d: Derivation) -> str:
+    o = d.options
+    loaded = [a for a in d.program().generic.tape.allocations if a.op == LOAD and a.dtype != o.dtype]
+    other = sorted({f"{model_of(a.path)} is {a.dtype} while it runs" for a in loaded if a.dtype == "float32"})
+    sentence = f"Weights and activations are {o.dtype} ({DTYPE_BYTES[o.dtype]} bytes an element)"
+    return f"{sentence}{', but ' + ', '.join(other) if other else ''}."
 
 
 def _listed(options: Options) -> str:

@@ -88,7 +88,8 @@ def content(model: object, options: Options, command: str, progress: Progress, v
     d = _derive(model, options)
     with ProcessPoolExecutor() as pool:
         measured = pool.submit(comparisons)
-        derived = {pair: pool.submit(backend, d.checkpoint, options, *pair) for pair in combinations(options)}
+        pairs = combinations(d.checkpoint, options)
+        derived = {pair: pool.submit(backend, d.checkpoint, options, *pair) for pair in pairs}
         placed = pool.submit(placements, d.checkpoint, options) if d.checkpoint.whole else None
         found = answer(d)
         walked, reduced = walks(d), reductions(d)
@@ -99,7 +100,7 @@ def content(model: object, options: Options, command: str, progress: Progress, v
         backends = {pair: future.result() for pair, future in derived.items()}
         progress("comparing with measurements")
         checked = validation(d.checkpoint.name, options, measured.result(), verify)
-    drawn |= {"attention": _attention(options, backends)}
+    drawn |= {"attention": _attention(d, backends)}
     eager = next((b.crossings for b in backends.values() if b.crossings and options.attention != EAGER), ())
     return Content(
         model=d.checkpoint.name,
@@ -137,9 +138,10 @@ def _derive(model: object, options: Options) -> Derivation:
     return derive(model, **chosen)
 
 
-def _attention(options: Options, backends: Mapping[tuple[str, str], Backend]) -> Picture:
-    names = dict.fromkeys([options.attention, *BACKENDS_SHOWN])
-    return attention_picture(ATTENTION_SIDES, {n: backends[resolved(options.dtype, n)].totals for n in names})
+def _attention(d: Derivation, backends: Mapping[tuple[str, str], Backend]) -> Picture:
+    names = dict.fromkeys([d.options.attention, *BACKENDS_SHOWN])
+    pairs = {name: resolved(d.checkpoint, d.options.dtype, name) for name in names}
+    return attention_picture(ATTENTION_SIDES, {name: backends[pair].totals for name, pair in pairs.items()})
 
 
 def _symbols(d: Derivation) -> tuple[Symbol, ...]:

@@ -67,9 +67,10 @@ def stage_diagram(d: Derivation, found: Answer) -> Figure:
 def _handed_on(d: Derivation, stage: str) -> str:
     c, vae = d.checkpoint, d.checkpoint.vae
     latent = f"B×{vae.latent_channels if vae else 4}×h₀×w₀"
-    text = c.text_encoder
+    text = c.text_encoder.hidden_size if c.text_encoder else None
+    width = c.unet.cross_attention_dim[0] if c.unet else text
     shapes = {
-        "text_encoder": f"2B×L×{text.hidden_size}" if text else "",
+        "text_encoder": f"2B×L×{width}",
         "vae_encode": latent,
         "prepare_latents": latent,
         "unet": latent,

@@ -87,13 +87,14 @@ def maximum_mathml(rows: Iterable[tuple[PixelTerms, str]]) -> str:
 
 def sum_mathml(weights_bytes: int, rows: Sequence[tuple[PixelTerms, str]]) -> str:
     """Return weights + max over rows."""
-    return f"<mrow>{number(weights_bytes)}<mo>+</mo>{maximum_mathml(rows)}</mrow>"
+    weights = f"{number(weights_bytes)}<mo>+</mo>" if weights_bytes else ""
+    return f"<mrow>{weights}{maximum_mathml(rows)}</mrow>"
 
 
 def sum_latex(weights_bytes: int, rows: Sequence[tuple[PixelTerms, str]]) -> str:
     """Return weights + max over rows in LaTeX."""
-    weights = grouped(weights_bytes).replace(NARROW_SPACE, r"\,")
-    return f"{weights} + {maximum_latex(rows)}"
+    weights = grouped(weights_bytes).replace(NARROW_SPACE, r"\,") + " + " if weights_bytes else ""
+    return f"{weights}{maximum_latex(rows)}"
 
 
 def inline(body: str) -> Markup:
