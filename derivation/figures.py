@@ -27,6 +27,8 @@ HATCHES = ("", "///")
 # Markers that ``inline_svg`` turns into the page's own colours.
 INK, RULE, PAPER = "#1a1b1c", "#d3d4d5", "#fdfefe"
 CARDS_GIB = (6, 8, 12, 16, 24)
+# Contours of the cards, dark on the light shades and light on the dark ones.
+ON_SHADES = ("black", "black", "black", "white", "white")
 MAX_STEPS = 1500
 # Stage names above a curve: rows to choose from, and a letter's width as a share of the axis.
 LABEL_ROWS, LABEL_WIDTH = 4, 0.0098
@@ -230,11 +232,10 @@ def fits_map(sides: NDArray[np.int64], total_bytes: NDArray[np.int64]) -> Figure
     edges = [0, *CARDS_GIB, max(CARDS_GIB[-1], float(nbytes.max())) + 1]
     shades = [mpl.colormaps["cividis"](x) for x in np.linspace(0.95, 0.05, len(edges) - 1)]
     axes.contourf(sides, sides, nbytes, levels=edges, colors=shades)
-    lines = axes.contour(sides, sides, nbytes, levels=CARDS_GIB, colors="white", linewidths=1.2)
-    axes.clabel(lines, fmt=lambda level: f"{level:g} GiB", fontsize=9, colors="white", rightside_up=True)
-    names = [f"fits on {card} GiB" for card in CARDS_GIB] + [f"more than {CARDS_GIB[-1]} GiB"]
-    shown = np.unique(np.digitize(nbytes, CARDS_GIB, right=True))
-    handles = [Patch(facecolor=shades[i], label=names[i]) for i in shown]
+    lines = axes.contour(sides, sides, nbytes, levels=CARDS_GIB, colors=ON_SHADES, linewidths=1.2)
+    axes.clabel(lines, fmt=lambda level: f"{level:g} GiB", fontsize=9, colors=ON_SHADES)
+    names = [*(f"fits on {card} GiB" for card in CARDS_GIB), f"more than {CARDS_GIB[-1]} GiB"]
+    handles = [Patch(fc=shades[i], label=names[i]) for i in np.unique(np.digitize(nbytes, CARDS_GIB, right=True))]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
     axes.set(xlabel="width (pixels)", ylabel="height (pixels)")
     axes.grid(visible=False)
