@@ -15,14 +15,19 @@ from math import ceil, isqrt
 import sympy
 
 from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
-from derivation.liveness import local_maxima
+from derivation.liveness import Point, local_maxima
 from derivation.simplify import B, H, L, Term, W
+from derivation.symbols import Size, ceil512
 from derivation.tiling import IN_PIXELS
+
+LiveSet = frozenset[tuple[Size, Size]]
 
 A = sympy.Symbol("A", integer=True, positive=True)
 # The size at which prompt lengths are compared: what Stable Diffusion 1.x was trained on.
 REFERENCE_SIDE = 512
 NEGLIGIBLE = 0.01
+# The longest history of the schedulers is 4 steps; further calls than these repeat.
+MOST_STEPS_TRIED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +162,8 @@ def _orientation(derivation: Derivation, guidance: bool) -> Irrelevant | None:
     if len(_forms(terms)) < len(terms):
         return None
     unit = derivation.grid.unit
+    if not {H, W} & derivation.peak_with(guidance).free_symbols:
+        return Irrelevant("image size", "No tensor at the peak has a size that depends on the image's.")
     return Irrelevant(
         "aspect ratio",
         f"Height and width count through their product only, for sides that are multiples of {unit} pixels.",
@@ -173,6 +180,9 @@ def _length(derivation: Derivation, guidance: bool) -> Irrelevant | None:
     share = per_token * DEFAULT_PROMPT_LENGTH / (derivation.weights_bytes + int(highest.subs(at)))
     if share > NEGLIGIBLE:
         return None
+    if per_token == 0:
+        sentence = f"At {REFERENCE_SIDE} x {REFERENCE_SIDE} and B = 1 the peak does not depend on it."
+        return Irrelevant("prompt length", sentence)
     longer = [c for c in crossovers(derivation, guidance) if c.axis == "length" and c.at > DEFAULT_PROMPT_LENGTH]
     most = f"{ceil(share * 1e4) / 1e4:.2%}"
     limit = f" Only a prompt of more than {int(longer[0].at):,} tokens moves the peak." if longer else ""
@@ -183,23 +193,32 @@ def _length(derivation: Derivation, guidance: bool) -> Irrelevant | None:
     )
 
 
-def _steps(derivation: Derivation, guidance: bool) -> Irrelevant:
-    """Find the fewest UNet calls that visit the same surviving live sets and no others."""
+def _steps(derivation: Derivation, guidance: bool) -> Irrelevant | None:
+    """Find the fewest UNet calls that visit the same surviving live sets and no others, None if not among few."""
+    if not derivation.checkpoint.whole:
+        return None
     reference = set(_live_sets(derivation, guidance))
-    kept = {(p.stage, frozenset(p.terms)) for p in derivation.record(guidance).pipeline.reduction.kept}
-    steps = derivation.options.num_inference_steps
-    for fewer in range(1, steps):
+    kept = {(p.stage, _rounded(p)) for p in derivation.record(guidance).pipeline.reduction.kept}
+    for fewer in range(1, min(derivation.options.num_inference_steps, MOST_STEPS_TRIED + 1)):
         options = replace(derivation.options, num_inference_steps=fewer, strength=1.0)
         visited = set(_live_sets(Derivation(derivation.checkpoint, options, derivation.fixed), guidance))
         if kept <= visited <= reference:
-            steps = fewer
-            break
-    return Irrelevant(
-        "number of denoising steps, strength",
-        f"From {steps} UNet calls on, every further one finds the same tensors alive as the one before.",
-    )
+            return Irrelevant(
+                "number of denoising steps, strength",
+                f"From {fewer} UNet calls on, every further one finds the same tensors alive as the one before.",
+            )
+    return None
 
 
-def _live_sets(derivation: Derivation, guidance: bool) -> Iterable[tuple[str, frozenset[object]]]:
+def _live_sets(derivation: Derivation, guidance: bool) -> Iterable[tuple[str, LiveSet]]:
     tape = derivation.program(guidance).generic.tape
-    return ((point.stage, frozenset(point.terms)) for point in local_maxima(tape))
+    return ((point.stage, _rounded(point)) for point in local_maxima(tape))
+
+
+def _rounded(point: Point) -> LiveSet:
+    """Return how many storages of each size are alive, fixed sizes rounded as the allocator rounds them."""
+    found: dict[Size, Size] = {}
+    for nbytes, count in point.terms:
+        blocks = ceil512(nbytes) if isinstance(nbytes, int) else nbytes
+        found[blocks] = found.get(blocks, 0) + count
+    return frozenset(found.items())

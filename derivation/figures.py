@@ -22,9 +22,13 @@ P = ParamSpec("P")
 GIB, MIB = 1 << 30, 1 << 20
 # Okabe & Ito 2008, https://jfly.uni-koeln.de/color/; black left to the text
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6d31", "#999999")
+# What tells the colours apart where they come round again.
+HATCHES = ("", "///")
 # Markers that ``inline_svg`` turns into the page's own colours.
 INK, RULE, PAPER = "#1a1b1c", "#d3d4d5", "#fdfefe"
 CARDS_GIB = (6, 8, 12, 16, 24)
+# Contours of the cards, dark on the light shades and light on the dark ones.
+ON_SHADES = ("black", "black", "black", "white", "white")
 MAX_STEPS = 1500
 # Stage names above a curve: rows to choose from, and a letter's width as a share of the axis.
 LABEL_ROWS, LABEL_WIDTH = 4, 0.0098
@@ -123,17 +127,18 @@ def live_bytes(live: NDArray[np.int64], stages: Sequence[tuple[str, int, int]], 
     axes.fill_between(kept, live[kept] / MIB, step="post", color=PALETTE[0], alpha=0.25, linewidth=0)
     axes.step(kept, live[kept] / MIB, where="post", color=PALETTE[0], linewidth=1)
     axes.plot([peak], [live[peak] / MIB], "o", color=PALETTE[3], markersize=6)
-    right = peak > 0.6 * len(live)
+    side = "right" if peak > 0.8 * len(live) else "left" if peak < 0.2 * len(live) else "center"
     axes.annotate(
         f"peak {live[peak] / MIB:,.1f} MiB",
         (peak, live[peak] / MIB),
-        xytext=(-10 if right else 10, -2),
+        xytext=(0, 7),
         textcoords="offset points",
-        ha="right" if right else "left",
+        ha=side,
         color=INK,
     )
     _stage_bands(axes, stages, titles, len(live))
-    axes.set(xlim=(0, len(live)), ylim=(0, None), xlabel="program point (allocation or release of a tensor)")
+    axes.set(xlim=(0, len(live)), ylim=(0, 1.16 * live[peak] / MIB))
+    axes.set_xlabel("program point (allocation or release of a tensor)")
     axes.set_ylabel("live tensors beyond the weights (MiB)")
     return figure
 
@@ -168,7 +173,8 @@ def composition(bars: Sequence[str], segments: Sequence[Segment], total_label: s
     left = np.zeros(len(bars))
     for i, segment in enumerate(segments):
         widths = np.array(segment.nbytes) / GIB
-        axes.barh(bars, widths, left=left, color=PALETTE[i % len(PALETTE)], edgecolor=PAPER, label=segment.label)
+        color, hatch = PALETTE[i % len(PALETTE)], HATCHES[i // len(PALETTE) % len(HATCHES)]
+        axes.barh(bars, widths, left=left, color=color, edgecolor=PAPER, hatch=hatch, label=segment.label)
         left += widths
     for y, total in enumerate(left):
         axes.annotate(f"{total:.2f} GiB", (total, y), xytext=(5, 0), textcoords="offset points", va="center")
@@ -226,9 +232,10 @@ def fits_map(sides: NDArray[np.int64], total_bytes: NDArray[np.int64]) -> Figure
     edges = [0, *CARDS_GIB, max(CARDS_GIB[-1], float(nbytes.max())) + 1]
     shades = [mpl.colormaps["cividis"](x) for x in np.linspace(0.95, 0.05, len(edges) - 1)]
     axes.contourf(sides, sides, nbytes, levels=edges, colors=shades)
-    names = [f"fits on {card} GiB" for card in CARDS_GIB] + [f"more than {CARDS_GIB[-1]} GiB"]
-    shown = np.unique(np.digitize(nbytes, CARDS_GIB, right=True))
-    handles = [Patch(facecolor=shades[i], label=names[i]) for i in shown]
+    lines = axes.contour(sides, sides, nbytes, levels=CARDS_GIB, colors=ON_SHADES, linewidths=1.2)
+    axes.clabel(lines, fmt=lambda level: f"{level:g} GiB", fontsize=9, colors=ON_SHADES)
+    names = [*(f"fits on {card} GiB" for card in CARDS_GIB), f"more than {CARDS_GIB[-1]} GiB"]
+    handles = [Patch(fc=shades[i], label=names[i]) for i in np.unique(np.digitize(nbytes, CARDS_GIB, right=True))]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
     axes.set(xlabel="width (pixels)", ylabel="height (pixels)")
     axes.grid(visible=False)
@@ -288,8 +295,7 @@ def measured_ratio(rows: Sequence[Measured]) -> Figure:
 def rule_errors(names: Sequence[str], percent: Sequence[float], ours: int) -> Figure:
     """Draw the mean relative error of rules of thumb, ``ours`` (an index) in another colour."""
     figure, axes = _axes(9, 1 + 0.34 * len(names))
-    colors = [PALETTE[3] if i == ours else PALETTE[0] for i in range(len(names))]
-    axes.barh(names, percent, color=colors)
+    axes.barh(names, percent, color=[PALETTE[3] if i == ours else PALETTE[0] for i in range(len(names))])
     for y, value in enumerate(percent):
         axes.annotate(f"{value:.3g} %", (value, y), xytext=(5, 0), textcoords="offset points", va="center")
     axes.set(xlabel="mean relative error on the measured rows (%)", xlim=(0, max(percent) * 1.15))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
 import re
 import shutil
@@ -16,14 +17,17 @@ import pytest
 
 from derivation import DerivationError, derive
 from derivation.config.checkpoint import BUNDLED
+from derivation.crossover import does_not_matter
 from derivation.report import build, calculator, content
 from derivation.report.answer import SIZES, answer
+from derivation.report.assumptions import chips
 from derivation.report.reduction import reductions
 from derivation.report.render import write_files
 from derivation.report.text import grouped, tex
 from derivation.report.walk import walks
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SD_2_1, SDXL = "stabilityai/stable-diffusion-2-1", "stabilityai/stable-diffusion-xl-base-1.0"
 ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "google-chrome", "chromium-browser")
 CHROMIUM = next((found for name in BROWSERS if (found := shutil.which(name))), None)
@@ -185,7 +189,8 @@ def test_a_failure_while_writing_leaves_the_old_files(tmp_path):
 
 def test_the_main_job_reports_a_bad_request_in_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "build_report.py"), "no/such-model", "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=offline)
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
@@ -206,6 +211,71 @@ def test_the_latex_source_compiles(report):
 
     [pdf] = job._typeset([report], lambda step: None)
     assert pdf.read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize("component", ["unet", "vae"])
+def test_a_component_alone_has_a_report(component, tmp_path, small):
+    [page] = build([str(next(BUNDLED.rglob(f"{component}/config.json")))], tmp_path)
+    text = page.read_text()
+    assert "component alone" in text
+    assert "denoising steps" not in text
+    assert "CPU offload" not in text
+
+
+@pytest.mark.parametrize("options", [{"offload": "model"}, {"offload": "sequential", "controlnets": 1}])
+def test_options_are_told_and_offload_stands_beside_all_on_the_gpu(options, tmp_path, small):
+    [page] = build([MODEL], tmp_path, **options)
+    text = page.read_text()
+    for offload in (None, "model", "sequential"):
+        d = derive(MODEL, **{**options, "offload": offload})
+        for side in SIZES:
+            assert grouped(d.weights_bytes + max(d.stage_peaks(side, side).values())) in text
+    for name, value in options.items():
+        assert f"<span>{name} {value}</span>" in text
+    assert "All models stay on the GPU" not in text
+
+
+@pytest.mark.parametrize("model", [MODEL, SD_2_1, SDXL])
+def test_half_types_that_share_a_program_have_the_same_bytes(model):
+    half = [derive(model, pipeline="txt2img", dtype=dtype) for dtype in ("float16", "bfloat16")]
+    pairs = {calculator.resolved(d.checkpoint, d.options.dtype, "efficient") for d in half}
+    bytes_ = {(d.weights_bytes, *d.stage_peaks(520, 768).items()) for d in half}
+    assert len(pairs) == len(bytes_)
+
+
+def test_a_gpu_is_told_and_its_steps_are_solved(small):
+    d = derive(MODEL, gpu="t4", attention="eager")
+    assert "scratch of t4" in chips(d)
+    assert any("UNet calls on" in fact.sentence for fact in does_not_matter(d))
+
+
+def test_every_simplification_step_has_the_same_value(derivation):
+    for stage in reductions(derivation):
+        names = {stage_point.label for stage_point in stage.kept}
+        assert stage.printed == len(stage.steps)
+        assert names.issuperset(step.label for step in stage.steps)
+
+
+def formulas_of(page):
+    """Return the mathematics of the Markdown and of the LaTeX notes."""
+    markdown, latex = page.with_suffix(".md").read_text(), page.with_suffix(".tex").read_text()
+    displayed = re.findall(r"```math\n(.*?)```", markdown, re.S) + re.findall(r"\\\[ (.*?) \\\]", latex)
+    displayed += re.findall(r"\\begin\{equation\*\}(.*?)\\end\{equation\*\}", latex, re.S)
+    inline = [x for text in (markdown, latex) for x in re.findall(r"(?<!\\)\$([^$]+)\$", text)]
+    return [*displayed, *dict.fromkeys(inline)]
+
+
+def test_the_mathematics_passes_katex(report):
+    script = (
+        "const katex = require('katex'); const fs = require('fs');"
+        "for (const x of JSON.parse(fs.readFileSync(0))) katex.renderToString(x, {strict: 'error', displayMode: true});"
+    )
+    formulas = formulas_of(report)
+    assert len(formulas) > 30
+    node = shutil.which("node")
+    if node is None or subprocess.run([node, "-e", "require('katex')"], capture_output=True, cwd=ROOT).returncode != 0:
+        pytest.skip("node with the katex package is not installed")
+    subprocess.run([node, "-e", script], input=json.dumps(formulas), text=True, check=True, cwd=ROOT)
 
 
 def states():

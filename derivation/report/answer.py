@@ -1,6 +1,4 @@
-"""The first page: the equation term by term, what each stage peaks at, and what is assumed."""
-
-# ruff: noqa: RUF001
+"""The first page: the equation term by term, and what each stage peaks at."""
 
 from __future__ import annotations
 
@@ -11,15 +9,15 @@ import sympy
 
 from derivation.api import Derivation, Stage
 from derivation.components import parameter_count
-from derivation.pipelines import Pipeline
-from derivation.report.text import PixelTerms, as_pixel_terms, human, pixel_terms, shape_text, value_at
-from derivation.symbols import DTYPE_BYTES
+from derivation.report.text import PixelTerms, as_pixel_terms, pixel_terms, shape_text, value_at
 from derivation.witness import Witness, WitnessTensor
 
 SIZES = (512, 768, 1024)
 PROMPT_LENGTH = 77
 ORIGINS_SHOWN = 4
 PIPELINE = "(pipeline)"
+# What the tape calls a parameter's arrival on the GPU.
+LOAD = "load"
 
 STAGE_TITLES: Mapping[str, str] = {
     "text_encoder": "Encode the prompt",
@@ -91,6 +89,16 @@ class TensorRow:
     terms: PixelTerms
     bytes_at: tuple[int, ...]
 
+    @property
+    def loaded(self) -> bool:
+        """Whether it is a parameter that offload brought to the GPU."""
+        return self.op == LOAD
+
+    @property
+    def model(self) -> str:
+        """The model that its module is part of."""
+        return model_of(self.module)
+
 
 @dataclass(frozen=True, slots=True)
 class StageRow:
@@ -145,6 +153,11 @@ def answer(d: Derivation) -> Answer:
 def stage_title(name: str) -> str:
     """Return a stage's name as a heading."""
     return STAGE_TITLES.get(name, name.replace("_", " ").capitalize())
+
+
+def model_of(module: str) -> str:
+    """Return the model that a module's path starts with."""
+    return module.split(".")[0]
 
 
 def polynomials(d: Derivation, stage: Stage) -> tuple[PolynomialRow, ...]:
@@ -208,7 +221,8 @@ def _term_row(
     for tensor in witness.tensors:
         share = _tensor_terms(d, tensor)
         if key in share:
-            kind = (tensor.module or PIPELINE, tensor.op, shape_text(tensor.shape))
+            place, shape = tensor.module or PIPELINE, shape_text(tensor.shape)
+            kind = (place, tensor.op, shape) if tensor.op != LOAD else (model_of(place), LOAD, "parameters")
             groups.setdefault(kind, []).append(_bytes_at({key: share[key]})[0])
     origins = sorted((Origin(len(v), *k, sum(v)) for k, v in groups.items()), key=lambda o: -o.bytes_at_512)
     shown = tuple(origins[:ORIGINS_SHOWN])
@@ -233,63 +247,3 @@ def meaning(key: tuple[int, int, int, int]) -> str:
     if length:
         return f"prompt embeddings: grows with the prompt length, {each}"
     return f"{each}, whatever its size"
-
-
-def assumptions(d: Derivation) -> list[tuple[str, str]]:
-    """Return what the numbers include and leave out, as (short name, sentence)."""
-    o = d.options
-    size = DTYPE_BYTES[o.dtype]
-    counted = (
-        "Bytes of tensors that PyTorch allocates: weights and buffers, activations, and what the pipeline keeps "
-        "between stages, each in blocks of 512 bytes as the CUDA caching allocator rounds them."
-    )
-    return [
-        ("Counted", counted),
-        *_hardware(d),
-        ("Inference only", "No gradients, no optimizer state: the pipeline runs under torch.no_grad()."),
-        (
-            "Everything on one GPU",
-            "All models stay on the GPU; no CPU offload, no VAE slicing or tiling, no attention slicing, "
-            "no torch.compile.",
-        ),
-        ("One precision", f"Weights and activations are {o.dtype} ({size} bytes an element)."),
-        ("Attention", f"Attention runs on the {o.attention!r} backend, with PyTorch's own fallbacks."),
-        (
-            "Prompt length",
-            "diffusers pads every prompt to 77 tokens, so L = 77 unless embeddings of long prompts are passed in.",
-        ),
-        (
-            "Image sides",
-            f"The printed polynomials hold for sides that are multiples of {d.grid.unit} pixels and leave the "
-            "512-byte rounding out; the generated functions and every number of bytes include it and hold "
-            "for every size.",
-        ),
-        (
-            "Run",
-            f"{o.pipeline}, {o.num_inference_steps} steps"
-            + (f", strength {Pipeline(d.checkpoint, o, True).strength}" if o.pipeline != "txt2img" else "")
-            + f", {o.num_images_per_prompt} image{'s' * (o.num_images_per_prompt > 1)} per prompt, classifier-free "
-            "guidance on unless stated otherwise.",
-        ),
-    ]
-
-
-def _hardware(d: Derivation) -> list[tuple[str, str]]:
-    if d.options.gpu is not None:
-        return [("GPU", f"Scratch memory of the GPU libraries is that of {d.options.gpu}.")]
-    return [
-        (
-            "Not counted",
-            "Scratch memory of cuDNN and cuBLAS, blocks that the caching allocator reserves but does not use, "
-            "the CUDA context, and other programs: derived for no particular GPU, the numbers are tensors only.",
-        )
-    ]
-
-
-def summary(d: Derivation, found: Answer) -> str:
-    """Return the answer in one sentence."""
-    first, last = found.totals[0], found.totals[-1]
-    return (
-        f"One {SIZES[0]} × {SIZES[0]} image needs {human(first)} of tensors, of which {human(found.weights_bytes)} "
-        f"are weights; {SIZES[-1]} × {SIZES[-1]} needs {human(last)}."
-    )

@@ -7,6 +7,7 @@ rounds it up to 512 bytes, and takes the largest sum. Integers stay below 2^53, 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,13 @@ from markupsafe import Markup
 
 from derivation.api import Derivation, derive
 from derivation.attention import BACKENDS, EAGER
+from derivation.config import Checkpoint
 from derivation.crossover import Crossover, crossovers
 from derivation.hardware.gpus import known, lookup
 from derivation.liveness import Point, local_maxima
 from derivation.options import DTYPES, Options
 from derivation.report.answer import PROMPT_LENGTH, STAGE_TITLES, stage_title
-from derivation.report.text import GIB
+from derivation.report.text import GIB, NARROW_SPACE
 from derivation.symbols import SYMBOLS, Size, as_poly
 from derivation.tape import Tape
 
@@ -81,16 +83,20 @@ class Calculator:
     script: Markup
 
 
-def combinations(options: Options) -> tuple[tuple[str, str], ...]:
+def combinations(checkpoint: Checkpoint, options: Options) -> tuple[tuple[str, str], ...]:
     """Return the (dtype, attention) pairs that have a program of their own."""
     wanted = ((dtype, attention) for dtype in DTYPES for attention in BACKENDS_SHOWN)
-    own = [resolved(dtype, attention) for dtype, attention in wanted]
-    return tuple(dict.fromkeys([*own, resolved(options.dtype, options.attention)]))
+    own = [resolved(checkpoint, dtype, attention) for dtype, attention in wanted]
+    return tuple(dict.fromkeys([*own, resolved(checkpoint, options.dtype, options.attention)]))
 
 
-def resolved(dtype: str, attention: str) -> tuple[str, str]:
-    """Return the pair whose program serves: half types alike, a backend that can never run by its fallback."""
-    dtype = SHARED_DTYPE.get(dtype, dtype)
+def resolved(checkpoint: Checkpoint, dtype: str, attention: str) -> tuple[str, str]:
+    """Return the pair whose program serves: half types alike, a backend that can never run by its fallback.
+
+    pipeline_stable_diffusion_xl.py upcasts a VAE of float16 alone (needs_upcasting), so there they differ.
+    """
+    if not (checkpoint.whole and checkpoint.pipeline_class.startswith("StableDiffusionXL")):
+        dtype = SHARED_DTYPE.get(dtype, dtype)
     while attention in BACKENDS and not any(BACKENDS[attention].usable(dim, dtype) for dim in HEAD_DIMS):
         attention = BACKENDS[attention].fallback or "math"
     return dtype, attention
@@ -105,12 +111,12 @@ class Backend:
     crossings: tuple[str, ...]
 
 
-def backend(model: object, options: Options, dtype: str, attention: str) -> Backend:
+def backend(checkpoint: Checkpoint, options: Options, dtype: str, attention: str) -> Backend:
     """Derive one combination; the totals are weights + peak bytes of squares with sides ATTENTION_SIDES."""
     chosen: dict[str, Any] = {**options.as_dict(), "dtype": dtype, "attention": attention}
-    d = derive(model, **chosen)
-    solved = attention == EAGER and dtype == SHARED_DTYPE.get(options.dtype, options.dtype)
-    tensors = d if options.gpu is None else derive(model, **{**chosen, "gpu": None})
+    d = derive(checkpoint, **chosen)
+    solved = (dtype, attention) == resolved(checkpoint, options.dtype, EAGER)
+    tensors = d if options.gpu is None else derive(checkpoint, **{**chosen, "gpu": None})
     return Backend(
         program=_program(tensors),
         totals=tuple(d.weights_bytes + max(d.stage_peaks(side, side).values()) for side in ATTENTION_SIDES),
@@ -120,7 +126,16 @@ def backend(model: object, options: Options, dtype: str, attention: str) -> Back
 
 def titled(found: Sequence[Crossover]) -> tuple[str, ...]:
     """Return the sentences of crossovers with the stages' titles."""
-    return tuple(c.sentence.replace(f"from {c.before} to {c.after}", _move(c)) for c in found)
+    return tuple(typeset(c.sentence.replace(f"from {c.before} to {c.after}", _move(c))) for c in found)
+
+
+def typeset(text: str) -> str:
+    """Return a sentence with the report's digit groups and multiplication signs.
+
+    >>> typeset("6,093 pixels (about 78 x 78)").replace(NARROW_SPACE, "_")
+    '6_093 pixels (about 78 \\N{MULTIPLICATION SIGN} 78)'
+    """
+    return re.sub(r"(?<=\d),(?=\d{3})", NARROW_SPACE, re.sub(r"(?<=\d) x (?=\d)", " \N{MULTIPLICATION SIGN} ", text))
 
 
 def _move(c: Crossover) -> str:
@@ -190,7 +205,7 @@ def calculator(d: Derivation, backends: Mapping[tuple[str, str], Backend]) -> Ca
     """Return the calculator of a report."""
     choices = _choices(d.options)
     table = {
-        f"{dtype.value}/{attention.value}": "/".join(resolved(dtype.value, attention.value))
+        f"{dtype.value}/{attention.value}": "/".join(resolved(d.checkpoint, dtype.value, attention.value))
         for dtype in choices[0].options
         for attention in choices[1].options
     }

@@ -13,7 +13,8 @@ from derivation.api import Derivation, derive
 from derivation.attention import EAGER
 from derivation.crossover import crossovers, does_not_matter
 from derivation.options import Options
-from derivation.report.answer import SIZES, Answer, PolynomialRow, answer, assumptions, summary
+from derivation.report.answer import SIZES, Answer, PolynomialRow, answer
+from derivation.report.assumptions import assumptions, chips, counted, summary
 from derivation.report.calculator import (
     ATTENTION_SIDES,
     BACKENDS_SHOWN,
@@ -24,11 +25,13 @@ from derivation.report.calculator import (
     combinations,
     resolved,
     titled,
+    typeset,
 )
-from derivation.report.mathml import display, maximum_latex, maximum_mathml, number
+from derivation.report.mathml import display, sum_latex, sum_mathml
+from derivation.report.offload import OffloadRow, placements
 from derivation.report.pictures import Picture, attention_picture, pictures
 from derivation.report.reduction import StageReduction, reductions
-from derivation.report.text import NARROW_SPACE, PixelTerms, grouped, slug, tex
+from derivation.report.text import PixelTerms, slug, tex
 from derivation.report.validation import Validation, comparisons, validation
 from derivation.report.walk import Walk, walks
 from derivation.symbols import SYMBOLS, Symbol
@@ -45,6 +48,8 @@ class Content:
     command: str
     options: Options
     chips: tuple[str, ...]
+    counted: str
+    whole: bool
     sizes: tuple[int, ...]
     unit: int
     factor: int
@@ -53,6 +58,7 @@ class Content:
     equation_latex: str
     rounding_bytes: int
     answer: Answer
+    placements: tuple[OffloadRow, ...]
     crossings: tuple[str, ...]
     indifferent: tuple[tuple[str, str], ...]
     assumptions: Sequence[tuple[str, str]]
@@ -82,7 +88,9 @@ def content(model: object, options: Options, command: str, progress: Progress, v
     d = _derive(model, options)
     with ProcessPoolExecutor() as pool:
         measured = pool.submit(comparisons)
-        derived = {pair: pool.submit(backend, d.checkpoint, options, *pair) for pair in combinations(options)}
+        pairs = combinations(d.checkpoint, options)
+        derived = {pair: pool.submit(backend, d.checkpoint, options, *pair) for pair in pairs}
+        placed = pool.submit(placements, d.checkpoint, options) if d.checkpoint.whole else None
         found = answer(d)
         walked, reduced = walks(d), reductions(d)
         progress("drawing figures")
@@ -92,14 +100,16 @@ def content(model: object, options: Options, command: str, progress: Progress, v
         backends = {pair: future.result() for pair, future in derived.items()}
         progress("comparing with measurements")
         checked = validation(d.checkpoint.name, options, measured.result(), verify)
-    drawn |= {"attention": _attention(options, backends)}
+    drawn |= {"attention": _attention(d, backends)}
     eager = next((b.crossings for b in backends.values() if b.crossings and options.attention != EAGER), ())
     return Content(
         model=d.checkpoint.name,
         slug=slug(d.checkpoint.name),
         command=command,
         options=options,
-        chips=_chips(d),
+        chips=chips(d),
+        counted=counted(options),
+        whole=d.checkpoint.whole,
         sizes=SIZES,
         unit=d.grid.unit,
         factor=d.grid.vae_scale_factor,
@@ -108,8 +118,9 @@ def content(model: object, options: Options, command: str, progress: Progress, v
         equation_latex=equation_latex(found),
         rounding_bytes=max(row.rounding_bytes for row in found.polynomials),
         answer=found,
+        placements=placed.result() if placed else (),
         crossings=(*titled(solved[0]), *(f"With eager attention: {text}" for text in eager)),
-        indifferent=tuple((x.quantity, x.sentence) for x in solved[1]),
+        indifferent=tuple((x.quantity, typeset(x.sentence)) for x in solved[1]),
         assumptions=assumptions(d),
         symbols=_symbols(d),
         events=len(d.record().tape.events),
@@ -127,21 +138,10 @@ def _derive(model: object, options: Options) -> Derivation:
     return derive(model, **chosen)
 
 
-def _attention(options: Options, backends: Mapping[tuple[str, str], Backend]) -> Picture:
-    names = dict.fromkeys([options.attention, *BACKENDS_SHOWN])
-    return attention_picture(ATTENTION_SIDES, {n: backends[resolved(options.dtype, n)].totals for n in names})
-
-
-def _chips(d: Derivation) -> tuple[str, ...]:
-    options = d.options
-    checker = "with safety checker" if "safety_checker" in d.calls else "no safety checker"
-    return (
-        options.pipeline,
-        options.dtype,
-        f"{options.attention} attention",
-        checker,
-        "tensors only, no particular GPU" if options.gpu is None else options.gpu,
-    )
+def _attention(d: Derivation, backends: Mapping[tuple[str, str], Backend]) -> Picture:
+    names = dict.fromkeys([d.options.attention, *BACKENDS_SHOWN])
+    pairs = {name: resolved(d.checkpoint, d.options.dtype, name) for name in names}
+    return attention_picture(ATTENTION_SIDES, {name: backends[pair].totals for name, pair in pairs.items()})
 
 
 def _symbols(d: Derivation) -> tuple[Symbol, ...]:
@@ -154,12 +154,10 @@ def _symbols(d: Derivation) -> tuple[Symbol, ...]:
 def equation_mathml(found: Answer) -> Markup:
     """Return the headline equation as displayed MathML, one row of the max a moment of the run."""
     rows = [(p.terms, p.title) for p in found.polynomials]
-    left = f"<mi>M</mi><mo>=</mo>{number(found.weights_bytes)}<mo>+</mo>"
-    return display(f"<mrow>{left}{maximum_mathml(rows)}</mrow>")
+    return display(f"<mrow><mi>M</mi><mo>=</mo>{sum_mathml(found.weights_bytes, rows)}</mrow>")
 
 
 def equation_latex(found: Answer) -> str:
     """Return the headline equation in LaTeX."""
     rows = [(p.terms, rf"\text{{{tex(p.title)}}}") for p in found.polynomials]
-    weights = grouped(found.weights_bytes).replace(NARROW_SPACE, r"\,")
-    return f"M = {weights} + {maximum_latex(rows)}"
+    return f"M = {sum_latex(found.weights_bytes, rows)}"

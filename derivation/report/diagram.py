@@ -14,8 +14,10 @@ from derivation.figures import INK, PALETTE, styled
 from derivation.report.answer import Answer
 from derivation.report.text import SUBSCRIPTS, human
 
-BOX_WIDTH, BOX_HEIGHT = 1.75, 0.9
+BOX_WIDTH, BOX_HEIGHT = 1.9, 0.9
 FONT_SIZE = 7.5
+# A row of fewer boxes is drawn at the size of this many.
+LEAST_STAGES = 5
 
 Spot = tuple[float, float]
 
@@ -49,10 +51,11 @@ def _arrow(axes: Axes, start: Spot, end: Spot, style: str = "-", color: str = IN
 def stage_diagram(d: Derivation, found: Answer) -> Figure:
     """Draw the stages in order: what each hands on, and its peak at 512 x 512."""
     pitch = BOX_WIDTH + 0.35
-    right = len(found.stages) * pitch
+    right = max(len(found.stages), LEAST_STAGES) * pitch
+    left = (right - len(found.stages) * pitch) / 2
     figure, axes = _canvas(9, 9 * 1.1 / right, right, 1.1)
     for i, stage in enumerate(found.stages):
-        x = (i + 0.5) * pitch
+        x = left + (i + 0.5) * pitch
         peak = stage.name == found.peak_stages[0]
         lines = [stage.title, _handed_on(d, stage.name), f"peak {human(stage.bytes_at[0])}"]
         _box(axes, x, 0.55, lines, PALETTE[3] if peak else PALETTE[0])
@@ -64,9 +67,10 @@ def stage_diagram(d: Derivation, found: Answer) -> Figure:
 def _handed_on(d: Derivation, stage: str) -> str:
     c, vae = d.checkpoint, d.checkpoint.vae
     latent = f"B×{vae.latent_channels if vae else 4}×h₀×w₀"
-    text = c.text_encoder
+    text = c.text_encoder.hidden_size if c.text_encoder else None
+    width = c.unet.cross_attention_dim[0] if c.unet else text
     shapes = {
-        "text_encoder": f"2B×L×{text.hidden_size}" if text else "",
+        "text_encoder": f"2B×L×{width}",
         "vae_encode": latent,
         "prepare_latents": latent,
         "unet": latent,

@@ -85,6 +85,18 @@ def maximum_mathml(rows: Iterable[tuple[PixelTerms, str]]) -> str:
     return f'<mrow><mi>max</mi><mspace width=".2em"/><mtable class="brace">{cells}</mtable></mrow>'
 
 
+def sum_mathml(weights_bytes: int, rows: Sequence[tuple[PixelTerms, str]]) -> str:
+    """Return weights + max over rows."""
+    weights = f"{number(weights_bytes)}<mo>+</mo>" if weights_bytes else ""
+    return f"<mrow>{weights}{maximum_mathml(rows)}</mrow>"
+
+
+def sum_latex(weights_bytes: int, rows: Sequence[tuple[PixelTerms, str]]) -> str:
+    """Return weights + max over rows in LaTeX."""
+    weights = grouped(weights_bytes).replace(NARROW_SPACE, r"\,") + " + " if weights_bytes else ""
+    return f"{weights}{maximum_latex(rows)}"
+
+
 def inline(body: str) -> Markup:
     """Return MathML as inline mathematics."""
     return Markup(f"<math>{body}</math>")
@@ -119,5 +131,5 @@ def maximum_latex(rows: Sequence[tuple[PixelTerms, str]]) -> str:
     """Return max{...} in LaTeX, labels (already LaTeX) behind each polynomial."""
     if len(rows) == 1:
         return terms_latex(rows[0][0])
-    body = r" \\ ".join(f"{terms_latex(terms)} & {label}" for terms, label in rows)
+    body = r" \\ ".join(f"{terms_latex(terms)} & {label}".rstrip("& ") for terms, label in rows)
     return rf"\max\left\{{\begin{{array}}{{ll}} {body} \end{{array}}\right."

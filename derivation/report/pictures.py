@@ -82,7 +82,7 @@ def _total(d: Derivation, side: int) -> int:
 def _stage_picture(d: Derivation, found: Answer) -> Picture:
     return picture(
         "stages",
-        f"The stages of {d.options.pipeline}",
+        f"The stages of {d.options.pipeline}" if d.checkpoint.whole else "The component's calls",
         "What each stage hands on, and its peak beyond the weights at 512 × 512 (B = 1, L = 77).",
         stage_diagram(d, found),
     )
@@ -121,8 +121,12 @@ def _winner(found: Answer, index: int) -> PolynomialRow:
 
 def _parts(row: PolynomialRow, index: int) -> dict[str, int]:
     """Return the largest tensors of a witness and the rest, as label -> bytes at SIZES[index]."""
-    largest = sorted(row.witness.tensors, key=lambda t: -t.bytes_at[index])[:SEGMENTS]
     parts: dict[str, int] = {}
+    for tensor in (t for t in row.witness.tensors if t.loaded):
+        label = f"weights while needed: {tensor.model}"
+        parts[label] = parts.get(label, 0) + tensor.bytes_at[index]
+    computed = [t for t in row.witness.tensors if not t.loaded]
+    largest = sorted(computed, key=lambda t: -t.bytes_at[index])[:SEGMENTS]
     for tensor in largest:
         label = f"{tensor.op}, {'.'.join(tensor.module.split('.')[-3:])}"
         parts[label] = parts.get(label, 0) + tensor.bytes_at[index]

@@ -10,7 +10,8 @@ from derivation.api import Derivation
 from derivation.liveness import Point, local_maxima
 from derivation.peak import MIX, MIX_AMONG, margin, proven_nonnegative
 from derivation.report.answer import PIPELINE, PROMPT_LENGTH, stage_title
-from derivation.report.text import size_text
+from derivation.report.text import PixelTerms, as_pixel_terms, size_text
+from derivation.simplify import Term
 from derivation.spine import Record, StageRecord
 from derivation.symbols import ceil512, evaluate
 from derivation.tape import Tape
@@ -54,6 +55,17 @@ class StageReduction:
     printed: int
     kept: tuple[Candidate, ...]
     proofs: tuple[Proof, ...]
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A printed polynomial in every level's sides, in the deepest level's, and in the image's."""
+
+    label: str
+    levels: str
+    deepest: str
+    terms: PixelTerms
 
 
 def reductions(d: Derivation) -> tuple[StageReduction, ...]:
@@ -86,7 +98,14 @@ def _stage(
         printed=len(stage.terms),
         kept=tuple(_candidate(p, record.tape, values, labels[id(p)]) for p in kept),
         proofs=tuple(proof for proof in found if proof is not None),
+        steps=tuple(_step(term, kept, labels) for term in stage.terms),
     )
+
+
+def _step(term: Term, kept: Sequence[Point], labels: Mapping[int, str]) -> Step:
+    point = next(p for p in kept if p.event == term.point.event)
+    levels, deepest = size_text(point.raw()), size_text(term.polynomial)
+    return Step(labels[id(point)], levels, deepest, as_pixel_terms(term.expression))
 
 
 def _bytes(point: Point, values: Mapping[str, int]) -> int:

@@ -15,8 +15,9 @@ from markupsafe import Markup, escape
 from derivation.errors import DerivationError
 from derivation.report.answer import PolynomialRow
 from derivation.report.content import Content
-from derivation.report.mathml import inline, maximum_mathml, terms_latex, terms_mathml
-from derivation.report.text import SUBSCRIPTS, grouped, human, markdown, tex
+from derivation.report.mathml import inline, maximum_mathml, sum_latex, sum_mathml, terms_latex, terms_mathml
+from derivation.report.offload import OffloadRow
+from derivation.report.text import SUBSCRIPTS, PixelTerms, grouped, human, markdown, tex
 
 TEMPLATES = Path(__file__).parent.parent.parent / "templates"
 
@@ -39,6 +40,8 @@ def environment() -> Environment:
         "subscripted": lambda text: text.translate(SUBSCRIPTS),
         "polynomial": lambda terms: inline(terms_mathml(terms)),
         "maximum": _maximum,
+        "placement": lambda row: inline(sum_mathml(row.weights_bytes, _unnamed(row))),
+        "placement_latex": lambda row: sum_latex(row.weights_bytes, _unnamed(row)),
         "terms_latex": terms_latex,
         "tex": tex,
         "md": markdown,
@@ -53,6 +56,10 @@ def breakable(text: str) -> Markup:
 
 def _maximum(rows: Iterable[PolynomialRow]) -> Markup:
     return inline(maximum_mathml([(row.terms, "") for row in rows]))
+
+
+def _unnamed(row: OffloadRow) -> list[tuple[PixelTerms, str]]:
+    return [(terms, "") for terms in row.polynomials]
 
 
 def render(template: str, content: Content) -> str:

@@ -164,7 +164,7 @@ def _uncertainty(row: Comparison) -> float:
 
 def _rules(rows: Sequence[Comparison]) -> Picture:
     errors: dict[str, list[float]] = {OURS: []}
-    for row in (r for r in rows if r.rules_of_thumb):
+    for row in (r for r in rows if r.rules_of_thumb and r.judged):
         errors[OURS].append(abs(row.error))
         for name, nbytes in row.rules_of_thumb.items():
             errors.setdefault(name, []).append(abs(nbytes / row.measurement.value - 1))
@@ -173,6 +173,7 @@ def _rules(rows: Sequence[Comparison]) -> Picture:
     return picture(
         "rules",
         "Rules of thumb against the derivation",
-        "Mean relative error of each rule on the measured rows that it gives a number for.",
+        "Mean relative error of each rule on the measured rows that it gives a number for. The rows that a coefficient "
+        "of the derivation was fitted on are left out.",
         figures.rule_errors(labels, [100 * fmean(errors[n]) for n in names], names.index(OURS)),
     )
