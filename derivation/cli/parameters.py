@@ -170,9 +170,10 @@ def value_of(key: str, hint: Any, value: Any) -> Any:
     for kind, convert in _CONVERT.items():
         if kind in kinds:
             try:
-                return _checked(key, convert(value))
+                converted = convert(value)
             except (ValueError, KeyError):
                 continue
+            return _checked(key, converted)
     if str in kinds:
         return value
     raise DerivationError(f"{key} = {shown(value)} is not a value of this option")
