@@ -10,6 +10,7 @@ import sympy
 
 from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation, Stage
 from derivation.simplify import B, H, L, W
+from derivation.tiling import IN_PIXELS
 
 SIDES = (512, 768, 1024)
 Values = Mapping[sympy.Symbol, int]
@@ -122,11 +123,16 @@ def _stages(a: Mapping[str, Stage], b: Mapping[str, Stage], at: Values) -> tuple
 
 
 def _stage(name: str, a: Stage | None, b: Stage | None, at: Values) -> StageDifference:
-    left, right = (list(dict.fromkeys(t.expression for t in stage.terms)) if stage else [] for stage in (a, b))
+    left, right = (_at(stage, at) if stage else {} for stage in (a, b))
     only_a, only_b = ([e for e in own if e not in other] for own, other in ((left, right), (right, left)))
-    changes = _changes(*(max(es, key=lambda e: int(e.subs(at))) for es in (left, right))) if left and right else ()
+    changes = _changes(*(max(es, key=es.__getitem__) for es in (left, right))) if left and right else ()
     common = [e for e in left if e in right]
     return StageDifference(name, _texts(common), _texts(only_a), _texts(only_b), changes)
+
+
+def _at(stage: Stage, values: Values) -> dict[sympy.Expr, int]:
+    """Return the stage's polynomials and what each is at ``values``."""
+    return {term.expression: int(stage.grid.explicit(term.expression).subs(values)) for term in stage.terms}
 
 
 def _texts(expressions: list[sympy.Expr]) -> tuple[str, ...]:
@@ -144,7 +150,7 @@ def _changes(a: sympy.Expr, b: sympy.Expr) -> tuple[Monomial, ...]:
 
 def _monomials(expression: sympy.Expr) -> dict[str, str]:
     """Return the coefficients by monomial, for a polynomial; an expression of another form is one entry."""
-    symbols = (B, L, H, W)
+    symbols = (B, L, H, W, *(symbol for symbol in IN_PIXELS.values() if symbol in expression.free_symbols))
     if not expression.is_polynomial(*symbols):
         return {str(expression): "1"}
     terms = sympy.Poly(expression, *symbols).terms()

@@ -203,7 +203,7 @@ def last_that_fits(fits: Callable[[int], bool], guess: int, limit: int) -> int:
 def solved_side(request: Request, aspect: tuple[int, int], batch_size: int) -> float | None:
     """Return the longer side in pixels at which the headline equals the budget, 0 where it always exceeds it.
 
-    Each polynomial is a x^4 + b x^2 + c in the side x; None where one is not, or does not grow with x.
+    Each polynomial is a x^4 + b x^2 + c in the side x; None where one is not, as with VAE tiles, or does not grow.
     """
     x = sympy.Symbol("x", positive=True)
     longer = max(aspect)
@@ -213,7 +213,7 @@ def solved_side(request: Request, aspect: tuple[int, int], batch_size: int) -> f
     for expression in request.headlines():
         terms = {m[0]: c for m, c in sympy.Poly(expression.subs(along), x).terms()}
         a, b, c = (terms.pop(power, 0) for power in (4, 2, 0))
-        if terms or not (a.is_number and b.is_number and c.is_number) or min(a, b) < 0:
+        if terms or any(sympy.sympify(term).free_symbols for term in (a, b, c)) or min(a, b) < 0:
             return None
         if a + b > 0:
             found.append(_positive_root(Fraction(str(a)), Fraction(str(b)), spare - Fraction(str(c))))

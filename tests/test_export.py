@@ -24,7 +24,7 @@ from jsonschema import Draft202012Validator
 
 from derivation import Derivation, DerivationError, derive
 from derivation.crossover import crossovers, does_not_matter
-from derivation.export import CHECKED_IN, TARGETS, compiled, export, generate, regenerate, write
+from derivation.export import CHECKED_IN, TARGETS, compiled, export, generate, write, write_formulas
 from derivation.export.exact import generic_sizes, regimes
 from derivation.export.render import VERSIONS, assumptions, exclusions
 from derivation.simplify import B, H, L, W
@@ -39,7 +39,7 @@ UPDATE = "pytest tests/test_export.py --update-formulas"
 @pytest.fixture(scope="module")
 def generated(request):
     if request.config.getoption("--update-formulas"):
-        regenerate(ROOT)
+        write_formulas(ROOT, generate())
     return generate()
 
 

@@ -101,20 +101,21 @@ def write(derivation: Derivation, targets: Iterable[str], directory: str | os.Pa
     return _write_all(texts, Path(directory))
 
 
-def generate(entries: Iterable[CheckedIn] = CHECKED_IN) -> dict[str, str]:
-    """Return the files of the checked-in folders: path below formulas/ -> text."""
+def generate(models: Iterable[str] | None = None) -> dict[str, str]:
+    """Return the checked-in files of ``models``, of all by default: path below formulas/ -> text."""
+    wanted = None if models is None else set(models)
     found: dict[str, str] = {}
-    for entry in entries:
+    for entry in CHECKED_IN:
+        if wanted is not None and not wanted & {entry.model, entry.model.split("/")[1]}:
+            continue
         derivation = derive(entry.model, pipeline=entry.pipeline)
         found |= {f"{entry.folder}/{TARGETS[t].file}": export(derivation, t) for t in entry.targets}
     return found
 
 
-def regenerate(root: str | os.PathLike[str], models: Iterable[str] | None = None) -> list[Path]:
-    """Write the checked-in files of ``models`` (of all by default) below ``root``/formulas and return their paths."""
-    wanted = None if models is None else set(models)
-    entries = [entry for entry in CHECKED_IN if wanted is None or wanted & {entry.model, entry.model.split("/")[1]}]
-    return _write_all(generate(entries), Path(root) / "formulas")
+def write_formulas(root: str | os.PathLike[str], texts: Mapping[str, str]) -> list[Path]:
+    """Write what ``generate`` returned below ``root``/formulas and return the paths; raises DerivationError."""
+    return _write_all(texts, Path(root) / "formulas")
 
 
 def _function(derivation: Derivation) -> Function:

@@ -6,12 +6,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from derivation.errors import DerivationError
-from derivation.export import regenerate
+from derivation.export import generate, write_formulas
 from derivation.options import flag
 from derivation.report.files import build
 
@@ -38,11 +38,11 @@ def build_all(
 
     Raises DerivationError where a report cannot be derived or written, or LaTeX stops at an error.
     """
-    with ProcessPoolExecutor(1) as pool:
-        formulas = pool.submit(regenerate, ROOT, list(models))
+    with get_context("spawn").Pool(1) as pool:  # leaving the block ends it, also where a report cannot be built
+        formulas = pool.apply_async(generate, (list(models),))
         pages = build(models, output, _command(models, options), progress, verify, **options)
         progress("refreshing formulas/")
-        formulas.result()
+        write_formulas(ROOT, formulas.get())
     return [*pages, *(_typeset(pages, progress) if pdf else [])]
 
 
