@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from inspect import signature
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from derivation.api import Derivation
 from derivation.config.checkpoint import BUNDLED, IMAGE_ENCODER
@@ -29,6 +31,9 @@ CONFIG_FILES = {
     "vae_decode": "vae/config.json",
     "safety_checker": "safety_checker/config.json",
 }
+T = TypeVar("T")
+# cases that a process takes at a time
+CHUNK = 4
 # trace_component takes latents an eighth of the image's sides.
 TRACE_FACTOR = 8
 # read where a GPU is named: the oracle has none
@@ -186,6 +191,13 @@ def compare_pipeline(
         Comparison(name, derived.get(name, (0, 0))[0], traced.get(name, 0), where if i == 0 else None)
         for i, name in enumerate(names)
     ]
+
+
+def compared(compare: Callable[[T], list[Comparison]], cases: Iterable[T]) -> Iterator[tuple[T, list[Comparison]]]:
+    """Compare every case, on all processors, and yield them in order."""
+    listed = list(cases)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
+        yield from zip(listed, workers.map(compare, listed, chunksize=CHUNK), strict=True)
 
 
 def _trace_options(derivation: Derivation) -> dict[str, Any]:

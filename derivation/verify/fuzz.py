@@ -15,7 +15,7 @@ from derivation.config import clip_text_config, clip_vision_config, load, unet_c
 from derivation.options import DTYPES, OFFLOADS, PIPELINES, Options
 from derivation.schedulers import SCHEDULERS
 from derivation.verify import random_configs
-from derivation.verify.compare import Comparison, compare_component, compare_pipeline
+from derivation.verify.compare import Comparison, compare_component, compare_pipeline, compared
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 ATTENTION = ("eager", "math", "efficient", "flash")
@@ -143,6 +143,8 @@ def _impossible(drawn: Mapping[str, Any], unet: Mapping[str, Any]) -> Iterator[s
         yield "lora_fused"
     if "ip_adapter_tokens" in drawn:
         yield "attention_slicing"
+    if drawn.get("pipeline") == "inpaint":
+        yield from ("tile_sample_min_size", "tile_overlap_factor")  # tiles that join to other sizes than the mask's
     if unet.get("mid_block_type") is None or not isinstance(unet.get("layers_per_block"), int):
         yield "controlnets"  # ControlNetModel.from_unet
 
@@ -170,7 +172,5 @@ def _compare_pipeline(case: Case) -> list[Comparison]:
 
 
 def run_fuzz(count: int, seed: int = 0) -> Iterator[tuple[Case, list[Comparison]]]:
-    """Derive and trace ``count`` cases from ``seed`` on, one after the other."""
-    for each in range(seed, seed + count):
-        case = random_case(each)
-        yield case, compare_case(case)
+    """Derive and trace ``count`` cases from ``seed`` on, on all processors, and yield them in order."""
+    return compared(compare_case, map(random_case, range(seed, seed + count)))

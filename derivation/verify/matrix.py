@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any
 
 from derivation.api import derive
 from derivation.config import bundled, load
 from derivation.options import OFFLOADS, PIPELINES, flag
 from derivation.schedulers import SCHEDULERS
-from derivation.verify.compare import Comparison, compare_pipeline
+from derivation.verify.compare import Comparison, compare_pipeline, compared
 from derivation.verify.verification import Size
 
 # the checkpoints that not every pipeline takes
@@ -93,6 +91,4 @@ def changes(model: str, task: str, chosen: Mapping[str, Any]) -> bool:
 
 def run_matrix(models: tuple[str, ...] | None = None) -> Iterator[tuple[Entry, list[Comparison]]]:
     """Derive and trace every call, on all processors, and yield them in order."""
-    entries = list(matrix(models))
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
-        yield from zip(entries, workers.map(Entry.compare, entries), strict=True)
+    return compared(Entry.compare, matrix(models))
