@@ -26,7 +26,7 @@ from derivation.export.javascript import javascript
 from derivation.export.latex import latex
 from derivation.export.python import python
 
-__all__ = ["CHECKED_IN", "TARGETS", "CheckedIn", "compiled", "export", "generate", "regenerate", "write"]
+__all__ = ["CHECKED_IN", "TARGETS", "CheckedIn", "compiled", "export", "generate", "write", "write_formulas"]
 
 
 @dataclass(frozen=True, slots=True)

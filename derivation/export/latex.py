@@ -80,7 +80,7 @@ def _monomial(powers: Sequence[int], coefficient: sympy.Rational, tiles: Sequenc
     symbols = [("B", batch), ("H", height), ("W", width), ("L", length)]
     symbols += [(symbol.name, power) for symbol, power in zip(tiles, others, strict=True)]
     letters = " ".join(name if power == 1 else f"{name}^{{{power}}}" for name, power in symbols if power)
-    sign, top, bottom = "-" * (coefficient < 0), _integer(abs(coefficient.p)), coefficient.q
+    sign, top, bottom = "-" * bool(coefficient < 0), _integer(abs(coefficient.p)), coefficient.q
     number = f"{sign}{top}" if bottom == 1 else f"{sign}\\tfrac{{{top}}}{{{bottom}}}"
     return letters if coefficient == 1 and letters else f"{number}\\,{letters}".removesuffix("\\,")
 
