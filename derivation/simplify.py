@@ -13,7 +13,8 @@ import sympy
 from sympy.polys.rings import PolyElement
 
 from derivation.liveness import Point
-from derivation.peak import reduce_points, slack_bytes
+from derivation.peak import reduce_points
+from derivation.proof import slack_bytes
 from derivation.symbols import SYMBOLS, Size, as_poly, evaluate, symbol
 from derivation.tiling import IN_PIXELS, Tile
 

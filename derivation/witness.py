@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from derivation.liveness import alive_at
-from derivation.symbols import Size, evaluate
-from derivation.tape import Allocation, Tape
+from derivation.symbols import DTYPE_BYTES, Size, evaluate
+from derivation.tape import Allocation, Category, Tape
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,10 @@ class WitnessTensor:
 
 @dataclass(frozen=True, slots=True)
 class Witness:
-    """The program point of a peak: stage, module path, operator, and every tensor alive, oldest first."""
+    """The program point of a peak: stage, module path, operator, and every tensor alive, oldest first.
+
+    Before them stand the weights that the call has moved or freed, one entry a model and dtype.
+    """
 
     stage: str
     module: str
@@ -62,4 +65,17 @@ def witness_at(stage: str, tape: Tape, event: int) -> Witness:
     alive = alive_at(tape, event)
     newest = alive[-1] if alive else None
     module, op = (newest.path, newest.op) if newest else ("", "")
-    return Witness(stage, module, op, tuple(WitnessTensor.of(a) for a in alive))
+    tensors = [WitnessTensor.of(a) for a in alive if a.category is not Category.WEIGHT]
+    return Witness(stage, module, op, (*_weights(a for a in alive if a.category is Category.WEIGHT), *tensors))
+
+
+def _weights(alive: Iterable[Allocation]) -> Iterator[WitnessTensor]:
+    """Yield a model's weights of one dtype as one flat tensor."""
+    groups: dict[tuple[str, str, Size], list[Allocation]] = {}
+    for a in alive:
+        groups.setdefault((a.path.split(".")[0], a.dtype, a.count), []).append(a)
+    for (model, dtype, count), weights in groups.items():
+        nbytes = [evaluate(a.nbytes, {}) for a in weights]
+        shape = (sum(nbytes) // DTYPE_BYTES[dtype],)
+        op, category = weights[0].op, weights[0].category.value
+        yield WitnessTensor(model, op, shape, dtype, sum(nbytes), count, category)

@@ -8,7 +8,8 @@ import pytest
 
 from derivation import derive
 from derivation.liveness import Point
-from derivation.peak import proven_nonnegative, reduce_points, slack_bytes
+from derivation.peak import reduce_points
+from derivation.proof import proven_nonnegative, slack_bytes
 from derivation.symbols import SYMBOLS, ceil512, evaluate, symbol
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"

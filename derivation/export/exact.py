@@ -16,8 +16,9 @@ from functools import lru_cache
 from derivation.api import Derivation
 from derivation.errors import DerivationError
 from derivation.liveness import Point, local_maxima
-from derivation.peak import margin, proven_nonnegative, reduce_points
+from derivation.peak import reduce_points
 from derivation.program import Program, Variant
+from derivation.proof import margin, proven_nonnegative
 from derivation.symbols import MAX_LEVELS, Size, free_names, symbol
 from derivation.tape import Guard, Tape
 

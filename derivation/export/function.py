@@ -31,7 +31,7 @@ from derivation.export.expression import (
 )
 from derivation.export.tiles import tile_expressions
 from derivation.liveness import Point
-from derivation.peak import slack_bytes
+from derivation.proof import slack_bytes
 from derivation.symbols import BLOCK_BYTES, MAX_LEVELS, RING, SYMBOLS, Size, as_poly, ceil512, free_names, is_tile
 from derivation.tape import Guard
 

@@ -8,7 +8,8 @@ from itertools import combinations
 
 from derivation.api import Derivation
 from derivation.liveness import Point, local_maxima
-from derivation.peak import MIX, MIX_AMONG, margin, proven_nonnegative
+from derivation.peak import MIX, MIX_AMONG
+from derivation.proof import margin, proven_nonnegative
 from derivation.report.answer import PIPELINE, PROMPT_LENGTH, stage_title
 from derivation.report.text import PixelTerms, as_pixel_terms, size_text
 from derivation.simplify import Term
