@@ -156,7 +156,7 @@ def verify(
     call = Call(**sizes(size, prompt))
     rows = [row.as_dict() for row in run_verification(checkpoint, [call], **asdict(options))]
     matches = all(row["match"] for row in rows)
-    output.emit({"match": matches, "rows": rows}, json, _show_verified)
+    output.emit({"match": matches, **circumstances(), "rows": rows}, json, _show_verified)
     if not matches:
         raise typer.Exit(1)
 

@@ -20,7 +20,10 @@ from derivation.options import Options
 from derivation.report.pictures import Picture, picture
 from derivation.report.text import GIB, MIB, grouped
 
-RECORD = Path(__file__).parent.parent / "evidence" / "verification.json"
+EVIDENCE = Path(__file__).parent.parent / "evidence"
+RECORD = EVIDENCE / "verification.json"
+# what verify --all and verify --fuzz print with --json
+MATRIX, FUZZ = EVIDENCE / "matrix.json", EVIDENCE / "fuzz.json"
 OURS = "this derivation"
 COLUMNS = ("Component or stage", "Size", "Derived (bytes)", "Traced (bytes)", "Result")
 
@@ -53,6 +56,7 @@ class Validation:
     """What the validation section shows."""
 
     runs: tuple[Run, ...]
+    wider: tuple[str, ...]
     measured: tuple[MeasuredRow, ...]
     pictures: tuple[Picture, ...]
 
@@ -65,6 +69,7 @@ def validation(model: str, options: Options, comparisons: Sequence[Comparison], 
     run = live(model, options) if verify else recorded(model)
     return Validation(
         runs=() if run is None else (run,),
+        wider=wider(model),
         measured=tuple(_row(c) for c in comparisons),
         pictures=(_measured(comparisons), _rules(comparisons)) if comparisons else (),
     )
@@ -96,6 +101,31 @@ def recorded(model: str) -> Run | None:
         return _run(f"Recorded on {found['date']}, not run for this report", found["versions"], rows) if rows else None
     except (ValueError, KeyError, TypeError) as error:
         raise DerivationError(f"{RECORD.name} is not a verification record ({error!r})") from None
+
+
+def wider(model: str) -> tuple[str, ...]:
+    """Return what the recorded runs over options and over random configs found; raises DerivationError."""
+    found = []
+    for path, what in ((MATRIX, f"whole pipeline calls of {model}, one for each option and size"), (FUZZ, FUZZED)):
+        if path.exists():
+            try:
+                found.append(_sentence(json.loads(path.read_text(encoding="utf-8")), model, what))
+            except (ValueError, KeyError, TypeError) as error:
+                raise DerivationError(f"{path.name} is not a record of verify ({error!r})") from None
+    return tuple(sentence for sentence in found if sentence)
+
+
+FUZZED = "random configs, options and sizes, components and whole pipelines"
+
+
+def _sentence(record: Mapping[str, Any], model: str, what: str) -> str:
+    calls = record.get("calls")
+    mine = None if calls is None else sum(line.split()[0] == model for line in calls)
+    count = record["count"] if mine is None else mine
+    failed = {case["reproduce"] for case in record["failed"] if mine is None or case["reproduce"].split()[0] == model}
+    used = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    equal = f"{grouped(count - len(failed))} of {grouped(count)} {what}"
+    return f"Recorded on {record['date']}, with {used}: {equal} equal to the byte." if count else ""
 
 
 def _run(title: str, versions: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Run:

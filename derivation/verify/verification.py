@@ -1,20 +1,17 @@
-"""A verification run: every component and stage of a checkpoint at one or more sizes, and its record."""
+"""A verification run: every component and stage of a checkpoint at one or more sizes."""
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation, derive
 from derivation.verify.compare import Comparison, compare_components, compare_pipeline
 
-RECORD = Path(__file__).resolve().parent.parent / "evidence" / "verification.json"
 VERSIONS = ("torch", "diffusers", "transformers")
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -86,12 +83,3 @@ def circumstances() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in VERSIONS},
     }
-
-
-def record(rows: Iterable[Row], path: Path = RECORD) -> None:
-    """Write the rows with versions and date to ``path``, through a temporary file."""
-    content = {**circumstances(), "rows": [row.as_dict() for row in rows]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
