@@ -171,6 +171,16 @@ class Pipeline:
         """Move B preprocessed images [B, 3, H, W] from the CPU to the device."""
         return empty(self.image_shape(tape().size("B")), self.options.dtype, "_to_copy", Category.PIPELINE)
 
+    def fitting(self, latents: SymTensor) -> SymTensor:
+        """Return encoded latents; raises DerivationError where VAE tiles join to another size than the latents'."""
+        expected = self.latent_shape[2:]
+        if latents.shape[2:] != expected:
+            raise DerivationError(
+                f"vae_tiling: the tiles of tile_overlap_factor = {self.options.tile_overlap_factor} join to "
+                f"{latents.shape[2]} x {latents.shape[3]} latents; the pipeline needs {expected[0]} x {expected[1]}"
+            )
+        return latents
+
     def encode(self, image: SymTensor) -> SymTensor:
         """``retrieve_latents(vae.encode(image))``."""
         self.models.pre_forward("vae")

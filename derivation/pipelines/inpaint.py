@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from derivation.errors import DerivationError
 from derivation.ops import cat, empty, repeat
 from derivation.pipelines.base import Pipeline
 from derivation.schedulers import Scheduler
@@ -52,7 +51,7 @@ def prepare_latents(pipeline: Pipeline, scheduler: Scheduler, encode: Encode) ->
     return_image_latents = pipeline.unet.in_channels == 4
     if return_image_latents or not is_strength_max:
         image = pipeline.image_to_device()
-        image_latents = fitting(pipeline, encode(pipeline, image))
+        image_latents = pipeline.fitting(encode(pipeline, image))
         image_latents = repeat(image_latents, pipeline.options.num_images_per_prompt, 1, 1, 1)
 
     noise = pipeline.randn()
@@ -66,7 +65,7 @@ def prepare_mask_latents(pipeline: Pipeline, encode: Encode) -> tuple[SymTensor,
     n = pipeline.options.num_images_per_prompt
     mask = mask_to_device(pipeline)
     masked_image = pipeline.image_to_device()
-    masked_image_latents = fitting(pipeline, encode(pipeline, masked_image))
+    masked_image_latents = pipeline.fitting(encode(pipeline, masked_image))
     if n > 1:
         mask = repeat(mask, n, 1, 1, 1)
         masked_image_latents = repeat(masked_image_latents, n, 1, 1, 1)
@@ -85,23 +84,12 @@ def prepare_mask_latents_xl(pipeline: Pipeline, encode: Encode) -> tuple[SymTens
     if pipeline.guidance:
         mask = cat([mask] * 2, 0)
     masked_image = pipeline.image_to_device()
-    masked_image_latents = fitting(pipeline, encode(pipeline, masked_image))
+    masked_image_latents = pipeline.fitting(encode(pipeline, masked_image))
     if n > 1:
         masked_image_latents = repeat(masked_image_latents, n, 1, 1, 1)
     if pipeline.guidance:
         masked_image_latents = cat([masked_image_latents] * 2, 0)
     return mask, masked_image_latents
-
-
-def fitting(pipeline: Pipeline, latents: SymTensor) -> SymTensor:
-    """Return encoded latents; raises DerivationError where VAE tiles join to another size than the mask's."""
-    expected = pipeline.latent_shape[2:]
-    if latents.shape[2:] != expected:
-        raise DerivationError(
-            f"vae_tiling: the tiles of tile_overlap_factor = {pipeline.options.tile_overlap_factor} join to "
-            f"{latents.shape[2]} x {latents.shape[3]} latents, and inpainting needs {expected[0]} x {expected[1]}"
-        )
-    return latents
 
 
 def mask_to_device(pipeline: Pipeline) -> SymTensor:

@@ -114,6 +114,8 @@ def prepare_image_latents(pipeline: Pipeline, scheduler: Scheduler, timesteps: i
     """
     image = pipeline.image_to_device()
     init_latents = pipeline.encode(image)
+    if pipeline.options.controlnets:
+        pipeline.fitting(init_latents)
     init_latents = mul(init_latents)
     init_latents = cat([init_latents] * pipeline.options.num_images_per_prompt, 0)
     noise = empty(init_latents.shape, pipeline.options.dtype, "randn", Category.PIPELINE)

@@ -182,6 +182,8 @@ def prepare_image_latents(pipeline: Pipeline, scheduler: Scheduler) -> SymTensor
         image = to(image, "float32")
         pipeline.models.to("vae", "float32")
     init_latents = pipeline.encode(image)
+    if pipeline.options.controlnets:
+        pipeline.fitting(init_latents)
     if pipeline.vae.force_upcast:
         pipeline.models.to("vae", dtype)
     init_latents = to(init_latents, dtype)
