@@ -54,6 +54,16 @@ class Grid:
         """What the symbols of VAE tiles are in terms of H, W and earlier ones; empty where there are no tiles."""
         return {} if self.tile is None else self.tile.definitions(H, W, self.vae_scale_factor)
 
+    def defined(self, expressions: Iterable[sympy.Expr]) -> dict[sympy.Symbol, sympy.Expr]:
+        """Return the definitions that expressions need, in an order in which each uses earlier ones alone."""
+        needed = {symbol for expression in expressions for symbol in expression.free_symbols}
+        found: dict[sympy.Symbol, sympy.Expr] = {}
+        for name, value in reversed(self.definitions.items()):
+            if name in needed:
+                needed |= value.free_symbols
+                found = {name: value, **found}
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Term:
@@ -122,5 +132,3 @@ def maximum(expressions: Iterable[sympy.Expr]) -> sympy.Expr:
     """Return the Max of the expressions, unevaluated; one expression is returned as it is."""
     distinct = list(dict.fromkeys(expressions))
     return distinct[0] if len(distinct) == 1 else sympy.Max(*distinct, evaluate=False)
-
-

@@ -18,6 +18,10 @@ from derivation.symbols import SYMBOLS, TILE_AXES, Size, floor_div, free_names, 
 # The symbols of VAE tiles in an equation in pixels: sides in pixels, and counts.
 IN_PIXELS = {s.name: sympy.Symbol(s.latex, integer=True, nonnegative=True) for s in SYMBOLS if is_tile(s.name)}
 
+MEANINGS_IN_PIXELS = {
+    IN_PIXELS[s.name]: s.meaning.split(":")[0].replace("in latents", "in pixels") for s in SYMBOLS if is_tile(s.name)
+}
+
 
 class TilingOptions(Protocol):
     """The options that are read here."""

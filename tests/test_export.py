@@ -246,6 +246,19 @@ def test_json_fits_the_schema(texts):
     Draft202012Validator(schema).validate(json.loads(texts["json"]))
 
 
+def test_json_defines_the_symbols_of_tiles():
+    d = derive(MODEL, pipeline="txt2img", vae_tiling=True)
+    document = json.loads(export(d, "json"))
+    Draft202012Validator(json.loads((ROOT / "derivation/export/schema.json").read_text())).validate(document)
+    for headline in document["headline"].values():
+        known = {"H", "W"}
+        for entry in headline["definitions"]:
+            assert known.issuperset(re.findall(r"\b[A-Z](?:_\{\w\})?(?!\w)", entry["value"]))
+            known.add(entry["symbol"])
+        used = {name for term in headline["terms"] for name in re.findall(r"[A-Z](?:_\{\w\})?", term["bytes"])}
+        assert used <= known | {"L", "B"}
+
+
 def test_json_names_modules(texts):
     terms = json.loads(texts["json"])["headline"]["guidance"]["terms"]
     assert terms[0]["stage"] == "vae_decode"

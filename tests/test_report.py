@@ -13,18 +13,20 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from derivation import DerivationError, derive
 from derivation.config.checkpoint import BUNDLED
 from derivation.crossover import does_not_matter
-from derivation.report import build, calculator, content
-from derivation.report.answer import SIZES, answer
+from derivation.report import build, calculator, content, pictures
+from derivation.report.answer import SIZES, answer, reference_side
 from derivation.report.assumptions import chips
 from derivation.report.reduction import reductions
 from derivation.report.render import write_files
 from derivation.report.text import grouped, tex
 from derivation.report.walk import walks
+from derivation.simplify import B, H, L, W
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD_2_1, SDXL = "stabilityai/stable-diffusion-2-1", "stabilityai/stable-diffusion-xl-base-1.0"
@@ -370,3 +372,64 @@ def test_the_main_job_is_quiet_in_a_pipe_and_answers_json(tmp_path, monkeypatch,
     assert shown.err == ""
     assert [Path(name).suffix for name in json.loads(shown.out)["files"]] == [".html"]
     assert any((tmp_path / "formulas").rglob("peak_vram.py"))
+
+
+@pytest.fixture(scope="module")
+def tiled():
+    return derive(MODEL, pipeline="txt2img", vae_tiling=True, tile_sample_min_size=256)
+
+
+def test_a_tiled_report_defines_the_symbols_of_its_equation(tiled, tmp_path, small):
+    [page] = build([MODEL], tmp_path, pipeline="txt2img", vae_tiling=True, tile_sample_min_size=256)
+    text = page.read_text()
+    Page(text)
+    for side in SIZES:
+        assert grouped(tiled.weights_bytes + max(tiled.stage_peaks(side, side).values())) in text
+    notes = [page.with_suffix(ending).read_text() for ending in (".md", ".tex")]
+    for symbol in tiled.grid.defined(term.expression for term in tiled.pipeline_stage().terms):
+        letter, axis = str(symbol)[0], str(symbol)[3]
+        assert f"<math><mrow><msub><mi>{letter}</mi><mi>{axis}</mi></msub><mo>=</mo>" in text
+        assert all(f"${symbol} = " in note for note in notes)
+    assert content.TILED_CROSSINGS.split(",")[0] in text
+
+
+def test_the_polynomials_of_a_tiled_report_have_the_walk_s_bytes(tiled):
+    found = answer(tiled)
+    for stage in found.stages:
+        for row in stage.polynomials:
+            assert row.witness.total == row.terms
+        rounding = max(row.rounding_bytes for row in stage.polynomials)
+        for i, side in enumerate(SIZES):
+            exact, tiles = tiled.stage_peaks(side, side)[stage.name], (side // 192 + 1) ** 2
+            assert stage.bytes_at[i] == exact
+            assert 0 <= exact - max(row.bytes_at[i] for row in stage.polynomials) <= rounding + 511 * tiles
+
+
+def test_a_tiled_walk_ends_at_the_component_peaks(tiled):
+    side = reference_side(tiled)
+    assert {walk.name: walk.peak_bytes for walk in walks(tiled)} == tiled.component_peaks(side, side)
+
+
+def test_the_map_of_a_tiled_report_is_its_equation(tiled):
+    sides = np.array([256, 320, 704])
+    drawn = pictures._totals(tiled, answer(tiled), sides)
+    for i, height in enumerate(sides):
+        for j, width in enumerate(sides):
+            assert drawn[i, j] == int(tiled.peak.subs({H: height, W: width, L: 77, B: 1}))
+
+
+@needs_chromium
+def test_the_tiled_calculator_says_what_python_says(tiled, tmp_path, small):
+    [page] = build([MODEL], tmp_path / "report", pipeline="txt2img", vae_tiling=True, tile_sample_min_size=256)
+    wanted = [
+        {"height": h, "width": w, "batch_size": b, "prompt_length": 77, "guidance": g, "gpu": "rtx-4090",
+         "dtype": "float16", "attention": "efficient"}
+        for h, w, b, g in ((256, 256, 1, True), (128, 216, 2, False), (264, 128, 1, True), (704, 448, 2, True))
+    ]  # fmt: skip
+    page.write_text(page.read_text().replace("</body>", PROBE.replace("STATES", json.dumps(wanted))))
+    dom, console = browse(page, tmp_path)
+    assert console == []
+    collected = json.loads(re.search(r'<pre id="collected">(.*?)</pre>', dom, re.S)[1].replace("&amp;", "&"))
+    for state, shown in zip(wanted, collected, strict=True):
+        size = {key: state[key] for key in ("height", "width", "batch_size", "prompt_length", "guidance")}
+        assert shown["stages"] == tiled.stage_peaks(**size), state

@@ -8,12 +8,13 @@ from typing import Any
 
 import sympy
 
-from derivation.api import Derivation
+from derivation.api import Derivation, Stage
 from derivation.crossover import crossovers, does_not_matter
 from derivation.export.expression import Expression, Let, Name
 from derivation.export.function import CaseCode, Function
 from derivation.export.render import facts, printable
 from derivation.symbols import SYMBOLS
+from derivation.tiling import MEANINGS_IN_PIXELS
 from derivation.witness import Witness
 
 SCHEMA = "peak_vram/1"
@@ -116,6 +117,7 @@ def _headline(derivation: Derivation, guidance: bool) -> dict[str, Any]:
     return {
         "valid_for": f"height and width that are multiples of {unit} pixels; rounding to 512 bytes left out",
         "weights_bytes": derivation.weights_bytes,
+        **_definitions(derivation, stage),
         "terms": [
             {
                 "stage": term.point.stage,
@@ -134,6 +136,16 @@ def _headline(derivation: Derivation, guidance: bool) -> dict[str, Any]:
             {"quantity": x.quantity, "sentence": x.sentence} for x in does_not_matter(derivation, guidance)
         ],
     }
+
+
+def _definitions(derivation: Derivation, stage: Stage) -> dict[str, Any]:
+    """Return the symbols of VAE tiles in the terms under their key, nothing where there are none."""
+    found = derivation.grid.defined(term.expression for term in stage.terms)
+    entries = [
+        {"symbol": str(name), "value": str(value), "latex": sympy.latex(value), "meaning": MEANINGS_IN_PIXELS[name]}
+        for name, value in found.items()
+    ]
+    return {"definitions": entries} if entries else {}
 
 
 def _witness(witness: Witness) -> Mapping[str, Any]:

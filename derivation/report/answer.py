@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 import sympy
 
 from derivation.api import Derivation, Stage
 from derivation.components import parameter_count
-from derivation.report.text import PixelTerms, as_pixel_terms, pixel_terms, shape_text, value_at
+from derivation.report.text import PixelTerms, Powers, as_pixel_terms, pixel_terms, shape_text, value_at, values_at
+from derivation.report.tiles import tile_meaning
 from derivation.witness import Witness, WitnessTensor
 
 SIZES = (512, 768, 1024)
@@ -32,20 +34,20 @@ STAGE_TITLES: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Tensors of one kind behind a term: how many, where they were made, their shape, their share of the term."""
+    """Tensors of one kind behind a term: how many, where they were made, their shape, their coefficient."""
 
     count: int
     where: str
     op: str
     shape: str
-    bytes_at_512: int
+    share: Fraction
 
 
 @dataclass(frozen=True, slots=True)
 class TermRow:
-    """One monomial of a polynomial: powers of H, W, L, B, coefficient, meaning, bytes at SIZES, origin."""
+    """One monomial of a polynomial: powers of VARIABLES, coefficient, meaning, bytes at SIZES, origin."""
 
-    key: tuple[int, int, int, int]
+    key: Powers
     terms: PixelTerms
     meaning: str
     bytes_at: tuple[int, ...]
@@ -134,7 +136,7 @@ class Answer:
 
 def answer(d: Derivation) -> Answer:
     """Return the answer of a derivation under guidance, at one image and 77 tokens."""
-    peaks = [d.stage_peaks(side, side, prompt_length=PROMPT_LENGTH) for side in SIZES]
+    peaks = [square_peaks(d, side) for side in SIZES]
     stages = tuple(
         StageRow(name, stage_title(name), polynomials(d, stage), tuple(p[name] for p in peaks))
         for name, stage in d.stages.items()
@@ -148,6 +150,22 @@ def answer(d: Derivation) -> Answer:
         peak_stages=tuple(max(p, key=lambda name: p[name]) for p in peaks),
         expression=d.peak,
     )
+
+
+def square_peaks(d: Derivation, side: int) -> dict[str, int]:
+    """Return each stage's exact peak beyond the weights for one square image and 77 tokens.
+
+    VAE tiles are counted, not walked one by one: the bytes are the same.
+    """
+    values = d.sizes(side, side, 1, PROMPT_LENGTH)
+    return {name: peak for name, (peak, _) in d.program().regime(values).evaluator.peaks(values).items()}
+
+
+def reference_side(d: Derivation) -> int:
+    """Return the side of the square image that details are shown for: one that a tiled VAE cuts into tiles."""
+    tile = d.grid.tile
+    pixels = 0 if tile is None else tile.side * d.grid.vae_scale_factor
+    return SIZES[0] if pixels < SIZES[0] else 2 * pixels
 
 
 def stage_title(name: str) -> str:
@@ -176,14 +194,14 @@ def _polynomial(d: Derivation, terms: PixelTerms, witness: Witness, rounding: in
         title=stage_title(witness.stage),
         terms=terms,
         rows=tuple(sorted(rows, key=lambda row: -row.bytes_at[-1])),
-        bytes_at=_bytes_at(terms),
+        bytes_at=_bytes_at(d, terms),
         rounding_bytes=rounding,
         witness=_witness_row(d, witness),
     )
 
 
-def _bytes_at(terms: PixelTerms) -> tuple[int, ...]:
-    return tuple(value_at(terms, side, side, PROMPT_LENGTH, 1) for side in SIZES)
+def _bytes_at(d: Derivation, terms: PixelTerms) -> tuple[int, ...]:
+    return tuple(value_at(terms, values_at(d.grid, side, side, PROMPT_LENGTH, 1)) for side in SIZES)
 
 
 def _witness_row(d: Derivation, witness: Witness) -> WitnessRow:
@@ -206,7 +224,7 @@ def _tensor_row(d: Derivation, tensor: WitnessTensor) -> TensorRow:
         dtype=tensor.dtype,
         count=shape_text((tensor.count,)),
         terms=terms,
-        bytes_at=_bytes_at(terms),
+        bytes_at=_bytes_at(d, terms),
     )
 
 
@@ -214,28 +232,28 @@ def _tensor_terms(d: Derivation, tensor: WitnessTensor) -> PixelTerms:
     return pixel_terms(tensor.nbytes * tensor.count, d.grid)
 
 
-def _term_row(
-    d: Derivation, key: tuple[int, int, int, int], terms: PixelTerms, witness: Witness
-) -> TermRow:
-    groups: dict[tuple[str, str, str], list[int]] = {}
+def _term_row(d: Derivation, key: Powers, terms: PixelTerms, witness: Witness) -> TermRow:
+    groups: dict[tuple[str, str, str], list[Fraction]] = {}
     for tensor in witness.tensors:
         share = _tensor_terms(d, tensor)
         if key in share:
             place, shape = tensor.module or PIPELINE, shape_text(tensor.shape)
             kind = (place, tensor.op, shape) if tensor.op != LOAD else (model_of(place), LOAD, "parameters")
-            groups.setdefault(kind, []).append(_bytes_at({key: share[key]})[0])
-    origins = sorted((Origin(len(v), *k, sum(v)) for k, v in groups.items()), key=lambda o: -o.bytes_at_512)
+            groups.setdefault(kind, []).append(share[key])
+    origins = sorted((Origin(len(v), *k, sum(v, Fraction(0))) for k, v in groups.items()), key=lambda o: -o.share)
     shown = tuple(origins[:ORIGINS_SHOWN])
     others = sum(o.count for o in origins[ORIGINS_SHOWN:])
-    return TermRow(key, terms, meaning(key), _bytes_at(terms), shown, others)
+    return TermRow(key, terms, meaning(key, terms[key]), _bytes_at(d, terms), shown, others)
 
 
-def meaning(key: tuple[int, int, int, int]) -> str:
-    """Return what a monomial in H, W, L and B grows with, in words."""
-    height, width, length, batch = key
+def meaning(key: Powers, coefficient: Fraction) -> str:
+    """Return what a monomial grows with, in words."""
+    height, width, length, batch, *tiles = key
     if not any(key):
         return "fixed: the same for every call"
     each = "per image" if batch else "once a call"
+    if any(tiles):
+        return f"{tile_meaning(key, coefficient)}, {each}"
     if height + width >= 4:
         return f"attention scores, every pixel against every pixel, {each}"
     if height and length:

@@ -22,7 +22,7 @@ from derivation.crossover import Crossover, crossovers
 from derivation.hardware.gpus import known, lookup
 from derivation.liveness import Point, local_maxima
 from derivation.options import DTYPES, Options
-from derivation.report.answer import PROMPT_LENGTH, STAGE_TITLES, stage_title
+from derivation.report.answer import PROMPT_LENGTH, STAGE_TITLES, square_peaks, stage_title
 from derivation.report.text import GIB, NARROW_SPACE
 from derivation.symbols import SYMBOLS, Size, as_poly
 from derivation.tape import Tape
@@ -119,7 +119,7 @@ def backend(checkpoint: Checkpoint, options: Options, dtype: str, attention: str
     tensors = d if options.gpu is None else derive(checkpoint, **{**chosen, "gpu": None})
     return Backend(
         program=_program(tensors),
-        totals=tuple(d.weights_bytes + max(d.stage_peaks(side, side).values()) for side in ATTENTION_SIDES),
+        totals=tuple(d.weights_bytes + max(square_peaks(d, side).values()) for side in ATTENTION_SIDES),
         crossings=titled(crossovers(d)) if solved else (),
     )
 
@@ -144,13 +144,21 @@ def _move(c: Crossover) -> str:
 
 def _program(d: Derivation) -> dict[str, Any]:
     """Return a program as JSON data: weights, and live sets with and without guidance, for B = 1 and above."""
-    side = 4 * d.grid.unit
+    one_image = _one_image(d)
     modes = {}
     for guidance in (True, False):
-        one = d.program(guidance).at(d.sizes(side, side, 1, PROMPT_LENGTH)).tape
+        one = d.program(guidance).regime(one_image).tape
         many = d.program(guidance).generic.tape
         modes[str(guidance).lower()] = {"one": _live_sets(one), "many": _live_sets(many)}
     return {"weights": d.weights_bytes, "modes": modes}
+
+
+def _one_image(d: Derivation) -> dict[str, int]:
+    """Return a size at which nothing but B is 1; an image that a tiled VAE cuts, as the generic program's is."""
+    tile = d.grid.tile
+    side = 4 * d.grid.unit if tile is None else max(4 * d.grid.unit, 2 * tile.side * d.grid.vae_scale_factor)
+    values = d.sizes(side, side, 1, PROMPT_LENGTH)
+    return {name: value if name == "B" else max(value, 2) for name, value in values.items()}
 
 
 def _live_sets(tape: Tape) -> dict[str, Any]:
@@ -215,6 +223,7 @@ def calculator(d: Derivation, backends: Mapping[tuple[str, str], Backend]) -> Ca
         "cards": _cards(),
         "factor": d.grid.vae_scale_factor,
         "levels": d.grid.levels,
+        "tile": d.grid.tile,
         "symbols": [s.name for s in SYMBOLS],
         "multiple": d.grid.vae_scale_factor if d.options.pipeline == "txt2img" else 1,
         "reserve": TIGHT_BYTES,

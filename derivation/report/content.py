@@ -13,7 +13,7 @@ from derivation.api import Derivation, derive
 from derivation.attention import EAGER
 from derivation.crossover import crossovers, does_not_matter
 from derivation.options import Options
-from derivation.report.answer import SIZES, Answer, PolynomialRow, answer
+from derivation.report.answer import SIZES, Answer, PolynomialRow, answer, reference_side
 from derivation.report.assumptions import assumptions, chips, counted, summary
 from derivation.report.calculator import (
     ATTENTION_SIDES,
@@ -32,11 +32,17 @@ from derivation.report.offload import OffloadRow, placements
 from derivation.report.pictures import Picture, attention_picture, pictures
 from derivation.report.reduction import StageReduction, reductions
 from derivation.report.text import PixelTerms, slug, tex
+from derivation.report.tiles import Definition, definitions
 from derivation.report.validation import Validation, comparisons, validation
 from derivation.report.walk import Walk, walks
-from derivation.symbols import SYMBOLS, Symbol
+from derivation.symbols import SYMBOLS, Symbol, is_tile
 
 Progress = Callable[[str], None]
+
+TILED_CROSSINGS = (
+    "VAE tiles depend on both sides of the image, so no single area or prompt length separates the stages; "
+    "the figure of each stage's peak against image size marks where the largest one changes."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,8 @@ class Content:
     summary: str
     equation: Markup
     equation_latex: str
+    where: tuple[Definition, ...]
+    side: int
     rounding_bytes: int
     answer: Answer
     placements: tuple[OffloadRow, ...]
@@ -75,6 +83,11 @@ class Content:
     def peak_terms(self) -> list[PixelTerms]:
         """Return the polynomials that are the peak at one of SIZES."""
         return [row.terms for row in self.answer.polynomials if self.peak_sides(row)]
+
+    @property
+    def shown(self) -> int:
+        """Return which of SIZES witnesses are listed at: the first, or the last where a VAE works in tiles."""
+        return -1 if self.where else 0
 
     def peak_sides(self, row: PolynomialRow) -> list[int]:
         """Return the SIZES at which a polynomial is the largest of the headline."""
@@ -116,10 +129,16 @@ def content(model: object, options: Options, command: str, progress: Progress, v
         summary=summary(d, found),
         equation=equation_mathml(found),
         equation_latex=equation_latex(found),
+        where=definitions(d.pipeline_stage().terms, d.grid),
+        side=reference_side(d),
         rounding_bytes=max(row.rounding_bytes for row in found.polynomials),
         answer=found,
         placements=placed.result() if placed else (),
-        crossings=(*titled(solved[0]), *(f"With eager attention: {text}" for text in eager)),
+        crossings=(
+            *titled(solved[0]),
+            *(f"With eager attention: {text}" for text in eager),
+            *((TILED_CROSSINGS,) if d.grid.tile else ()),
+        ),
         indifferent=tuple((x.quantity, typeset(x.sentence)) for x in solved[1]),
         assumptions=assumptions(d),
         symbols=_symbols(d),
@@ -148,7 +167,8 @@ def _symbols(d: Derivation) -> tuple[Symbol, ...]:
     """Return the symbols of a call; the sides of every deeper level share one line."""
     named = {s.name: s for s in SYMBOLS}
     deeper = Symbol("hₖ, wₖ", "h_k, w_k", "sides at UNet level k: half of the level above, rounded up")
-    return (named["B"], named["L"], named["h0"], named["w0"], deeper)
+    tiles = [s for s in SYMBOLS if is_tile(s.name) and s.name != "E"] if d.grid.tile else []
+    return (named["B"], named["L"], named["h0"], named["w0"], deeper, *tiles)
 
 
 def equation_mathml(found: Answer) -> Markup:

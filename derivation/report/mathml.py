@@ -10,17 +10,21 @@ from fractions import Fraction
 import sympy
 from markupsafe import Markup, escape
 
-from derivation.report.text import NARROW_SPACE, PixelTerms, as_pixel_terms, grouped, value_at
+from derivation.report.text import NARROW_SPACE, VARIABLES, PixelTerms, Powers, grouped, value_at
 
-# Terms are printed in the order of their value at this image size, largest first.
-ORDER_AT = (1024, 1024, 77, 1)
-VARIABLES = ("H", "W", "L", "B")
-PRINTED = (3, 0, 1, 2)
+# Terms are printed in the order of their value at this image size and at these tiles, largest first.
+TILES_AT = {"E": 1, "T": 512, "N": 2, "R": 384, "Q": 128, "C": 384}
+ORDER_AT = (1024, 1024, 77, 1, *(TILES_AT[symbol.name[0]] for symbol in VARIABLES[4:]))
+# Terms on a line of a row of a max.
+LINE = 7
+# A monomial is printed in this order: B, the image's sides, L, counts of tiles, their sides.
+ORDER = "BHWLNCTRQE"
+PRINTED = sorted(range(len(VARIABLES)), key=lambda i: ORDER.index(VARIABLES[i].name[0]))
 THIN_SPACE = '<mspace width=".14em"/>'
 
 
-def _ordered(terms: PixelTerms) -> list[tuple[tuple[int, int, int, int], Fraction]]:
-    return sorted(terms.items(), key=lambda item: -abs(value_at({item[0]: item[1]}, *ORDER_AT)))
+def _ordered(terms: PixelTerms) -> list[tuple[Powers, Fraction]]:
+    return sorted(terms.items(), key=lambda item: -abs(value_at({item[0]: item[1]}, ORDER_AT)))
 
 
 def number(value: int) -> str:
@@ -34,38 +38,39 @@ def _coefficient(value: Fraction) -> str:
     return f"<mfrac>{number(value.numerator)}{number(value.denominator)}</mfrac>"
 
 
-def _power(name: str, power: int) -> str:
-    return f"<mi>{name}</mi>" if power == 1 else f"<msup><mi>{name}</mi><mn>{power}</mn></msup>"
+def symbol_mathml(symbol: sympy.Symbol, power: int = 1) -> str:
+    """Return a symbol, such as T_{h}, to a power."""
+    letter, _, below = symbol.name.partition("_")
+    name = f"<mi>{letter}</mi>"
+    if below:
+        name = f"<msub>{name}<mi>{below.strip('{}')}</mi></msub>"
+    return name if power == 1 else f"<msup>{name}<mn>{power}</mn></msup>"
 
 
 def monomial_mathml(key: Sequence[int], value: Fraction) -> str:
     """Return one term, such as 12299/8 B H W."""
-    factors = [_power(VARIABLES[i], key[i]) for i in PRINTED if key[i]]
+    factors = [symbol_mathml(VARIABLES[i], key[i]) for i in PRINTED if key[i]]
     shown = [] if value == 1 and factors else [_coefficient(value)]
     return f"<mrow>{THIN_SPACE.join([*shown, *factors])}</mrow>"
 
 
 def terms_mathml(terms: PixelTerms) -> str:
     """Return a sum of terms, the largest first."""
+    return "".join(_lines_mathml(terms, len(terms) or 1))
+
+
+def _lines_mathml(terms: PixelTerms, length: int = LINE) -> list[str]:
+    """Return a sum of terms in lines of so many; a further line begins with an operator."""
     parts: list[str] = []
     for key, value in _ordered(terms):
         sign = "−" if value < 0 else "+"
-        if parts or value < 0:
-            parts.append(f"<mo>{sign}</mo>")
-        parts.append(monomial_mathml(key, abs(value)))
-    return f"<mrow>{''.join(parts) or '<mn>0</mn>'}</mrow>"
+        operator = f"<mo>{sign}</mo>" if parts or value < 0 else ""
+        parts.append(operator + monomial_mathml(key, abs(value)))
+    return [f"<mrow>{''.join(line)}</mrow>" for line in _broken(parts or ["<mn>0</mn>"], length)]
 
 
-def term(key: Sequence[int], value: Fraction) -> Markup:
-    """Return one term as inline mathematics."""
-    return inline(monomial_mathml(key, value))
-
-
-def polynomial(expr: sympy.Expr) -> Markup:
-    """Return a polynomial, or a Max of polynomials, in H, W, L and B as inline mathematics."""
-    if isinstance(expr, sympy.Max):
-        return inline(maximum_mathml([(as_pixel_terms(e), "") for e in expr.args]))
-    return inline(terms_mathml(as_pixel_terms(expr)))
+def _broken(parts: Sequence[str], length: int) -> list[Sequence[str]]:
+    return [parts[i : i + length] for i in range(0, len(parts), length)]
 
 
 def maximum_mathml(rows: Iterable[tuple[PixelTerms, str]]) -> str:
@@ -76,13 +81,16 @@ def maximum_mathml(rows: Iterable[tuple[PixelTerms, str]]) -> str:
     listed = list(rows)
     if len(listed) == 1:
         return terms_mathml(listed[0][0])
-    cells = "".join(
-        f'<mtr><mtd class="left">{terms_mathml(terms)}</mtd>'
-        + (f'<mtd class="left"><mtext>{escape(label)}</mtext></mtd>' if label else "")
-        + "</mtr>"
-        for terms, label in listed
-    )
+    cells = "".join(_row_mathml(terms, label) for terms, label in listed)
     return f'<mrow><mi>max</mi><mspace width=".2em"/><mtable class="brace">{cells}</mtable></mrow>'
+
+
+def _row_mathml(terms: PixelTerms, label: str) -> str:
+    first, *further = _lines_mathml(terms)
+    named = f'<mtd class="left"><mtext>{escape(label)}</mtext></mtd>' if label else ""
+    rows = [f'<mtr><mtd class="left">{first}</mtd>{named}</mtr>']
+    rows += [f'<mtr><mtd class="left further">{line}</mtd></mtr>' for line in further]
+    return "".join(rows)
 
 
 def sum_mathml(weights_bytes: int, rows: Sequence[tuple[PixelTerms, str]]) -> str:
@@ -109,18 +117,21 @@ def display(body: str) -> Markup:
 
 def terms_latex(terms: PixelTerms) -> str:
     """Return a sum of terms in LaTeX, the largest first."""
+    return " ".join(_lines_latex(terms))
+
+
+def _lines_latex(terms: PixelTerms) -> list[str]:
     parts: list[str] = []
     for key, value in _ordered(terms):
         sign = "-" if value < 0 else "+"
-        if parts or value < 0:
-            parts.append(sign)
-        parts.append(monomial_latex(key, abs(value)))
-    return " ".join(parts) or "0"
+        operator = f"{sign} " if parts or value < 0 else ""
+        parts.append(operator + monomial_latex(key, abs(value)))
+    return [" ".join(line) for line in _broken(parts or ["0"], LINE)]
 
 
 def monomial_latex(key: Sequence[int], value: Fraction) -> str:
     """Return one term in LaTeX."""
-    factors = [VARIABLES[i] + (f"^{{{key[i]}}}" if key[i] > 1 else "") for i in PRINTED if key[i]]
+    factors = [VARIABLES[i].name + (f"^{{{key[i]}}}" if key[i] > 1 else "") for i in PRINTED if key[i]]
     digits = [grouped(n).replace(NARROW_SPACE, r"\,") for n in (value.numerator, value.denominator)]
     coefficient = digits[0] if value.denominator == 1 else rf"\tfrac{{{digits[0]}}}{{{digits[1]}}}"
     shown = [] if value == 1 and factors else [coefficient]
@@ -131,5 +142,10 @@ def maximum_latex(rows: Sequence[tuple[PixelTerms, str]]) -> str:
     """Return max{...} in LaTeX, labels (already LaTeX) behind each polynomial."""
     if len(rows) == 1:
         return terms_latex(rows[0][0])
-    body = r" \\ ".join(f"{terms_latex(terms)} & {label}".rstrip("& ") for terms, label in rows)
+    body = r" \\ ".join(_row_latex(terms, label) for terms, label in rows)
     return rf"\max\left\{{\begin{{array}}{{ll}} {body} \end{{array}}\right."
+
+
+def _row_latex(terms: PixelTerms, label: str) -> str:
+    first, *further = _lines_latex(terms)
+    return r" \\ ".join([f"{first} & {label}".rstrip("& "), *(rf"\quad {line}" for line in further)])

@@ -7,8 +7,8 @@ from typing import Any
 
 from derivation.api import Derivation, derive
 from derivation.options import OFFLOADS, Options
-from derivation.report.answer import PROMPT_LENGTH, SIZES, stage_title
-from derivation.report.text import PixelTerms, as_pixel_terms, value_at
+from derivation.report.answer import PROMPT_LENGTH, SIZES, square_peaks, stage_title
+from derivation.report.text import PixelTerms, as_pixel_terms, value_at, values_at
 
 TITLES = {
     None: "All models on the GPU",
@@ -37,18 +37,15 @@ def placements(model: object, options: Options) -> tuple[OffloadRow, ...]:
 
 
 def _row(d: Derivation, own: bool) -> OffloadRow:
-    peaks = [d.stage_peaks(side, side, prompt_length=PROMPT_LENGTH) for side in SIZES]
+    peaks = [square_peaks(d, side) for side in SIZES]
+    least = values_at(d.grid, SIZES[0], SIZES[0], PROMPT_LENGTH, 1)
     winners = [max(p, key=lambda name: p[name]) for p in peaks]
     polynomials = [as_pixel_terms(term.expression) for term in d.pipeline_stage().terms]
     return OffloadRow(
         title=TITLES[d.options.offload],
         weights_bytes=d.weights_bytes,
-        polynomials=tuple(sorted(polynomials, key=_at_the_least_size, reverse=True)),
+        polynomials=tuple(sorted(polynomials, key=lambda terms: value_at(terms, least), reverse=True)),
         totals=tuple(d.weights_bytes + p[name] for p, name in zip(peaks, winners, strict=True)),
         stages=tuple(stage_title(name) for name in winners),
         own=own,
     )
-
-
-def _at_the_least_size(terms: PixelTerms) -> int:
-    return value_at(terms, SIZES[0], SIZES[0], PROMPT_LENGTH, 1)

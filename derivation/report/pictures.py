@@ -15,9 +15,17 @@ from numpy.typing import NDArray
 from derivation import figures
 from derivation.api import Derivation
 from derivation.liveness import stages
-from derivation.report.answer import PROMPT_LENGTH, SIZES, STAGE_TITLES, Answer, PolynomialRow
+from derivation.report.answer import (
+    PROMPT_LENGTH,
+    SIZES,
+    STAGE_TITLES,
+    Answer,
+    PolynomialRow,
+    reference_side,
+    square_peaks,
+)
 from derivation.report.diagram import stage_diagram, unet_diagram
-from derivation.report.text import GIB, human
+from derivation.report.text import GIB, human, values_at
 
 SIDE_STEP = 64
 LARGEST_SIDE = 4096
@@ -76,7 +84,7 @@ def _sides(d: Derivation) -> list[int]:
 
 
 def _total(d: Derivation, side: int) -> int:
-    return d.weights_bytes + max(d.stage_peaks(side, side).values())
+    return d.weights_bytes + max(square_peaks(d, side).values())
 
 
 def _stage_picture(d: Derivation, found: Answer) -> Picture:
@@ -89,13 +97,14 @@ def _stage_picture(d: Derivation, found: Answer) -> Picture:
 
 
 def _live(d: Derivation) -> Picture:
-    values = d.sizes(512, 512, 1, PROMPT_LENGTH)
+    side = reference_side(d)
+    values = d.sizes(side, side, 1, PROMPT_LENGTH)
     variant = d.program().at(values)
     live = variant.evaluator.live_bytes(values)
     return picture(
         "live",
         "Live bytes over the program",
-        f"512 × 512, B = 1, L = {PROMPT_LENGTH}, guidance on; weights excluded. The peak is "
+        f"{side} × {side}, B = 1, L = {PROMPT_LENGTH}, guidance on; weights excluded. The peak is "
         f"{human(int(live.max()))}.",
         figures.live_bytes(live, stages(variant.tape), STAGE_TITLES),
     )
@@ -135,7 +144,7 @@ def _parts(row: PolynomialRow, index: int) -> dict[str, int]:
 
 
 def _curves(d: Derivation, sides: Sequence[int]) -> Picture:
-    peaks = [d.stage_peaks(side, side) for side in sides]
+    peaks = [square_peaks(d, side) for side in sides]
     by_stage = {STAGE_TITLES.get(name, name): [p[name] for p in peaks] for name in peaks[0]}
     crossings = _crossings(sides, peaks)
     note = " Circles mark where the largest stage changes." if crossings else ""
@@ -165,18 +174,19 @@ def _map(d: Derivation, found: Answer, largest: int) -> Picture:
         "Which card an image fits on",
         "Weights and peak tensors for one image, height against width; a card needs some memory more for what is "
         "not counted. 1 GiB = 2³⁰ bytes; cards are named by their nominal memory.",
-        figures.fits_map(sides, _totals(found, sides)),
+        figures.fits_map(sides, _totals(d, found, sides)),
     )
 
 
-def _totals(found: Answer, sides: NDArray[np.int64]) -> NDArray[np.int64]:
+def _totals(d: Derivation, found: Answer, sides: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the printed equation over height and width, for one image and 77 tokens."""
-    height, width = sides[:, None].astype(float), sides[None, :].astype(float)
-    totals = [
-        sum(float(c * PROMPT_LENGTH**n) * height**h * width**w for (h, w, n, _), c in row.terms.items())
-        for row in found.polynomials
-    ]
-    highest = np.maximum.reduce(np.broadcast_arrays(height * width, *totals)[1:])
+    sizes = [[values_at(d.grid, int(h), int(w), PROMPT_LENGTH, 1) for w in sides] for h in sides]
+    values = np.moveaxis(np.array(sizes, dtype=float), -1, 0)
+    totals = []
+    for row in found.polynomials:
+        monomials = ((c, [v**p for v, p in zip(values, key, strict=True) if p]) for key, c in row.terms.items())
+        totals.append(sum(float(c) * np.prod(powers, axis=0) for c, powers in monomials))
+    highest = np.maximum.reduce(np.broadcast_arrays(values[0], *totals)[1:])
     totals_bytes: NDArray[np.int64] = found.weights_bytes + highest.astype(np.int64)
     return totals_bytes
 

@@ -10,14 +10,13 @@ from derivation.api import Derivation
 from derivation.liveness import Point, local_maxima
 from derivation.peak import MIX, MIX_AMONG
 from derivation.proof import margin, proven_nonnegative
-from derivation.report.answer import PIPELINE, PROMPT_LENGTH, stage_title
+from derivation.report.answer import PIPELINE, PROMPT_LENGTH, reference_side, stage_title
 from derivation.report.text import PixelTerms, as_pixel_terms, size_text
 from derivation.simplify import Term
 from derivation.spine import Record, StageRecord
 from derivation.symbols import ceil512, evaluate
 from derivation.tape import Tape
 
-SIDE = 512
 PROOFS_SHOWN = 6
 DIRECT = "every coefficient is ≥ 0"
 SHIFTED = "every coefficient is ≥ 0 once each symbol is written as its lower bound plus a shift"
@@ -25,12 +24,12 @@ SHIFTED = "every coefficient is ≥ 0 once each symbol is written as its lower b
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A program point: module, operator and the exact bytes alive at 512 x 512."""
+    """A program point: module, operator and the exact bytes alive at the reference size."""
 
     label: str
     module: str
     op: str
-    bytes_at_512: int
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +72,14 @@ def reductions(d: Derivation) -> tuple[StageReduction, ...]:
     """Return the reduction of every stage under guidance."""
     record = d.record()
     points = local_maxima(record.tape)
-    values = d.sizes(SIDE, SIDE, 1, PROMPT_LENGTH)
+    side = reference_side(d)
+    values = d.sizes(side, side, 1, PROMPT_LENGTH)
     return tuple(
-        _stage(stage, record, [p for p in points if p.stage == name], values)
-        for name, stage in record.stages.items()
+        _stage(stage, record, [p for p in points if p.stage == name], values) for name, stage in record.stages.items()
     )
 
 
-def _stage(
-    stage: StageRecord, record: Record, points: Sequence[Point], values: Mapping[str, int]
-) -> StageReduction:
+def _stage(stage: StageRecord, record: Record, points: Sequence[Point], values: Mapping[str, int]) -> StageReduction:
     kept = sorted(stage.reduction.kept, key=lambda p: -_bytes(p, values))
     labels = {id(p): f"P{i}" for i, p in enumerate(kept, 1)}
     survivors = {(p.event, p.terms) for p in kept}

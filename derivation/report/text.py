@@ -5,14 +5,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
+from math import prod
 from typing import TypeAlias
 
 import sympy
 
 from derivation.simplify import B, Grid, H, L, W
 from derivation.symbols import SYMBOLS, Size, as_poly
+from derivation.tiling import IN_PIXELS
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 NARROW_SPACE = "\N{NARROW NO-BREAK SPACE}"
@@ -38,8 +40,11 @@ TEX_UNICODE = {
     **{c: f"$^{i}$" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
 }
 
-# A polynomial in pixels: (powers of H, W, L, B) -> coefficient in bytes.
-PixelTerms: TypeAlias = dict[tuple[int, int, int, int], Fraction]
+# The symbols of a polynomial in pixels: the image's, the call's and those of VAE tiles.
+VARIABLES = (H, W, L, B, *IN_PIXELS.values())
+# A polynomial in pixels: powers of VARIABLES -> coefficient in bytes.
+Powers: TypeAlias = tuple[int, ...]
+PixelTerms: TypeAlias = dict[Powers, Fraction]
 
 
 def grouped(number: int) -> str:
@@ -117,43 +122,43 @@ def shape_text(shape: Sequence[Size]) -> str:
 
 
 def pixel_terms(size: Size, grid: Grid) -> PixelTerms:
-    """Return a polynomial in level sizes as one in H, W, L and B, for sides that are multiples of ``grid.unit``."""
+    """Return a polynomial in level sizes as one in VARIABLES, for sides that are multiples of ``grid.unit``."""
     found: PixelTerms = {}
     for monomial, coefficient in as_poly(size).items():
-        powers, value = {"h": 0, "w": 0, "L": 0, "B": 0}, Fraction(int(coefficient))
-        for index, power in enumerate(monomial):
-            name = SYMBOLS[index].name
-            powers[name[0]] += power
-            if name[0] in "hw":
-                value /= (grid.vae_scale_factor << int(name[1:])) ** power
-        key = (powers["h"], powers["w"], powers["L"], powers["B"])
+        powers, value = [0] * len(VARIABLES), Fraction(int(coefficient))
+        for name, power in ((SYMBOLS[i].name, power) for i, power in enumerate(monomial) if power):
+            powers[VARIABLES.index(_in_pixels(name))] += power
+            value /= _pixels(name, grid) ** power
+        key = tuple(powers)
         found[key] = found.get(key, Fraction(0)) + value
     return {key: value for key, value in found.items() if value}
 
 
-def expression(terms: Mapping[tuple[int, int, int, int], Fraction]) -> sympy.Expr:
-    """Return pixel terms as a sympy expression."""
-    return sympy.Add(
-        *(
-            sympy.Rational(c.numerator, c.denominator) * H**h * W**w * L**length * B**b
-            for (h, w, length, b), c in terms.items()
-        )
-    )
+def _in_pixels(name: str) -> sympy.Symbol:
+    return {"h": H, "w": W, "L": L, "B": B}.get(name[0]) or IN_PIXELS[name]
+
+
+def _pixels(name: str, grid: Grid) -> int:
+    """Return how many of the image's pixels a unit of a symbol stands for; 1 for what is no side."""
+    if name[0] in "hw":
+        return grid.vae_scale_factor << int(name[1:])
+    return 1 if name[0] in "LBNE" else grid.vae_scale_factor
 
 
 def as_pixel_terms(expr: sympy.Expr) -> PixelTerms:
-    """Return a polynomial in H, W, L and B as pixel terms."""
-    return {
-        (int(h), int(w), int(length), int(b)): Fraction(int(c.p), int(c.q))
-        for (h, w, length, b), c in sympy.Poly(expr, H, W, L, B).terms()
-        if c
-    }
+    """Return a polynomial in VARIABLES as pixel terms."""
+    terms = sympy.Poly(expr, *VARIABLES).terms()
+    return {tuple(map(int, key)): Fraction(int(c.p), int(c.q)) for key, c in terms if c}
 
 
-def value_at(terms: PixelTerms, height: int, width: int, prompt_length: int, batch_size: int) -> int:
-    """Return pixel terms in bytes at a size on the grid."""
-    total = sum(
-        (c * height**h * width**w * prompt_length**n * batch_size**b for (h, w, n, b), c in terms.items()),
-        Fraction(0),
-    )
-    return int(total)
+def values_at(grid: Grid, height: int, width: int, prompt_length: int, batch_size: int) -> tuple[int, ...]:
+    """Return the value of each of VARIABLES at a size; symbols of VAE tiles are 0 where there are none."""
+    tiles = {} if grid.tile is None else grid.sizes(height, width)
+    others = (tiles.get(name, 0) * _pixels(name, grid) for name in IN_PIXELS)
+    return (height, width, prompt_length, batch_size, *others)
+
+
+def value_at(terms: PixelTerms, values: Sequence[int]) -> int:
+    """Return pixel terms in bytes at ``values`` of VARIABLES."""
+    factors = ((c, *(v**p for v, p in zip(values, key, strict=True) if p)) for key, c in terms.items())
+    return int(sum((prod(each) for each in factors), Fraction(0)))

@@ -7,12 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from derivation.api import Derivation
-from derivation.report.answer import PROMPT_LENGTH
+from derivation.report.answer import PROMPT_LENGTH, reference_side
 from derivation.report.text import shape_text, size_text
 from derivation.symbols import evaluate
-from derivation.tape import Allocation
+from derivation.tape import Allocation, Tape
 
-SIDE = 512
 CONTAINERS = ("encoder", "decoder", "vision_model", "text_model", "down_blocks", "up_blocks", "layers")
 
 
@@ -45,7 +44,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """One component call: blocks in order, peak bytes at 512 x 512, parameters of the model behind it."""
+    """One component call: blocks in order, peak bytes at the reference size, parameters of the model behind it."""
 
     name: str
     blocks: tuple[Block, ...]
@@ -59,22 +58,32 @@ def walks(d: Derivation) -> tuple[Walk, ...]:
 
 
 def _walk(d: Derivation, name: str) -> Walk:
-    values = d.sizes(SIDE, SIDE, 1, PROMPT_LENGTH)
+    side = reference_side(d)
+    values = d.sizes(side, side, 1, PROMPT_LENGTH)
     variant = d.component(name).generic
     live = variant.evaluator.live_bytes(values)
     peak = int(live.argmax()) - 1
     lines: dict[str, list[Line]] = {}
     alive: dict[int, None] = {}
+    passing = _passing(variant.tape)
     for event, entry in enumerate(variant.tape.events):
         if entry < 0:
             del alive[-entry]
             continue
         alive[entry] = None
+        if entry in passing and event != peak:
+            continue
         allocation = variant.tape.allocations[entry - 1]
         line = _line(allocation, alive, int(live[event + 1]), values, is_peak=event == peak)
         lines.setdefault(_block_path(allocation.path or name), []).append(line)
     blocks = tuple(_block(path, found) for path, found in lines.items())
     return Walk(name, blocks, int(live.max()), len(variant.tape.allocations))
+
+
+def _passing(tape: Tape) -> set[int]:
+    """Return the entries of tensors that live only while a cut VAE tile runs: a whole tile's stand for them."""
+    spans = [tape.events[start:end] for start, end, _ in tape.cut]
+    return {-entry for span in spans for entry in span if entry < 0 and -entry in span}
 
 
 def _line(a: Allocation, alive: dict[int, None], live: int, values: dict[str, int], is_peak: bool) -> Line:
@@ -125,5 +134,3 @@ def ranges(numbers: list[int]) -> str:
         else:
             runs.append([n, n])
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
-
-
