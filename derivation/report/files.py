@@ -9,7 +9,7 @@ from typing import Any
 from derivation.errors import DerivationError
 from derivation.options import Options
 from derivation.report.content import Content, content
-from derivation.report.render import render, write_files
+from derivation.report.render import check_folder, render, write_files
 
 Progress = Callable[[str], None]
 
@@ -27,6 +27,7 @@ def build(
     ``options`` are those of derive; ``verify`` traces the real modules (needs the extra). Raises
     DerivationError for a model that cannot be derived or a folder that cannot be written.
     """
+    check_folder(output)
     chosen = Options(**options)
     files: dict[str, str | bytes] = {}
     pages: list[Path] = []

@@ -67,6 +67,13 @@ def render(template: str, content: Content) -> str:
     return environment().get_template(template).render(c=content)
 
 
+def check_folder(folder: Path) -> None:
+    """Raise DerivationError where files cannot be written below ``folder``, as far as that shows beforehand."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise DerivationError(f"cannot write {folder}: {existing} is not a folder that can be written")
+
+
 def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
     """Write files below ``folder``: all are complete beside their targets before the first one is replaced.
 

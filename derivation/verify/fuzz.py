@@ -144,7 +144,8 @@ def _impossible(drawn: Mapping[str, Any], unet: Mapping[str, Any]) -> Iterator[s
     if "ip_adapter_tokens" in drawn:
         yield "attention_slicing"
     if drawn.get("pipeline") == "inpaint" or "controlnets" in drawn:
-        yield from ("tile_sample_min_size", "tile_overlap_factor")  # tiles may join to another size than the mask or the control image
+        # tiles may join to another size than the mask's or the control image's
+        yield from ("tile_sample_min_size", "tile_overlap_factor")
     if unet.get("mid_block_type") is None or not isinstance(unet.get("layers_per_block"), int):
         yield "controlnets"  # ControlNetModel.from_unet
 
