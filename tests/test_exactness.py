@@ -38,13 +38,13 @@ def test_components_equal_the_trace(attention, dtype, call):
 @pytest.mark.parametrize("pipeline", ["img2img", "txt2img"])
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_pipeline_stages_equal_the_trace(attention, pipeline, call):
-    derivation = derive(SD15, pipeline=pipeline, attention=attention, num_inference_steps=8)
+    derivation = derive(SD15, pipeline=pipeline, attention=attention, num_inference_steps=6)
     for comparison in compare_pipeline(derivation, *call):
         assert comparison.match, comparison
 
 
 @pytest.mark.parametrize("options", [
-    {"num_images_per_prompt": 3},
+    {"num_images_per_prompt": 3, "num_inference_steps": 6},
     {"safety_checker": False, "num_inference_steps": 1, "strength": 1.0},
     {"num_inference_steps": 2, "pipeline": "txt2img"},
     {"num_inference_steps": 20, "strength": 0.3, "dtype": "float32"},
