@@ -15,8 +15,8 @@ from derivation.report.text import NARROW_SPACE, VARIABLES, PixelTerms, Powers, 
 # Terms are printed in the order of their value at this image size and at these tiles, largest first.
 TILES_AT = {"E": 1, "T": 512, "N": 2, "R": 384, "Q": 128, "C": 384}
 ORDER_AT = (1024, 1024, 77, 1, *(TILES_AT[symbol.name[0]] for symbol in VARIABLES[4:]))
-# Terms on a line of a row of a max.
-LINE = 7
+# The most terms on a line of a row of a max.
+LINE = 6
 # A monomial is printed in this order: B, the image's sides, L, counts of tiles, their sides.
 ORDER = "BHWLNCTRQE"
 PRINTED = sorted(range(len(VARIABLES)), key=lambda i: ORDER.index(VARIABLES[i].name[0]))
@@ -60,7 +60,7 @@ def terms_mathml(terms: PixelTerms) -> str:
 
 
 def _lines_mathml(terms: PixelTerms, length: int = LINE) -> list[str]:
-    """Return a sum of terms in lines of so many; a further line begins with an operator."""
+    """Return a sum of terms in lines of at most so many; a further line begins with an operator."""
     parts: list[str] = []
     for key, value in _ordered(terms):
         sign = "−" if value < 0 else "+"
@@ -70,7 +70,9 @@ def _lines_mathml(terms: PixelTerms, length: int = LINE) -> list[str]:
 
 
 def _broken(parts: Sequence[str], length: int) -> list[Sequence[str]]:
-    return [parts[i : i + length] for i in range(0, len(parts), length)]
+    """Return the fewest lines of at most ``length`` parts, about as many on each."""
+    each = -(-len(parts) // -(-len(parts) // length))
+    return [parts[i : i + each] for i in range(0, len(parts), each)]
 
 
 def maximum_mathml(rows: Iterable[tuple[PixelTerms, str]]) -> str:
