@@ -64,6 +64,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeH
         if folder is not None:
             shutil.copytree(folder, made.snapshot)
         monkeypatch.setattr(hub, "hf_hub_download", made)
+        monkeypatch.setattr("derivation.config.hub._unreachable", lambda *file: False)
         return made
 
     return install
@@ -97,7 +98,7 @@ def test_a_component_of_the_hub_is_read_alone(fake: Any) -> None:
     assert all(call[3] for call in made.calls)
 
 
-def test_where_the_hub_cannot_be_reached_it_is_tried_once_and_then_the_cache(fake: Any) -> None:
+def test_what_is_neither_on_the_hub_nor_in_the_cache_is_one_line(fake: Any) -> None:
     made = fake(error=errors.LocalEntryNotFoundError("no connection"))
     with pytest.raises(DerivationError, match="the Hub cannot be reached"):
         load(REPO)
@@ -121,7 +122,7 @@ def test_an_error_of_the_hub_is_one_line(name: str, fake: Any, capfd: pytest.Cap
     assert run(["estimate", REPO, "--revision", "nothing"]) == 2
     captured = capfd.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith(f"error: {REPO} is not a folder, and not on the Hugging Face Hub: {said}")
+    assert captured.err.startswith(f"error: {REPO} is not a folder, and cannot be read from the Hugging Face Hub: {said}")
     assert captured.err.count("\n") == 1
 
 

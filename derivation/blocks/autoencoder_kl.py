@@ -102,7 +102,7 @@ def _tiles(x: SymTensor, run: Run, tiling: Tiling, tile: tuple[int, int], channe
     Of tiles that are alike the last is run, with the earlier ones alive.
     """
     tall_cuts, wide_cuts = (cuts(side, axis, tiling, tile) for side, axis in zip(x.shape[2:], TILE_AXES, strict=True))
-    if not isinstance(tall_cuts[0].side, int):
+    if not all(isinstance(side, int) for side in x.shape[2:]):
         tape().tile = tiling.tile
     rows: list[list[SymTensor]] = []
     earlier: list[SymTensor] = []
