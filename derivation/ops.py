@@ -35,16 +35,17 @@ def given(shape: Sequence[Size], dtype: str) -> SymTensor:
     return SymTensor(None, tuple(shape), dtype)
 
 
-def parameter(name: str, shape: Sequence[int], dtype: str | None = None) -> SymTensor:
+def parameter(name: str, shape: Sequence[int], dtype: str | None = None, runs: bool = True) -> SymTensor:
     """Register a parameter, or with ``dtype`` a buffer, of the current module and return it.
 
-    Under sequential offload a parameter is on the GPU while its module runs (accelerate/hooks.py: AlignDevicesHook).
+    Under sequential offload a parameter is on the GPU while its module ``runs`` (accelerate/hooks.py:
+    AlignDevicesHook).
     """
     here = tape()
     model = here.path[0]
     if dtype is None:
         dtype = here.dtypes.get(model, here.settings.dtype)
-        if here.settings.offload == "sequential" and model not in EXCLUDED_FROM_CPU_OFFLOAD:
+        if runs and here.settings.offload == "sequential" and model not in EXCLUDED_FROM_CPU_OFFLOAD:
             here.load_leaf(name, tuple(shape), dtype)
     here.parameters[".".join([*here.path, name])] = (tuple(shape), dtype)
     return given(shape, dtype)
@@ -309,8 +310,8 @@ def LoraLinear(x: SymTensor, out_features: int, *, bias: bool, rank: int) -> Sym
     if tape().settings.lora_fused:
         in_features = x.shape[-1]
         assert isinstance(in_features, int)
-        parameter("lora_A.default.weight", (rank, in_features))
-        parameter("lora_B.default.weight", (out_features, rank))
+        parameter("lora_A.default.weight", (rank, in_features), runs=False)
+        parameter("lora_B.default.weight", (out_features, rank), runs=False)
         return result
     return add(
         result, mul(Linear("lora_B.default", Linear("lora_A.default", x, rank, bias=False), out_features, bias=False))

@@ -55,7 +55,8 @@ def test_pipeline_options_equal_the_trace(options):
         assert comparison.match, comparison
 
 
-@pytest.mark.parametrize("seed", range(200))
+# the last two: what a longer run found
+@pytest.mark.parametrize("seed", [*range(200), 40062, 40946])
 def test_random_configs_options_and_pipelines_equal_the_trace(seed):
     case = random_case(seed)
     for comparison in compare_case(case):

@@ -86,3 +86,9 @@ def test_the_exported_function_equals_the_stages():
 def test_fusing_nothing_is_one_line():
     with pytest.raises(DerivationError, match=r"^lora_fused = True is not supported without a lora_rank$"):
         derive(SD15, lora_fused=True)
+
+
+def test_a_fused_lora_of_an_offloaded_unet_stays_on_the_cpu():
+    derivation = derive(SD15, lora_rank=33, lora_fused=True, offload="sequential")
+    comparison = unet(derivation, 64, 72, 1, 77, True)
+    assert comparison.match, comparison
