@@ -13,12 +13,11 @@ from derivation.errors import DerivationError, shown
 from derivation.hardware.profile import SCRATCH, Hardware
 from derivation.schedulers import SCHEDULERS
 from derivation.tape import Settings
+from derivation.tiling import TILE_OVERLAP_FACTOR
 
 PIPELINES = ("txt2img", "img2img", "inpaint")
 DTYPES = ("float16", "bfloat16", "float32")
 OFFLOADS = ("model", "sequential")
-# autoencoder_kl.py: tile_overlap_factor
-TILE_OVERLAP_FACTOR = 0.25
 # diffusers' examples run 50 steps
 DEFAULT_STEPS = 50
 MAX_STEPS = 1000

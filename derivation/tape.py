@@ -15,7 +15,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from derivation.hardware.profile import Hardware
 from derivation.symbols import DTYPE_BYTES, Size, as_whole_tile, evaluate, nonnegative_from_one, symbol
-from derivation.tiling import Tile
+from derivation.tiling import TILE_OVERLAP_FACTOR, Tile
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,7 +67,7 @@ class Settings:
     vae_slicing: bool = False
     vae_tiling: bool = False
     tile_sample_min_size: int | None = None
-    tile_overlap_factor: float = 0.25
+    tile_overlap_factor: float = TILE_OVERLAP_FACTOR
     attention_slicing: str | int | None = None
     channels_last: bool = False
     offload: str | None = None

@@ -15,6 +15,8 @@ from derivation.config import AutoencoderKLConfig
 from derivation.errors import DerivationError
 from derivation.symbols import SYMBOLS, TILE_AXES, Size, floor_div, free_names, is_tile, symbol
 
+# autoencoder_kl.py: tile_overlap_factor
+TILE_OVERLAP_FACTOR = 0.25
 # The symbols of VAE tiles in an equation in pixels: sides in pixels, and counts.
 IN_PIXELS = {s.name: sympy.Symbol(s.latex, integer=True, nonnegative=True) for s in SYMBOLS if is_tile(s.name)}
 
