@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from derivation.errors import DerivationError
 from derivation.hardware import kernels
 from derivation.symbols import SYMBOLS, Size, floor_div, nonnegative_from_one
 from derivation.tape import EXCLUDED_FROM_CPU_OFFLOAD, Category, SymTensor, block, contiguous_strides, tape
@@ -68,7 +69,15 @@ def half_up(dim: Size) -> Size:
 
 
 def conv_size(dim: Size, kernel: int, stride: int, padding: int) -> Size:
-    """Return floor((dim + 2 padding - kernel) / stride) + 1 (torch.nn.Conv2d)."""
+    """Return floor((dim + 2 padding - kernel) / stride) + 1 (torch.nn.Conv2d).
+
+    Raises DerivationError where the kernel is larger than the padded side, as ``aten::convolution`` does.
+    """
+    if isinstance(dim, int) and dim + 2 * padding < kernel:
+        raise DerivationError(
+            f"{'.'.join(tape().path)}: a kernel of {kernel} x {kernel} does not fit in {dim + 2 * padding} pixels "
+            "(supported: image and VAE tiles of at least one latent)"
+        )
     if (kernel, stride, padding) == (3, 2, 1):
         return half_up(dim)
     return floor_div(dim + (2 * padding - kernel), stride) + 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 import sympy
 
 from derivation import DerivationError, derive
+from derivation.config.checkpoint import BUNDLED
 from derivation.export import compiled
 from derivation.simplify import B, H, L, W
 from derivation.tiling import Tile, Tiling
@@ -96,3 +98,14 @@ def test_tiles_that_are_no_whole_latents_are_exact_at_a_size_and_have_no_closed_
 def test_tiles_that_do_not_advance_are_one_line():
     with pytest.raises(DerivationError, match="tile_sample_min_size = 4 is not supported"):
         Tiling(4, 8, 0.25)
+
+
+def test_a_cut_tile_below_one_latent_is_refused_as_by_torch():
+    """Tiles of 100 pixels every 75 leave 2 of 152, which three downsamplers bring below their kernel."""
+    options = {"vae_tiling": True, "tile_sample_min_size": 100}
+    with pytest.raises(DerivationError, match=r"vae\.encoder.*kernel of 3 x 3 does not fit in 2 pixels"):
+        derive(SD15, **options).component("vae_encode").at({"h0": 19, "w0": 19, "B": 1, "L": 77})
+    runs = pytest.importorskip("derivation.verify.runs")
+    config = json.loads((BUNDLED / derive(SD15).checkpoint.name / "vae/config.json").read_text())
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+        runs.trace_component("vae_encode", config, height=152, width=152, switches=tuple(options.items()))

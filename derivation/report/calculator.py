@@ -132,8 +132,8 @@ def titled(found: Sequence[Crossover]) -> tuple[str, ...]:
 def typeset(text: str) -> str:
     """Return a sentence with the report's digit groups and multiplication signs.
 
-    >>> typeset("6,093 pixels (about 78 x 78)").replace(NARROW_SPACE, "_")
-    '6_093 pixels (about 78 \\N{MULTIPLICATION SIGN} 78)'
+    >>> ascii(typeset("6,093 pixels (about 78 x 78)").replace(NARROW_SPACE, "_"))
+    "'6_093 pixels (about 78 \\\\xd7 78)'"
     """
     return re.sub(r"(?<=\d),(?=\d{3})", NARROW_SPACE, re.sub(r"(?<=\d) x (?=\d)", " \N{MULTIPLICATION SIGN} ", text))
 

@@ -14,6 +14,8 @@ from derivation.api import Derivation
 from derivation.config import clip_text_config, clip_vision_config, load, unet_config, vae_config
 from derivation.options import DTYPES, OFFLOADS, PIPELINES, Options
 from derivation.schedulers import SCHEDULERS
+from derivation.symbols import TILE_AXES
+from derivation.tiling import Tiling, cuts
 from derivation.verify import random_configs
 from derivation.verify.compare import Comparison, compare_component, compare_pipeline, compared
 
@@ -62,6 +64,7 @@ PARTS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "vae_decode": VAE_OPTIONS,
     PIPELINE: {**UNET_OPTIONS, **VAE_OPTIONS, **CALL_OPTIONS},
 }
+TILE_OPTIONS = ("tile_sample_min_size", "tile_overlap_factor")
 # one option in this many is drawn
 OPTION_SHARE = 6
 
@@ -117,6 +120,9 @@ def random_case(seed: int, component: str | None = None) -> Case:
         "h0": rng.choice(SIDES),
         "w0": rng.choice(SIDES),
     }
+    if options.vae_tiling and _cut_below_a_latent(config.get("vae/config.json", config), options, sizes):
+        unset = Options()
+        options = replace(options, **{name: getattr(unset, name) for name in TILE_OPTIONS})
     return Case(seed, component, config, options, sizes, rng.random() < 0.5)
 
 
@@ -145,9 +151,17 @@ def _impossible(drawn: Mapping[str, Any], unet: Mapping[str, Any]) -> Iterator[s
         yield "attention_slicing"
     if drawn.get("pipeline") == "inpaint" or "controlnets" in drawn:
         # tiles may join to another size than the mask's or the control image's
-        yield from ("tile_sample_min_size", "tile_overlap_factor")
+        yield from TILE_OPTIONS
     if unet.get("mid_block_type") is None or not isinstance(unet.get("layers_per_block"), int):
         yield "controlnets"  # ControlNetModel.from_unet
+
+
+def _cut_below_a_latent(config: Mapping[str, Any], options: Options, sizes: Mapping[str, int]) -> bool:
+    """Return whether the encoder is given a tile that its convolutions refuse (torch: kernel size above the input)."""
+    tiling = Tiling.of(vae_config(config), options)
+    tile = (tiling.sample, tiling.latent)
+    tiles = (cut for axis in TILE_AXES for cut in cuts(tiling.factor * sizes[f"{axis}0"], axis, tiling, tile))
+    return any(cut.side < tiling.factor for cut in tiles)
 
 
 def compare_case(case: Case) -> list[Comparison]:
