@@ -122,7 +122,8 @@ class Tape:
     that the real program runs ``times`` times in all; ``dtypes`` maps a model to its parameters' dtype where that
     was changed; ``leaves`` holds, for each open scope, the parameters that are on the GPU until it is left;
     ``tile`` is set where the run stands for every number of VAE tiles, and ``cut`` holds event ranges (start, end,
-    symbols) that belong to cut tiles: they do not occur where a symbol is 0.
+    symbols) that belong to cut tiles: they do not occur where a symbol is 0; ``emptied`` holds how many events
+    precede each torch.cuda.empty_cache().
     """
 
     settings: Settings
@@ -143,6 +144,7 @@ class Tape:
     leaves: list[list[Storage | None]] = field(default_factory=list)
     tile: Tile | None = None
     cut: list[tuple[int, int, frozenset[str]]] = field(default_factory=list)
+    emptied: list[int] = field(default_factory=list)
 
     def exceeds(self, size: Size, bound: int) -> bool:
         """Return whether ``size`` > ``bound``, recording the decision where it depends on a symbol.
@@ -175,8 +177,16 @@ class Tape:
         return self._allocate(path, shape, dtype, "load", Category.WEIGHT)
 
     def load_leaf(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
-        """Record a parameter of the current module that is on the GPU until the module returns."""
+        """Record a parameter of the current module that is on the GPU until the module returns.
+
+        accelerate/utils/modeling.py (set_module_tensor_to_device) empties the cache after each.
+        """
         self.leaves[-1].append(self.load(".".join([*self.path, name]), shape, dtype))
+        self.empty_cache()
+
+    def empty_cache(self) -> None:
+        """Record a call of torch.cuda.empty_cache()."""
+        self.emptied.append(len(self.events))
 
     def _allocate(
         self, path: str, shape: tuple[Size, ...], dtype: str, op: str, category: Category, count: Size = 1
@@ -234,6 +244,8 @@ class Tape:
     def _copy(self, run: Run) -> tuple[SymTensor, ...]:
         first = len(self.allocations)
         shift = first - run.allocation
+        later = len(self.events) - run.start
+        self.emptied += [done + later for done in self.emptied if run.start < done <= run.end]
         born = [event for event in self.events[run.start : run.end] if event > 0]
         self.allocations += [replace(self.allocations[e - 1], index=e - 1 + shift) for e in born]
         self.events += [e + shift if e > 0 else e - shift for e in self.events[run.start : run.end]]

@@ -45,12 +45,13 @@ def convolution_buffers(
     hardware: Hardware, x: SymTensor, out: SymTensor, weight: SymTensor, channels_last: bool
 ) -> None:
     """The weight in channels_last where the convolution runs so, and cuDNN's workspace (cudnn/Conv_v8.cpp)."""
-    *_, kernel_height, kernel_width = weight.shape
+    in_channels, kernel_height, kernel_width = weight.shape[1:]
+    assert isinstance(in_channels, int) and isinstance(kernel_height, int)
     copied = channels_last and not weight.is_channels_last() and kernel_height != 1 and kernel_width != 1
     weight_copy = _buffer(weight.shape, weight.dtype, "convolution weight") if copied else None
-    factors = hardware.convolution_workspace(x.dtype, channels_last)
+    factors = hardware.convolution_workspace(x.dtype, channels_last, kernel_height, in_channels)
     elements = factors.input * x.numel() + factors.output * out.numel() + factors.weight * weight.numel()
-    _buffer((elements * DTYPE_BYTES[x.dtype],), "uint8", "convolution workspace")
+    _buffer((elements * DTYPE_BYTES[x.dtype] + factors.constant,), "uint8", "convolution workspace")
     del weight_copy
 
 

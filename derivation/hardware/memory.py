@@ -12,12 +12,11 @@ from derivation.hardware.allocator import CachingAllocator
 from derivation.hardware.gpus import Gpu, lookup
 from derivation.hardware.replay import ReplayResult, load_weights
 from derivation.hardware.simulate import replay
+from derivation.pipelines.weights import registered
 from derivation.symbols import DTYPE_BYTES, evaluate
 from derivation.tape import Tape
 
 Parameters = Mapping[str, Mapping[str, tuple[tuple[int, ...], str]]]
-# diffusers' pipelines register their modules in this order, in which .to("cuda") moves them
-LOAD_ORDER = ("vae", "text_encoder", "text_encoder_2", "unet", "safety_checker", "image_encoder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +51,9 @@ def device_memory(gpu: str, parameters: Parameters, tape: Tape, values: Mapping[
     context, source = _context(card)
     capacity = None if card.total_memory_bytes is None else card.total_memory_bytes - (context or 0)
     allocator = CachingAllocator(capacity_bytes=capacity)
-    for model in LOAD_ORDER:
-        entries = parameters.get(model, {})
-        load_weights(allocator, (prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in entries.values()))
+    weights = load_pipeline(allocator, parameters)
     loaded = allocator.reserved_bytes.current
-    result = replay(tape, values).run(allocator)
+    result = replay(tape, values, weights).run(allocator)
     reserved = result.reserved_bytes.nbytes
     device = None if context is None else reserved + context
     total = card.total_memory_bytes
@@ -74,6 +71,16 @@ def device_memory(gpu: str, parameters: Parameters, tape: Tape, values: Mapping[
         fragmentation=result.fragmentation.ratio,
         verdict=_verdict(result, tape, values, total),
     )
+
+
+def load_pipeline(allocator: CachingAllocator, parameters: Parameters) -> dict[str, int]:
+    """Allocate the weights as ``pipe.to("cuda")`` does and return each parameter's handle; raises OutOfMemoryError.
+
+    pipeline_utils.py (``_get_signature_keys``): the models in alphabetical order, since diffusers 0.33.
+    """
+    entries = [(path, *parameters[model][path]) for model in sorted(parameters) for path in registered(parameters[model])]
+    handles = load_weights(allocator, (prod(shape) * DTYPE_BYTES[dtype] for _, shape, dtype in entries))
+    return dict(zip((path for path, _, _ in entries), handles, strict=True))
 
 
 def _context(card: Gpu) -> tuple[int | None, str]:
@@ -94,6 +101,6 @@ def _verdict(result: ReplayResult, tape: Tape, values: Mapping[str, int], total:
 
 def _place(tensor: int, tape: Tape, values: Mapping[str, int]) -> str:
     """Return the module path (or the operator, outside modules) of a replayed tensor."""
-    numbered = (a for a in tape.allocations if not a.loaded for _ in range(evaluate(a.count, values)))
+    numbered = (a for a in tape.allocations for _ in range(evaluate(a.count, values)))
     allocation = next(islice(numbered, tensor, None))
     return allocation.path or f"the pipeline's {allocation.op}"

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from derivation.hardware.gpus import Gpu, lookup
 PROFILES = Path(__file__).with_name("profiles.json")
 SCRATCH = ("expected", "upper", "none")
 Version = tuple[int, int]
+# dtype, whether in channels_last, kind
+WorkspaceKey = tuple[str, bool, str]
 # Oldest torch whose allocations these rules follow: scaled_dot_product_attention's math path of 2.5.
 OLDEST_TORCH: Version = (2, 5)
 DEFAULT_TORCH: Version = (2, 13)
@@ -31,14 +34,19 @@ class NearestProfile(UserWarning):
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """A convolution's workspace: these multiples of the bytes of its input, output and weight."""
+    """A convolution's workspace: these multiples of the bytes of its input, output and weight, and a constant."""
 
     input: int
     output: int
     weight: int
+    constant: int = 0
 
 
 NO_WORKSPACE = Workspace(0, 0, 0)
+# Kinds of convolutions that a profile may tell apart; "spatial" is every other.
+POINTWISE, UNALIGNED, SPATIAL = "pointwise", "unaligned", "spatial"
+# cuDNN's tensor-core kernels read channels in eights.
+CHANNEL_ALIGNMENT = 8
 UPPER_WORKSPACE = Workspace(1, 1, 1)
 
 
@@ -46,7 +54,7 @@ UPPER_WORKSPACE = Workspace(1, 1, 1)
 class Hardware:
     """A GPU with its library versions; ``scratch`` is "expected" (the profile), "upper" or "none".
 
-    ``workspaces`` holds the profile's convolution workspace by (dtype, channels_last). cuDNN's benchmark
+    ``workspaces`` holds the profile's convolution workspace by (dtype, channels_last, kind). cuDNN's benchmark
     mode is off, which is PyTorch's default.
     """
 
@@ -55,14 +63,17 @@ class Hardware:
     torch: Version = DEFAULT_TORCH
     diffusers: Version = DEFAULT_DIFFUSERS
     scratch: str = "expected"
-    workspaces: tuple[tuple[tuple[str, bool], Workspace], ...] = ()
+    workspaces: tuple[tuple[WorkspaceKey, Workspace], ...] = ()
 
-    def convolution_workspace(self, dtype: str, channels_last: bool) -> Workspace:
+    def convolution_workspace(
+        self, dtype: str, channels_last: bool, kernel: int = 3, in_channels: int = CHANNEL_ALIGNMENT
+    ) -> Workspace:
         """Return the workspace of a convolution; raises DerivationError where the profile has none."""
         if self.scratch != "expected":
             return UPPER_WORKSPACE if self.scratch == "upper" else NO_WORKSPACE
+        kind = POINTWISE if kernel == 1 else UNALIGNED if in_channels % CHANNEL_ALIGNMENT else SPATIAL
         for key, workspace in self.workspaces:
-            if key == (dtype, channels_last):
+            if key == (dtype, channels_last, kind):
                 return workspace
         sm = "sm{}{}".format(*self.compute_capability)
         raise DerivationError(f"{PROFILES.name}: no convolution workspace for {sm} {dtype}; use scratch upper or none")
@@ -77,8 +88,11 @@ class Hardware:
         return 32 * 1024 * 1024 if large else (2 * 4096 + 8 * 16) * 1024
 
     def cublaslt_workspace_bytes(self) -> int:
-        """Bytes of cuBLASLt's own workspace: 1 MiB up to torch 2.10, then cuBLAS's is shared (PR 168175)."""
-        return 1024 * 1024 if self.torch < (2, 11) else 0
+        """Bytes of cuBLASLt's own workspace: 1 MiB up to torch 2.11, then cuBLAS's is shared (PR 168175, PR 175879).
+
+        torch 2.11.0 allocates it on an H200: evidence/h200-history.json.
+        """
+        return 1024 * 1024 if self.torch < (2, 12) else 0
 
     @property
     def keeps_cublaslt_workspace(self) -> bool:
@@ -191,20 +205,21 @@ def parse_version(library: str, text: str) -> Version:
     return int(parts[0]), int(parts[1])
 
 
-def _workspaces(card: Gpu) -> tuple[tuple[tuple[str, bool], Workspace], ...]:
+def _workspaces(card: Gpu) -> tuple[tuple[WorkspaceKey, Workspace], ...]:
     """Return the convolution workspaces of a card's architecture, or of the nearest documented one."""
     nearest = _profiles()["nearest"].get(card.architecture)
     if nearest is None:
         raise DerivationError(
             f"{card.name} ({card.architecture}): no documented architecture is near enough; use scratch upper or none"
         )
-    found: dict[tuple[str, bool], Workspace] = {}
+    found: dict[WorkspaceKey, Workspace] = {}
     for entry in _profiles()["convolution_workspace"]:
         documented = card.architecture in entry["architectures"]
         if not documented and nearest["architecture"] not in entry["architectures"]:
             continue
-        for dtype in entry["dtypes"]:
-            found[dtype, entry["memory_format"] == "channels_last"] = Workspace(**entry["coefficients"])
+        for dtype, kind in product(entry["dtypes"], (SPATIAL, POINTWISE, UNALIGNED)):
+            coefficients = entry.get(kind, entry["coefficients"])
+            found[dtype, entry["memory_format"] == "channels_last", kind] = Workspace(**coefficients)
     if nearest["architecture"] != card.architecture:
         warnings.warn(
             f"{card.name}: convolution workspace as measured on {nearest['architecture']} ({nearest['reason']})",

@@ -1,6 +1,7 @@
 """Replay alloc/free events through the caching allocator: what torch.cuda.memory_stats would say.
 
-Event `+(i + 1)` allocates tensor i, `-(i + 1)` frees it; `sizes[i]` is its requested bytes.
+Event `+(i + 1)` allocates tensor i, `-(i + 1)` frees it, `0` is torch.cuda.empty_cache(); `sizes[i]` is its
+requested bytes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,11 +74,15 @@ class ReplayResult:
 
 @dataclass(frozen=True)
 class Replay:
-    """Events, sizes and loops of one run; raises DerivationError where they do not fit together."""
+    """Events, sizes and loops of one run; raises DerivationError where they do not fit together.
+
+    ``loaded`` maps tensors that are alive before the run to handles of the allocator it runs on.
+    """
 
     events: Sequence[int]
     sizes: Sequence[int]
     loops: Sequence[Loop | tuple[int, int, int]] = ()
+    loaded: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         end = 0
@@ -107,7 +112,7 @@ class _Run:
     def __init__(self, replay: Replay, allocator: CachingAllocator) -> None:
         allocator.reset_peak_memory_stats()
         self.replay, self.allocator, self.index = replay, allocator, 0
-        self.live: dict[int, int] = {}
+        self.live = dict(replay.loaded)
         self.peaks: list[int | None] = [None, None, None]
         self.fragmentation = allocator.fragmentation()
         self.retries_before = allocator.num_alloc_retries
@@ -168,6 +173,9 @@ class _Run:
         retries = stats.num_alloc_retries
         for index in range(start, end):
             event = events[index]
+            if event == 0:
+                self.allocator.empty_cache()
+                continue
             if event < 0:
                 handle = live.pop(-event - 1, None)
                 if handle is None:
@@ -175,7 +183,7 @@ class _Run:
                 free(handle)
                 continue
             self.index = index
-            if event == 0 or event - 1 in live:
+            if event - 1 in live:
                 raise DerivationError(f"event {index}: cannot allocate tensor {event - 1}")
             live[event - 1] = malloc(sizes[event - 1])
             if requested.peak > highest[0]:

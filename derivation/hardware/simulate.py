@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
@@ -10,27 +11,34 @@ from derivation.symbols import evaluate
 from derivation.tape import Tape
 
 
-def replay(tape: Tape, values: Mapping[str, int]) -> Replay:
+def replay(tape: Tape, values: Mapping[str, int], weights: Mapping[str, int] | None = None) -> Replay:
     """Return ``tape`` at ``values`` with ``count`` alike storages written out one by one.
 
-    Weights that existed before the run are not on the tape; one that the run drops is replayed as staying.
+    ``weights`` maps parameters that existed before the run to their handles; one that the run drops is replayed
+    as staying where it has none.
     """
-    counts = [0 if a.loaded else evaluate(a.count, values) for a in tape.allocations]
+    weights = weights or {}
+    counts = [evaluate(a.count, values) for a in tape.allocations]
     first = [0, *accumulate(counts)]
     sizes = [
         nbytes
         for allocation, count in zip(tape.allocations, counts, strict=True)
         for nbytes in [evaluate(allocation.nbytes, values)] * count
     ]
-    events: list[int] = []
-    position = [0]
-    for event in tape.events:
+    loaded = {first[a.index]: weights[a.path] for a in tape.allocations if a.loaded and a.path in weights}
+    staying = {a.index for a in tape.allocations if a.loaded and a.path not in weights}
+    emptied = Counter(tape.emptied)
+    events = [0] * emptied[0]
+    position = [len(events)]
+    for done, event in enumerate(tape.events, 1):
         index = abs(event) - 1
         sign = 1 if event > 0 else -1
-        events += [sign * (tensor + 1) for tensor in range(first[index], first[index + 1])]
+        if index not in staying:
+            events += [sign * (tensor + 1) for tensor in range(first[index], first[index + 1])]
+        events += [0] * emptied[done]
         position.append(len(events))
     loops = [_loop(events, sizes, position[start], position[end], times) for start, end, times in tape.loops]
-    return Replay(events, sizes, loops)
+    return Replay(events, sizes, loops, loaded)
 
 
 def _loop(events: Sequence[int], sizes: Sequence[int], start: int, end: int, times: int) -> Loop:

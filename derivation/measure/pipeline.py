@@ -17,6 +17,8 @@ from derivation.config.checkpoint import BUNDLED
 from derivation.measure import device
 from derivation.options import Options
 from derivation.verify.modules import build_pipeline
+from derivation.verify.offload import ENABLE
+from derivation.verify.switches import SWITCHES
 
 # What F.scaled_dot_product_attention may choose from, in this order; others fall through as in PyTorch
 BACKENDS = {
@@ -31,6 +33,11 @@ ALL_BACKENDS = [
     SDPBackend.MATH,
     SDPBackend.CUDNN_ATTENTION,
 ]
+
+
+UNSET = Options()
+# given to ``__call__`` under their own names
+CALL_OPTIONS = ("num_images_per_prompt", "num_inference_steps", "strength", "clip_skip")
 
 
 def backend(attention: str) -> AbstractContextManager[None]:
@@ -57,16 +64,24 @@ def measure_pipeline(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def loaded(job: Mapping[str, Any], to: str = "cuda") -> Any:
-    """Return the pipeline on the device ``to``: built on the CPU, moved as a user does, then given random weights."""
-    options = {field.name: job[field.name] for field in fields(Options) if field.name in job}
-    accepted = inspect.signature(build_pipeline).parameters
-    pipe = build_pipeline(folder(job["model"]), **{k: v for k, v in options.items() if k in accepted})
+    """Return the pipeline on the device ``to``: built on the CPU, moved as a user does, then given random weights.
+
+    Under an ``offload`` its models stay on the CPU, from where accelerate moves them.
+    """
+    options = Options(**{field.name: job[field.name] for field in fields(Options) if field.name in job})
+    own = options.as_dict()
+    accepted = {name: own[name] for name in inspect.signature(build_pipeline).parameters if name in own}
+    switches = tuple((name, own[name]) for name in (*SWITCHES, "controlnets") if own[name] != getattr(UNSET, name))
+    pipe = build_pipeline(folder(job["model"]), **accepted, switches=switches)
     for module in modules(pipe):
         module.to_empty(device="cpu")
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    pipe.to(to)
+    if options.offload is None:
+        pipe.to(to)
     for module in modules(pipe):
         randomize(module)
+    if options.offload is not None:
+        getattr(pipe, ENABLE[options.offload])(device=to)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -96,16 +111,25 @@ def randomize(module: torch.nn.Module) -> None:
 
 
 def arguments(pipe: Any, job: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``__call__`` that this pipeline takes: a blank image and mask on the CPU."""
+    """Return the arguments of ``__call__`` that this pipeline takes: blank images and masks on the CPU."""
     height, width, batch = job["height"], job["width"], job["batch_size"]
     accepted = inspect.signature(pipe.__call__).parameters
+    image = torch.zeros(batch, 3, height, width)
     given = {
         "prompt": [""] * batch,
-        "image": torch.zeros(batch, 3, height, width),
+        "image": image,
         "mask_image": torch.ones(batch, 1, height, width),
         "height": height,
         "width": width,
         "guidance_scale": job["guidance_scale"],
-        **{name: job[name] for name in ("num_images_per_prompt", "num_inference_steps", "strength") if name in job},
+        **{name: job[name] for name in CALL_OPTIONS if job.get(name) is not None},
     }
+    if job.get("negative_prompt"):
+        given["negative_prompt"] = [""] * batch
+    if count := job.get("controlnets"):
+        control = image if count == 1 else [image] * count
+        given["control_image" if "control_image" in accepted else "image"] = control
+    if job.get("ip_adapter_tokens"):
+        side = pipe.image_encoder.config.image_size
+        given["ip_adapter_image"] = torch.zeros(1, 3, side, side)
     return {name: value for name, value in given.items() if name in accepted}

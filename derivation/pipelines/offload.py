@@ -13,7 +13,7 @@ from derivation.components import is_buffer, parameters
 from derivation.config import Checkpoint
 from derivation.options import Options
 from derivation.pipelines.weights import Entries, ModelWeights
-from derivation.tape import EXCLUDED_FROM_CPU_OFFLOAD
+from derivation.tape import EXCLUDED_FROM_CPU_OFFLOAD, tape
 
 # model_cpu_offload_seq of both families' pipelines: a model's call sends the one before it to the CPU
 MODEL_CPU_OFFLOAD_SEQ = ("text_encoder", "text_encoder_2", "image_encoder", "unet", "vae")
@@ -35,8 +35,8 @@ class Models:
         """Run the hook before a call of the model ``name``; returns whether it moved the model, hence its inputs."""
         if not self.hooked:
             return False
-        if name in self.previous:
-            self.weights[self.previous[name]].offload()
+        if name in self.previous and self.weights[self.previous[name]].offload():
+            tape().empty_cache()
         return self.weights[name].load()
 
     def to(self, name: str, dtype: str) -> None:
@@ -48,6 +48,7 @@ class Models:
         if self.hooked:
             for weights in self.weights.values():
                 weights.offload()
+            tape().empty_cache()
             for name in EXCLUDED_FROM_CPU_OFFLOAD:
                 if name in self.weights:
                     self.weights[name].load()

@@ -44,12 +44,14 @@ class ModelWeights:
         self.on_gpu = True
         return True
 
-    def offload(self) -> None:
-        """``model.to("cpu")``."""
-        if self.on_gpu:
-            for i in range(len(self.entries)):
-                self._replace(i, None)
+    def offload(self) -> bool:
+        """``model.to("cpu")``; returns whether it was on the GPU."""
+        if not self.on_gpu:
+            return False
+        for i in range(len(self.entries)):
+            self._replace(i, None)
         self.on_gpu = False
+        return True
 
     def to(self, dtype: str) -> None:
         """``model.to(dtype=dtype)``: each new parameter exists before the old one is freed."""
