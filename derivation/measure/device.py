@@ -22,22 +22,27 @@ def memory() -> dict[str, Any]:
     found["num_alloc_retries"] = stats.get("num_alloc_retries", 0)
     found["total_memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
     found["driver_used_bytes"] = total - free
-    found["nvml_used_bytes"] = nvml_used_bytes()
-    return found
+    return {**found, **nvml_bytes()}
 
 
-def nvml_used_bytes() -> int | None:
-    """Return nvidia-smi's memory.used of the current device, None without nvidia-ml-py."""
+def nvml_bytes() -> dict[str, int | None]:
+    """Return nvidia-smi's memory.used and memory.reserved of the current device, None without nvidia-ml-py.
+
+    nvidia-smi reads the second version of NVML's structure; in the first, what the driver reserves is used.
+    """
+    found: dict[str, int | None] = {"nvml_used_bytes": None, "nvml_reserved_bytes": None}
     try:
         import pynvml
     except ImportError:
-        return None
+        return found
     pynvml.nvmlInit()
     try:
         uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid.encode())).used)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid.encode())
+        info = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+        return {"nvml_used_bytes": int(info.used), "nvml_reserved_bytes": int(info.reserved)}
     except (AttributeError, pynvml.NVMLError):
-        return None
+        return found
     finally:
         pynvml.nvmlShutdown()
 

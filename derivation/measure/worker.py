@@ -1,8 +1,9 @@
-"""One measurement in a fresh process: a JSON object on stdin, the record as the last line of stdout."""
+"""One measurement in a fresh process: a JSON object on stdin, the record alone on stdout."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -24,5 +25,12 @@ def run(payload: dict[str, Any]) -> dict[str, Any]:
         return {"status": "oom", "versions": device.versions(), **found}
 
 
+def main() -> None:
+    """Measure the job on stdin; what libraries print goes to stderr."""
+    with os.fdopen(os.dup(1), "w") as answer:
+        os.dup2(2, 1)
+        json.dump(run(json.load(sys.stdin)), answer)
+
+
 if __name__ == "__main__":
-    print(json.dumps(run(json.load(sys.stdin))))
+    main()
