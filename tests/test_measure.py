@@ -37,7 +37,7 @@ if do == "kill": os.kill(os.getpid(), 9)
 if do == "sleep": time.sleep(30)
 if do == "garbage": print("not json"); sys.exit()
 print("a library's chatter")
-print(json.dumps({"status": do, "peak_allocated_bytes": 7}))
+print(json.dumps({"status": do, "peak_allocated_bytes": 7, "rows": [0] * 10_000}))
 """
 
 

@@ -17,6 +17,7 @@ from derivation.measure.records import Records
 WORKER = (sys.executable, "-m", "derivation.measure.worker")
 PROBE = (sys.executable, "-c", "import torch; print(torch.cuda.is_available())")
 DEFAULT_TIMEOUT_S = 1800.0
+MAX_MESSAGE = 1000
 MEASURE_EXTRA = "pip install 'diffusion-vram-derivation[measure]'"
 
 
@@ -71,12 +72,13 @@ def run_worker(job: Job, worker: Sequence[str], timeout_s: float) -> dict[str, A
         found = None
     if done.returncode == 0 and isinstance(found, dict) and "status" in found:
         return found
-    return {"status": "error", "message": f"exit code {done.returncode}: {_last_line(done.stderr) or 'no message'}"}
+    message = _last_line(done.stderr)[:MAX_MESSAGE] or "no message"
+    return {"status": "error", "message": f"exit code {done.returncode}: {message}"}
 
 
 def _last_line(text: str) -> str:
     lines = text.strip().splitlines()
-    return lines[-1][:1000] if lines else ""
+    return lines[-1] if lines else ""
 
 
 def require_cuda(probe: Sequence[str] = PROBE) -> None:
