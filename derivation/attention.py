@@ -92,7 +92,8 @@ def math(query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool) ->
     scaled = elementwise("mul", query, category=Category.ATTENTION)
     bias = _causal_bias(query, key) if is_causal else None
     scores = matmul(scaled, elementwise("mul", key.transpose(2, 3), category=Category.ATTENTION))
-    if bias is not None:
+    if bias is not None and tape().settings.hardware is None:
+        # in place on CUDA (attention.cpp: areAnyTensorSubclassLike, which meta tensors are)
         scores = elementwise("add", scores, bias, category=Category.ATTENTION)
     probs = softmax(scores, "_safe_softmax")
     kernels.safe_softmax_masks(probs)

@@ -88,10 +88,16 @@ def larger_first(a: Size, b: Size) -> bool:
     return nonnegative_from_one(a - b)
 
 
-def dense_strides(x: SymTensor) -> tuple[Size, ...] | None:
-    """Return the strides of an element-wise result: dense, dimensions in ``x``'s stride order."""
+def dense_strides(x: SymTensor, *others: SymTensor) -> tuple[Size, ...] | None:
+    """Return the strides of an element-wise result: dense, dimensions in ``x``'s stride order.
+
+    Tensors that are all in channels_last have a result in it, whatever the stride of a single image is; a scalar
+    beside one tensor rules that out (TensorIterator.cpp: compute_fast_setup_type).
+    """
     if x.is_contiguous():
         return None
+    if x.ndim == 4 and others and all(o.shape == x.shape and o.permute(0, 2, 3, 1).is_contiguous() for o in (x, *others)):
+        return format_strides(x.shape, True)
     order: list[int] = []
     for dim in range(x.ndim):
         place = len(order)
@@ -118,7 +124,7 @@ def elementwise(
     count: Size = 1,
 ) -> SymTensor:
     """Allocate the result of an element-wise operator with the shape and stride order of ``x``."""
-    return empty(x.shape, dtype or x.dtype, op, category, dense_strides(x), count)
+    return empty(x.shape, dtype or x.dtype, op, category, dense_strides(x, *others), count)
 
 
 def add(a: SymTensor, b: SymTensor) -> SymTensor:
