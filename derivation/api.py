@@ -15,7 +15,7 @@ from derivation.components import Component, components, parameter_count, parame
 from derivation.config import VAE_SCALE_FACTOR, Checkpoint, is_live, load
 from derivation.config.document import from_document, to_document
 from derivation.errors import DerivationError, shown
-from derivation.hardware.memory import device_memory
+from derivation.hardware.memory import DeviceMemory, device_memory
 from derivation.hardware.profile import hardware
 from derivation.live import live_options
 from derivation.options import Options, one_of, options_of, positive
@@ -324,14 +324,25 @@ class Derivation:
             "peak_stage": peak_stage,
             "peak_tensor_bytes": self.weights_bytes + stage_bytes,
             "witness": witness_at(peak_stage, variant.tape, event).at(values),
-            **self._device_memory(variant, values),
+            **({} if self.options.gpu is None else self._replayed(variant, values).as_dict()),
         }
 
-    def _device_memory(self, variant: Variant, values: Mapping[str, int]) -> dict[str, Any]:
-        """Return what the allocator and nvidia-smi would say on the GPU, if one is named."""
+    def device_memory(
+        self,
+        height: int,
+        width: int,
+        batch_size: int = 1,
+        prompt_length: int = DEFAULT_PROMPT_LENGTH,
+        guidance: bool = True,
+    ) -> DeviceMemory:
+        """Return what the allocator and nvidia-smi say on the GPU; raises DerivationError where none is named."""
+        values = self.sizes(height, width, batch_size, prompt_length)
+        return self._replayed(self.program(guidance).at(values), values)
+
+    def _replayed(self, variant: Variant, values: Mapping[str, int]) -> DeviceMemory:
         if self.options.gpu is None:
-            return {}
-        return device_memory(self.options.gpu, self.resident, variant.tape, values).as_dict()
+            raise DerivationError("gpu = None is not supported (supported: a GPU's name, for what its allocator does)")
+        return device_memory(self.options.gpu, self.resident, variant.tape, values)
 
     def latex(self) -> str:
         """Return the equation as a LaTeX align environment."""

@@ -342,7 +342,7 @@ def test_unknown_hardware():
     with pytest.raises(DerivationError, match="version"):
         parse_version("torch", "newest")
     with pytest.warns(NearestProfile, match="as measured on Ada Lovelace"):
-        hardware("h100")
+        hardware("rtx-5090")
     with pytest.warns(NearestProfile, match="torch 2.5"):
         hardware("t4", torch="2.1")
     with pytest.raises(DerivationError, match="no convolution workspace"):
@@ -353,7 +353,7 @@ def test_a_context_that_nobody_documented_is_that_of_the_nearest_card_and_says_s
     derivation = derive(CHECKPOINT.name, gpu="t4", attention="sdpa")
     assert derivation.estimate(64, 64)["context_source"] == "Tesla T4"
     with pytest.warns(NearestProfile):
-        found = derive(CHECKPOINT.name, gpu="h100", attention="sdpa").estimate(64, 64)
+        found = derive(CHECKPOINT.name, gpu="rtx-5090", attention="sdpa").estimate(64, 64)
     assert found["context_source"].startswith("nearest documented card: ")
 
 

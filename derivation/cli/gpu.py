@@ -14,6 +14,7 @@ from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Revision, expanded
 from derivation.config import load
 from derivation.errors import DerivationError
+from derivation.hardware.measured import RECORDS
 from derivation.options import Options
 
 
@@ -109,4 +110,46 @@ def _show_profile(result: Mapping[str, Any]) -> None:
     output.table("Multiples of bytes", columns, rows)
 
 
-COMMANDS = (measure, calibrate)
+def validate(
+    file: Annotated[Path, typer.Argument(help="A file that measure wrote; without one, the calls on an H200.")] = RECORDS,
+    json: Json = False,
+) -> None:
+    """Predict every call that measure recorded, and say how far off each of the allocator's counters is.
+
+    Example: derivation validate
+
+    Example: derivation validate t4.json --json
+    """
+    from derivation.hardware.measured import measured_calls, predictions, summary
+
+    records = measured_calls(file)
+    with output.progress() as bar:
+        rows = list(bar.track(predictions(records), total=len(records), description="predicting"))
+    versions = sorted({_described(record["versions"]) for record in records})
+    found = {"measured_on": versions, "counters": summary(rows), "rows": [row.as_dict() for row in rows]}
+    output.emit(found, json, _show_validated)
+
+
+def _described(versions: Mapping[str, Any]) -> str:
+    names = ("torch", "cuda", "cudnn", "diffusers", "transformers")
+    return ", ".join([str(versions["gpu"]), *(f"{name} {versions[name]}" for name in names)])
+
+
+def _show_validated(result: Mapping[str, Any]) -> None:
+    rows = [
+        (
+            name,
+            found["calls"],
+            found["equal"],
+            found["within_1_kib"],
+            f"{found['mean_error']:.4%}",
+            f"{found['largest_error']:+.3%}",
+            found["largest_error_call"],
+        )
+        for name, found in result["counters"].items()
+    ]
+    columns = ("peak", ">calls", ">equal", ">within 1 KiB", ">mean error", ">largest", "of")
+    output.table(f"Predicted against measured on {'; '.join(result['measured_on'])}", columns, rows)
+
+
+COMMANDS = (measure, calibrate, validate)

@@ -1,0 +1,104 @@
+"""Calls that ``measure`` recorded on a GPU against what the derivation and the allocator replay predict for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from derivation.api import DEFAULT_PROMPT_LENGTH, derive
+from derivation.errors import DerivationError
+from derivation.measure.records import Records
+from derivation.options import Options
+
+RECORDS = Path(__file__).parent.parent / "evidence" / "h200.json"
+COUNTERS = ("requested", "allocated", "reserved", "device")
+READ_OFF_THE_GPU = ("gpu", "torch", "diffusers")
+SIZES = ("height", "width", "batch_size", "guidance_scale")
+# rows that a process takes at a time
+CHUNK = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measured call: its model, options other than the defaults and sizes, and peaks in bytes by counter.
+
+    ``measured`` has no ``device`` where other processes ran beside or the cache was emptied before it was read.
+    """
+
+    call: Mapping[str, Any]
+    measured: Mapping[str, int]
+    predicted: Mapping[str, int]
+
+    def error(self, counter: str) -> float:
+        """predicted / measured - 1."""
+        return self.predicted[counter] / self.measured[counter] - 1
+
+    def __str__(self) -> str:
+        """Return the call in one line."""
+        return " ".join(f"{name}={value}" for name, value in self.call.items())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row, ready for JSON."""
+        return {"call": dict(self.call), "measured": dict(self.measured), "predicted": dict(self.predicted)}
+
+
+def measured_calls(path: Path = RECORDS) -> list[Mapping[str, Any]]:
+    """Return the whole pipeline calls of a file of ``measure`` that ran; raises DerivationError for none."""
+    records = Records.open(path, must_exist=True).records.values()
+    found = [r for r in records if r.get("kind") == "pipeline" and r.get("status") == "ok"]
+    if not found:
+        raise DerivationError(f"{path}: no pipeline records (supported: a file that measure wrote)")
+    return found
+
+
+def predict(record: Mapping[str, Any]) -> Row:
+    """Predict one measured call from its configs, options and versions; raises DerivationError for a broken record."""
+    try:
+        given = {field.name: record[field.name] for field in fields(Options) if field.name in record}
+        sizes = {name: record[name] for name in SIZES}
+        run, versions = record["run"], record["versions"]
+        measured = {name: int(run[f"peak_{name}_bytes"]) for name in COUNTERS[:3]}
+        if run["driver_used_bytes"] is not None and run["reserved_bytes"] == run["peak_reserved_bytes"]:
+            measured["device"] = int(run["driver_used_bytes"])
+        model, found = record["model"], {name: versions[name] for name in READ_OFF_THE_GPU}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DerivationError(f"not a record of measure ({error!r})") from None
+    derivation = derive(model, **{**given, **found})
+    memory = derivation.device_memory(
+        sizes["height"], sizes["width"], sizes["batch_size"], DEFAULT_PROMPT_LENGTH, sizes["guidance_scale"] > 1
+    )
+    unset = Options().as_dict()
+    chosen = {name: value for name, value in given.items() if value != unset[name]}
+    predicted = {name: getattr(memory, name) for name in COUNTERS if getattr(memory, name) is not None}
+    return Row({"model": model, **sizes, **chosen}, measured, predicted)
+
+
+def predictions(records: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    """Predict every record, on all processors, and yield the rows in order."""
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
+        yield from workers.map(predict, records, chunksize=CHUNK)
+
+
+def summary(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Return of each counter how many calls were read, their errors, and the call that is furthest off."""
+    found = {}
+    for counter in COUNTERS:
+        read = [row for row in rows if counter in row.measured and counter in row.predicted]
+        if not read:
+            continue
+        worst = max(read, key=lambda row: abs(row.error(counter)))
+        differences = [row.predicted[counter] - row.measured[counter] for row in read]
+        found[counter] = {
+            "calls": len(read),
+            "equal": differences.count(0),
+            "within_1_kib": sum(abs(difference) <= 1024 for difference in differences),
+            "mean_error": mean(abs(row.error(counter)) for row in read),
+            "largest_error": worst.error(counter),
+            "largest_error_call": str(worst),
+        }
+    return found
