@@ -96,7 +96,8 @@ def dense_strides(x: SymTensor, *others: SymTensor) -> tuple[Size, ...] | None:
     """
     if x.is_contiguous():
         return None
-    if x.ndim == 4 and others and all(o.shape == x.shape and o.permute(0, 2, 3, 1).is_contiguous() for o in (x, *others)):
+    operands = (x, *others)
+    if x.ndim == 4 and others and all(o.shape == x.shape and o.permute(0, 2, 3, 1).is_contiguous() for o in operands):
         return format_strides(x.shape, True)
     order: list[int] = []
     for dim in range(x.ndim):

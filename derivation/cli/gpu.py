@@ -14,7 +14,6 @@ from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Revision, expanded
 from derivation.config import load
 from derivation.errors import DerivationError
-from derivation.hardware.measured import RECORDS
 from derivation.options import Options
 
 
@@ -111,7 +110,7 @@ def _show_profile(result: Mapping[str, Any]) -> None:
 
 
 def validate(
-    file: Annotated[Path, typer.Argument(help="A file that measure wrote; without one, the calls on an H200.")] = RECORDS,
+    file: Annotated[Path | None, typer.Argument(help="A file that measure wrote; the calls on an H200.")] = None,
     json: Json = False,
 ) -> None:
     """Predict every call that measure recorded, and say how far off each of the allocator's counters is.
@@ -120,9 +119,9 @@ def validate(
 
     Example: derivation validate t4.json --json
     """
-    from derivation.hardware.measured import measured_calls, predictions, summary
+    from derivation.hardware.measured import RECORDS, measured_calls, predictions, summary
 
-    records = measured_calls(file)
+    records = measured_calls(file or RECORDS)
     with output.progress() as bar:
         rows = list(bar.track(predictions(records), total=len(records), description="predicting"))
     versions = sorted({_described(record["versions"]) for record in records})

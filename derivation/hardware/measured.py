@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
@@ -16,6 +17,8 @@ from derivation.measure.records import Records
 from derivation.options import Options
 
 RECORDS = Path(__file__).parent.parent / "evidence" / "h200.json"
+# what ``validate --json`` said of them
+RECORDED = RECORDS.with_name("h200-validation.json")
 COUNTERS = ("requested", "allocated", "reserved", "device")
 READ_OFF_THE_GPU = ("gpu", "torch", "diffusers")
 SIZES = ("height", "width", "batch_size", "guidance_scale")
@@ -47,7 +50,12 @@ class Row:
         return {"call": dict(self.call), "measured": dict(self.measured), "predicted": dict(self.predicted)}
 
 
-def measured_calls(path: Path = RECORDS) -> list[Mapping[str, Any]]:
+def recorded_rows(path: Path = RECORDED) -> list[Row]:
+    """Return the rows that ``validate --json`` wrote."""
+    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+
+
+def measured_calls(path: Path = RECORDS) -> list[dict[str, Any]]:
     """Return the whole pipeline calls of a file of ``measure`` that ran; raises DerivationError for none."""
     records = Records.open(path, must_exist=True).records.values()
     found = [r for r in records if r.get("kind") == "pipeline" and r.get("status") == "ok"]
