@@ -29,7 +29,7 @@ WARM = "cublas workspace"
 UPSAMPLER = "decoder.up_blocks.2.upsamplers.0.conv"
 LAST_RESNET = "decoder.up_blocks.3.resnets.0.conv1"
 # Rows that the profile does not explain, each with its reading in the evidence or the memory model.
-RESIDUALS = {"rtx4090-encode-512-float16-reserved", "t4-img2img-1800x1200"}
+RESIDUALS = {"t4-img2img-1800x1200"}
 
 
 def gpu(name: str = "rtx-4090", **options: str) -> Hardware:

@@ -1,16 +1,25 @@
-"""The README's measured table is the one that the evidence files give now."""
+"""The README's measured tables are the ones that the evidence files give now."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from derivation.hardware.evidence import Comparison, measured_vs_predicted
+from derivation.hardware.measured import Row, recorded_rows, summary
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 START, END = "<!-- measured: start -->\n", "<!-- measured: end -->"
 MIB = 1 << 20
 HEAD = """| GPU, what | metric | measured MiB | predicted MiB | error | within | rules of thumb |
 |---|---|--:|--:|--:|---|---|
+"""
+COUNTERS = """| peak | calls | predicted to the byte | within 1 KiB | mean error | largest |
+|---|--:|--:|--:|--:|--:|
+"""
+SMI = """| call (img2img, float16 and efficient unless said) | size | nvidia-smi MiB | predicted MiB | error |
+|---|---|--:|--:|--:|
 """
 
 
@@ -35,11 +44,42 @@ def table() -> str:
     return HEAD + "".join(f"| {' | '.join(cells(c))} |\n" for c in measured_vs_predicted())
 
 
-def test_the_measured_table_is_up_to_date(request):
-    before, rest = README.read_text().split(START)
-    old, after = rest.split(END)
+def counters() -> str:
+    return COUNTERS + "".join(
+        f"| {counter} | {c['calls']} | {c['equal']} | {c['within_1_kib']} | {c['mean_error']:.3%} "
+        f"| {c['largest_error']:+.2%} |\n"
+        for counter, c in summary(recorded_rows()).items()
+    )
+
+
+def read_off_nvidia_smi() -> str:
+    rows = [row for row in recorded_rows() if "device" in row.measured]
+    shown = {line: None for line in map(smi, rows)}
+    return SMI + "".join(shown)
+
+
+def smi(row: Row) -> str:
+    c = row.call
+    chosen = " ".join(str(c[name]) for name in ("pipeline", "dtype", "attention") if name in c)
+    measured, predicted = row.measured["device"], row.predicted["device"]
+    size = f"{c['width']}x{c['height']}, batch {c['batch_size']}"
+    error = f"{predicted / measured - 1:+.3%}"
+    return f"| {c['model']} {chosen} | {size} | {measured / MIB:,.1f} | {predicted / MIB:,.1f} | {error} |\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "table"),
+    [
+        (START, END, table),
+        ("<!-- h200 counters: start -->\n", "<!-- h200 counters: end -->", counters),
+        ("<!-- h200 nvidia-smi: start -->\n", "<!-- h200 nvidia-smi: end -->", read_off_nvidia_smi),
+    ],
+)
+def test_the_measured_tables_are_up_to_date(request, start, end, table):
+    before, rest = README.read_text().split(start)
+    old, after = rest.split(end)
     new = table()
     if request.config.getoption("--update-formulas"):
-        README.write_text(before + START + new + END + after)
+        README.write_text(before + start + new + end + after)
         old = new
     assert old == new, "rewrite with: python -m pytest tests/test_readme.py --update-formulas"
