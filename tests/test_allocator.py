@@ -506,9 +506,20 @@ def test_loops_that_do_not_close_raise() -> None:
     for loops in ([(0, 2, 1), (1, 3, 1)], [(0, 4, 1)], [(2, 2, 1)], [(0, 1, 0)]):
         with pytest.raises(DerivationError, match="in order"):
             Replay([1, 2, -1], [1, 1], loops)
-    for events in ([-1], [1, 1], [0]):
+    for events in ([-1], [1, 1]):
         with pytest.raises(DerivationError, match="event"):
             Replay(events, [1]).run()
+
+
+def test_replay_empties_the_cache_and_frees_what_was_loaded() -> None:
+    sizes = [30 * MIB, 40 * MIB, 40 * MIB]
+    assert Replay([1, -1, 0, 2], sizes).run().reserved_bytes.nbytes == 40 * MIB
+    assert Replay([1, -1, 2], sizes).run().reserved_bytes.nbytes == 70 * MIB
+    allocator = CachingAllocator()
+    handle = allocator.malloc(sizes[1])
+    replayed = Replay([-2, 3], sizes, loaded={1: handle}).run(allocator)
+    assert (replayed.requested_bytes.nbytes, replayed.reserved_bytes.nbytes) == (40 * MIB, 40 * MIB)
+    assert set(replayed.live) == {2}
 
 
 def test_a_pipeline_sized_replay_is_fast() -> None:

@@ -54,7 +54,7 @@ def counters() -> str:
 
 def read_off_nvidia_smi() -> str:
     rows = [row for row in recorded_rows() if "device" in row.measured]
-    shown = {line: None for line in map(smi, rows)}
+    shown = dict.fromkeys(map(smi, rows))
     return SMI + "".join(shown)
 
 

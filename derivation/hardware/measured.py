@@ -37,6 +37,11 @@ class Row:
     measured: Mapping[str, int]
     predicted: Mapping[str, int]
 
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Row:
+        """Return what ``as_dict`` gave; raises KeyError or TypeError for something else."""
+        return cls(row["call"], row["measured"], row["predicted"])
+
     def error(self, counter: str) -> float:
         """predicted / measured - 1."""
         return self.predicted[counter] / self.measured[counter] - 1
@@ -52,7 +57,7 @@ class Row:
 
 def recorded_rows(path: Path = RECORDED) -> list[Row]:
     """Return the rows that ``validate --json`` wrote."""
-    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    return [Row.of(row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
 
 
 def measured_calls(path: Path = RECORDS) -> list[dict[str, Any]]:

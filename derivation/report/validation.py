@@ -16,6 +16,7 @@ from derivation import figures
 from derivation.errors import DerivationError
 from derivation.figures import Measured
 from derivation.hardware.evidence import Comparison, measured_vs_predicted
+from derivation.hardware.measured import COUNTERS, RECORDED, Row, summary
 from derivation.options import Options
 from derivation.report.pictures import Picture, picture
 from derivation.report.text import GIB, MIB, grouped
@@ -25,6 +26,7 @@ RECORD = EVIDENCE / "verification.json"
 # what verify --all and verify --fuzz print with --json
 MATRIX, FUZZ = EVIDENCE / "matrix.json", EVIDENCE / "fuzz.json"
 OURS = "this derivation"
+MEASURED_COLUMNS = ("Call", "Size", "Requested, predicted − measured", "Reserved, predicted", "Reserved, measured")
 COLUMNS = ("Component or stage", "Size", "Derived (bytes)", "Traced (bytes)", "Result")
 
 
@@ -68,7 +70,7 @@ def validation(model: str, options: Options, comparisons: Sequence[Comparison], 
     """
     run = live(model, options) if verify else recorded(model)
     return Validation(
-        runs=() if run is None else (run,),
+        runs=tuple(found for found in (run, on_a_gpu(model)) if found is not None),
         wider=wider(model),
         measured=tuple(_row(c) for c in comparisons),
         pictures=(_measured(comparisons), _rules(comparisons)) if comparisons else (),
@@ -101,6 +103,34 @@ def recorded(model: str) -> Run | None:
         return _run(f"Recorded on {found['date']}, not run for this report", found["versions"], rows) if rows else None
     except (ValueError, KeyError, TypeError) as error:
         raise DerivationError(f"{RECORD.name} is not a verification record ({error!r})") from None
+
+
+def on_a_gpu(model: str) -> Run | None:
+    """Return the calls of ``model`` that were measured, and what was predicted; raises DerivationError."""
+    try:
+        recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+        rows = [row for row in map(Row.of, recorded["rows"]) if row.call["model"] == model]
+        described = "; ".join(recorded["measured_on"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DerivationError(f"{RECORDED.name} is not a record of validate ({error!r})") from None
+    if not rows:
+        return None
+    counters = summary(rows)
+    errors = ", ".join(f"{name} {100 * counters[name]['mean_error']:.3f} %" for name in COUNTERS[:3])
+    return Run(
+        title=f"Measured on {described}: {len(rows)} calls of this model, mean error of the peaks: {errors}; reserved "
+        f"bytes are equal in {counters['reserved']['equal']}.",
+        columns=MEASURED_COLUMNS,
+        rows=tuple(_on_a_gpu(row) for row in rows),
+    )
+
+
+def _on_a_gpu(row: Row) -> tuple[str, ...]:
+    said = {"model", "height", "width", "batch_size", "num_inference_steps", "strength"}
+    chosen = " ".join(f"{name}={value}" for name, value in row.call.items() if name not in said)
+    size = f"{row.call['height']} × {row.call['width']}, B={row.call['batch_size']}"
+    requested = row.predicted["requested"] - row.measured["requested"]
+    return chosen, size, grouped(requested), grouped(row.predicted["reserved"]), grouped(row.measured["reserved"])
 
 
 def wider(model: str) -> tuple[str, ...]:
