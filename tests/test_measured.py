@@ -16,7 +16,7 @@ from derivation.pipelines import POSTPROCESS
 from derivation.symbols import evaluate
 from derivation.verify.compare import unrolled
 
-HISTORIES = Records.open(RECORDS.with_name("h200-history.json"), must_exist=True).records
+HISTORIES = Records.open(RECORDS.with_name("gpu-history.json"), must_exist=True).records
 # what a split-K convolution adds at most: an accumulator of 128 x 256 float32 on each of 132 multiprocessors
 SPLIT_K_BYTES = 132 * 128 * 256 * 4 + 1024
 # one block: the allocator's smallest, which timesteps and random states take

@@ -18,7 +18,7 @@ HEAD = """| GPU, what | metric | measured MiB | predicted MiB | error | within |
 COUNTERS = """| peak | calls | predicted to the byte | within 1 KiB | mean error | largest |
 |---|--:|--:|--:|--:|--:|
 """
-SMI = """| call (img2img, float16 and efficient unless said) | size | nvidia-smi MiB | predicted MiB | error |
+SMI = """| GPU, call (img2img, float16 and efficient unless said) | size | nvidia-smi MiB | predicted MiB | error |
 |---|---|--:|--:|--:|
 """
 
@@ -64,15 +64,15 @@ def smi(row: Row) -> str:
     measured, predicted = row.measured["device"], row.predicted["device"]
     size = f"{c['width']}x{c['height']}, batch {c['batch_size']}"
     error = f"{predicted / measured - 1:+.3%}"
-    return f"| {c['model']} {chosen} | {size} | {measured / MIB:,.1f} | {predicted / MIB:,.1f} | {error} |\n"
+    return f"| {c['gpu'].removeprefix('NVIDIA ')}, {c['model']} {chosen} | {size} | {measured / MIB:,.1f} | {predicted / MIB:,.1f} | {error} |\n"
 
 
 @pytest.mark.parametrize(
     ("start", "end", "table"),
     [
         (START, END, table),
-        ("<!-- h200 counters: start -->\n", "<!-- h200 counters: end -->", counters),
-        ("<!-- h200 nvidia-smi: start -->\n", "<!-- h200 nvidia-smi: end -->", read_off_nvidia_smi),
+        ("<!-- gpu counters: start -->\n", "<!-- gpu counters: end -->", counters),
+        ("<!-- gpu nvidia-smi: start -->\n", "<!-- gpu nvidia-smi: end -->", read_off_nvidia_smi),
     ],
 )
 def test_the_measured_tables_are_up_to_date(request, start, end, table):

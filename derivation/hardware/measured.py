@@ -16,9 +16,9 @@ from derivation.errors import DerivationError
 from derivation.measure.records import Records
 from derivation.options import Options
 
-RECORDS = Path(__file__).parent.parent / "evidence" / "h200.json"
+RECORDS = Path(__file__).parent.parent / "evidence" / "gpu-calls.json"
 # what ``validate --json`` said of them
-RECORDED = RECORDS.with_name("h200-validation.json")
+RECORDED = RECORDS.with_name("gpu-validation.json")
 COUNTERS = ("requested", "allocated", "reserved", "device")
 READ_OFF_THE_GPU = ("gpu", "torch", "diffusers")
 SIZES = ("height", "width", "batch_size", "guidance_scale")
@@ -28,7 +28,7 @@ CHUNK = 4
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measured call: its model, options other than the defaults and sizes, and peaks in bytes by counter.
+    """One measured call: its GPU, model, options other than the defaults and sizes, and peaks in bytes by counter.
 
     ``measured`` has no ``device`` where other processes ran beside or the cache was emptied before it was read.
     """
@@ -88,7 +88,7 @@ def predict(record: Mapping[str, Any]) -> Row:
     unset = Options().as_dict()
     chosen = {name: value for name, value in given.items() if value != unset[name]}
     predicted = {name: getattr(memory, name) for name in COUNTERS if getattr(memory, name) is not None}
-    return Row({"model": model, **sizes, **chosen}, measured, predicted)
+    return Row({"gpu": found["gpu"], "model": model, **sizes, **chosen}, measured, predicted)
 
 
 def predictions(records: Sequence[Mapping[str, Any]]) -> Iterator[Row]:

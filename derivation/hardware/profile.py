@@ -90,7 +90,7 @@ class Hardware:
     def cublaslt_workspace_bytes(self) -> int:
         """Bytes of cuBLASLt's own workspace: 1 MiB up to torch 2.11, then cuBLAS's is shared (PR 168175, PR 175879).
 
-        torch 2.11.0 allocates it on an H200: evidence/h200-history.json.
+        torch 2.11.0 allocates it on an H200: evidence/gpu-history.json.
         """
         return 1024 * 1024 if self.torch < (2, 12) else 0
 
