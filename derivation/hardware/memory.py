@@ -78,7 +78,8 @@ def load_pipeline(allocator: CachingAllocator, parameters: Parameters) -> dict[s
 
     pipeline_utils.py (``_get_signature_keys``): the models in alphabetical order, since diffusers 0.33.
     """
-    entries = [(path, *parameters[model][path]) for model in sorted(parameters) for path in registered(parameters[model])]
+    models = (parameters[name] for name in sorted(parameters))
+    entries = [(path, *model[path]) for model in models for path in registered(model)]
     handles = load_weights(allocator, (prod(shape) * DTYPE_BYTES[dtype] for _, shape, dtype in entries))
     return dict(zip((path for path, _, _ in entries), handles, strict=True))
 
