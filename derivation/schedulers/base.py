@@ -188,16 +188,4 @@ class Sigmas(Scheduler):
 
     def noised(self, original_samples: Value, noise: Value, sigma: Value) -> Value:
         """Combine sample and noise at ``sigma``."""
-        alpha_t, sigma_t = self.sigma_to_alpha_sigma_t(sigma)
-        noisy_samples = alpha_t * original_samples + sigma_t * noise
-        return noisy_samples
-
-    def sigma_to_alpha_sigma_t(self, sigma: Value) -> tuple[Value, Value]:
-        """``_sigma_to_alpha_sigma_t`` of DPMSolverMultistepScheduler and UniPCMultistepScheduler."""
-        if self.config.options.get("use_flow_sigmas"):
-            alpha_t = 1 - sigma
-            sigma_t = sigma
-        else:
-            alpha_t = 1 / ((sigma**2 + 1) ** 0.5)
-            sigma_t = sigma * alpha_t
-        return alpha_t, sigma_t
+        raise NotImplementedError
