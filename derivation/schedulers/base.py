@@ -12,8 +12,10 @@ from derivation.tape import SymTensor
 
 SCHEDULERS: dict[str, Callable[[SchedulerConfig, int], Scheduler]] = {}
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# of which diffusers takes one at most
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 # what replaces the spacing of the timesteps
-RESPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
+RESPACED = (*SPACINGS, "use_lu_lambdas", "use_flow_sigmas")
 
 
 def register(cls: type[Scheduler]) -> type[Scheduler]:
@@ -160,6 +162,9 @@ class Sigmas(Scheduler):
 
     def __init__(self, config: SchedulerConfig, num_inference_steps: int) -> None:
         super().__init__(config, num_inference_steps)
+        if len(chosen := [key for key in SPACINGS if config.options.get(key)]) > 1:
+            given = " with ".join(f"{key} = True" for key in chosen)
+            raise DerivationError(f"{config.class_name}: {given} is not supported (supported: one of them)")
         self.sigmas = on_cpu((self.num_sigmas,), "float32")
         self.timesteps = on_cpu((self.num_timesteps,), self.timestep_dtype)
 
