@@ -182,14 +182,18 @@ def test_jupyter_shows_latex_of_what_is_left():
     assert "B" not in part._repr_latex_().replace("\\", "") and "L" not in part._repr_latex_()
 
 
+@pytest.fixture(scope="module")
+def adapted():
+    return derive(SD15, lora_rank=4)
+
+
 @pytest.mark.parametrize("target", ["math", "numpy", "torch"])
-def test_lambdify_equals_the_replayed_tape(target):
+def test_lambdify_equals_the_replayed_tape(target, adapted):
     if target == "torch":
         pytest.importorskip("torch")
-    derivation = derive(SD15, lora_rank=4)
-    peak = derivation.lambdify(target)
-    assert int(peak(520, 768, 77, 2, False)) == derivation.weights_bytes + max(
-        derivation.stage_peaks(520, 768, 2, 77, False).values()
+    peak = adapted.lambdify(target)
+    assert int(peak(520, 768, 77, 2, False)) == adapted.weights_bytes + max(
+        adapted.stage_peaks(520, 768, 2, 77, False).values()
     )
     with pytest.raises(DerivationError, match="jax"):
-        derivation.lambdify("jax")
+        adapted.lambdify("jax")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from derivation import Options, derive
@@ -22,8 +23,10 @@ from derivation.config import load
 from derivation.errors import DerivationError
 from derivation.pipelines.weights import registered
 from derivation.schedulers import SCHEDULERS
+from derivation.schedulers.base import SPACINGS
 from derivation.verify import build_vae
 from derivation.verify.compare import compare_components, compare_pipeline
+from derivation.verify.modules import build_scheduler
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 INPAINTING = "runwayml/stable-diffusion-inpainting"
@@ -368,6 +371,21 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     (EULER | {"interpolation_type": "cubic"}, "interpolation_type = 'cubic'"),
     (EULER | {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'"),
 ]
+
+
+@pytest.mark.parametrize("keys", [*combinations(SPACINGS, 2), SPACINGS], ids=str)
+@pytest.mark.parametrize("chosen", [DPM, UNIPC, EULER], ids=lambda chosen: chosen["_class_name"])
+def test_two_spacings_of_the_sigmas_are_refused_as_diffusers_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: dict[str, Any], keys: tuple[str, ...]
+) -> None:
+    variant = SCHEDULER | chosen | dict.fromkeys(keys, True)
+    name = variant["_class_name"]
+    # beta sigmas ask for scipy first
+    monkeypatch.setattr(f"{getattr(diffusers, name).__module__}.is_scipy_available", lambda: True)
+    with pytest.raises(ValueError, match="Only one of"):
+        build_scheduler(variant)
+    with pytest.raises(DerivationError, match=rf"^{name}: {' = True with '.join(keys)} = True is not supported"):
+        _ = derive(small_sd(tmp_path, variant)).program(True).generic
 
 
 @pytest.mark.parametrize(("variant", "named"), UNSUPPORTED, ids=str)

@@ -64,7 +64,8 @@ def smi(row: Row) -> str:
     measured, predicted = row.measured["device"], row.predicted["device"]
     size = f"{c['width']}x{c['height']}, batch {c['batch_size']}"
     error = f"{predicted / measured - 1:+.3%}"
-    return f"| {c['gpu'].removeprefix('NVIDIA ')}, {c['model']} {chosen} | {size} | {measured / MIB:,.1f} | {predicted / MIB:,.1f} | {error} |\n"
+    what = f"{c['gpu'].removeprefix('NVIDIA ')}, {c['model']} {chosen}"
+    return f"| {what} | {size} | {measured / MIB:,.1f} | {predicted / MIB:,.1f} | {error} |\n"
 
 
 @pytest.mark.parametrize(

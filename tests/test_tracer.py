@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,6 +191,25 @@ def test_tracing_a_pipeline_twice_gives_the_same_events_with_and_without_paths()
     first, second = (trace_pipeline(CHECKPOINT, **sizes) for _ in range(2))
     assert first.events == second.events
     assert steps(trace_pipeline(CHECKPOINT, **sizes, paths=False)) == steps(first)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": "math", "dtype": "float32"},
+        {"attention": "eager", "scheduler": "UniPCMultistepScheduler", "batch_size": 2},
+        {"attention": "flash", "switches": (("offload", "sequential"), ("vae_tiling", True))},
+        {"pipeline": "inpaint", "switches": (("channels_last", True), ("controlnets", 1))},
+        {"checkpoint_folder": SDXL, "strength": 1.0, "switches": (("lora_rank", 4),)},
+    ],
+    ids=str,
+)
+def test_remembered_kernels_change_no_event(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    call = {"checkpoint_folder": CHECKPOINT, "height": 72, "width": 64, "num_inference_steps": 2, **options}
+    _, remembered = (trace_pipeline(**call) for _ in range(2))
+    forgetful = SimpleNamespace(run=lambda func, args, kwargs: func(*args, **kwargs))
+    monkeypatch.setattr("derivation.verify.tracer.kernels_for", lambda inputs: forgetful)
+    assert trace_pipeline(**call).events == remembered.events
 
 
 @pytest.mark.parametrize(

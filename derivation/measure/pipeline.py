@@ -69,8 +69,8 @@ def loaded(job: Mapping[str, Any], to: str = "cuda") -> Any:
     Under an ``offload`` its models stay on the CPU, from where accelerate moves them.
     """
     options = Options(**{field.name: job[field.name] for field in fields(Options) if field.name in job})
-    own = options.as_dict()
-    accepted: dict[str, Any] = {name: own[name] for name in inspect.signature(build_pipeline).parameters if name in own}
+    own: dict[str, Any] = options.as_dict()
+    accepted = {name: own[name] for name in inspect.signature(build_pipeline).parameters if name in own}
     switches = tuple((name, own[name]) for name in (*SWITCHES, "controlnets") if own[name] != getattr(UNSET, name))
     pipe = build_pipeline(folder(job["model"]), **accepted, switches=switches)
     for module in modules(pipe):

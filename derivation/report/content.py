@@ -153,8 +153,11 @@ def content(model: object, options: Options, command: str, progress: Progress, v
 
 
 def _derive(model: object, options: Options) -> Derivation:
+    """Return the derivation once its tape is recorded: what it refuses is refused before any process starts."""
     chosen: dict[str, Any] = options.as_dict()
-    return derive(model, **chosen)
+    d = derive(model, **chosen)
+    _ = d.program(True).generic
+    return d
 
 
 def _attention(d: Derivation, backends: Mapping[tuple[str, str], Backend]) -> Picture:

@@ -12,8 +12,10 @@ from derivation.tape import SymTensor
 
 SCHEDULERS: dict[str, Callable[[SchedulerConfig, int], Scheduler]] = {}
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# of which diffusers takes one at most
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 # what replaces the spacing of the timesteps
-RESPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
+RESPACED = (*SPACINGS, "use_lu_lambdas", "use_flow_sigmas")
 
 
 def register(cls: type[Scheduler]) -> type[Scheduler]:
@@ -160,6 +162,9 @@ class Sigmas(Scheduler):
 
     def __init__(self, config: SchedulerConfig, num_inference_steps: int) -> None:
         super().__init__(config, num_inference_steps)
+        if len(chosen := [key for key in SPACINGS if config.options.get(key)]) > 1:
+            given = " with ".join(f"{key} = True" for key in chosen)
+            raise DerivationError(f"{config.class_name}: {given} is not supported (supported: one of them)")
         self.sigmas = on_cpu((self.num_sigmas,), "float32")
         self.timesteps = on_cpu((self.num_timesteps,), self.timestep_dtype)
 
@@ -188,16 +193,4 @@ class Sigmas(Scheduler):
 
     def noised(self, original_samples: Value, noise: Value, sigma: Value) -> Value:
         """Combine sample and noise at ``sigma``."""
-        alpha_t, sigma_t = self.sigma_to_alpha_sigma_t(sigma)
-        noisy_samples = alpha_t * original_samples + sigma_t * noise
-        return noisy_samples
-
-    def sigma_to_alpha_sigma_t(self, sigma: Value) -> tuple[Value, Value]:
-        """``_sigma_to_alpha_sigma_t`` of DPMSolverMultistepScheduler and UniPCMultistepScheduler."""
-        if self.config.options.get("use_flow_sigmas"):
-            alpha_t = 1 - sigma
-            sigma_t = sigma
-        else:
-            alpha_t = 1 / ((sigma**2 + 1) ** 0.5)
-            sigma_t = sigma * alpha_t
-        return alpha_t, sigma_t
+        raise NotImplementedError

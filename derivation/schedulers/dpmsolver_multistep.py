@@ -6,7 +6,8 @@ import math
 
 from derivation.config import SchedulerConfig
 from derivation.schedulers.arithmetic import Value, on_device
-from derivation.schedulers.base import Sigmas, register
+from derivation.schedulers.base import register
+from derivation.schedulers.multistep import Multistep
 from derivation.schedulers.thresholding import threshold_sample
 
 # Below this many timesteps lower_order_final takes effect.
@@ -14,22 +15,17 @@ FEW_STEPS = 15
 
 
 @register
-class DPMSolverMultistepScheduler(Sigmas):
-    """DPM-Solver, DPM-Solver++ and their SDE variants: the last ``solver_order`` model outputs stay alive."""
+class DPMSolverMultistepScheduler(Multistep):
+    """DPM-Solver, DPM-Solver++ and their SDE variants."""
 
-    prediction_types = ("epsilon", "sample", "v_prediction", "flow_prediction")
     tail = 2
 
     def __init__(self, config: SchedulerConfig, num_inference_steps: int) -> None:
         super().__init__(config, num_inference_steps)
-        assert config.solver_order is not None
-        self.solver_order = config.solver_order
         self.predicts_noise = config.algorithm_type in ("dpmsolver", "sde-dpmsolver")
         self.check()
         self.warmup = self.solver_order + 1
         self.stochastic = config.algorithm_type in ("sde-dpmsolver", "sde-dpmsolver++")
-        self.model_outputs: list[Value | None] = [None] * self.solver_order
-        self.lower_order_nums = 0
 
     def check(self) -> None:
         """Raise DerivationError for what diffusers has no formula for, and for the learned variances of pixels."""
@@ -56,9 +52,7 @@ class DPMSolverMultistepScheduler(Sigmas):
 
     def previous(self, model_output: Value, sample: Value) -> Value:
         model_output = self.convert_model_output(model_output, sample)
-        for i in range(self.solver_order - 1):
-            self.model_outputs[i] = self.model_outputs[i + 1]
-        self.model_outputs[-1] = model_output
+        self.keep(model_output)
 
         sample = sample.to("float32")
         noise = on_device(model_output.shape, "float32", "randn") if self.stochastic else None
@@ -72,20 +66,8 @@ class DPMSolverMultistepScheduler(Sigmas):
 
     def convert_model_output(self, model_output: Value, sample: Value) -> Value:
         """Compute the predicted x_0, or the predicted noise for DPM-Solver."""
-        if self.predicts_noise:
-            return self.convert_to_epsilon(model_output, sample)
-        alpha_t, sigma_t = self.sigma_to_alpha_sigma_t(self.sigmas.entry())
-        if self.config.prediction_type == "epsilon":
-            x0_pred = (sample - sigma_t * model_output) / alpha_t
-        elif self.config.prediction_type == "sample":
-            x0_pred = model_output
-        elif self.config.prediction_type == "v_prediction":
-            x0_pred = alpha_t * sample - sigma_t * model_output
-        else:
-            x0_pred = sample - sigma_t * model_output
-        if self.config.thresholding:
-            x0_pred = threshold_sample(x0_pred)
-        return x0_pred
+        convert = self.convert_to_epsilon if self.predicts_noise else self.predicted_x0
+        return convert(model_output, sample)
 
     def convert_to_epsilon(self, model_output: Value, sample: Value) -> Value:
         """Compute the predicted noise."""
@@ -101,10 +83,6 @@ class DPMSolverMultistepScheduler(Sigmas):
             x0_pred = threshold_sample(x0_pred)
             epsilon = (sample - alpha_t * x0_pred) / sigma_t
         return epsilon
-
-    def outputs(self) -> tuple[Value, ...]:
-        """Return the model outputs, newest first."""
-        return tuple(output for output in reversed(self.model_outputs) if output is not None)
 
     def first_order(self, sample: Value, noise: Value | None) -> Value:
         """``dpm_solver_first_order_update``; every coefficient ``c`` is a scalar on the CPU."""

@@ -7,31 +7,25 @@ from collections.abc import Sequence
 from derivation.config import SchedulerConfig
 from derivation.ops import bmm, reshape
 from derivation.schedulers.arithmetic import Value, on_cpu, on_device
-from derivation.schedulers.base import Sigmas, register
-from derivation.schedulers.thresholding import threshold_sample
+from derivation.schedulers.base import register
+from derivation.schedulers.multistep import Multistep
 from derivation.symbols import Size
 from derivation.tape import Category
 
 
 @register
-class UniPCMultistepScheduler(Sigmas):
-    """UniPC: the last ``solver_order`` model outputs and the last sample stay alive; sigmas go to the device."""
-
-    prediction_types = ("epsilon", "sample", "v_prediction", "flow_prediction")
+class UniPCMultistepScheduler(Multistep):
+    """UniPC: the last sample stays alive too; sigmas go to the device."""
 
     def __init__(self, config: SchedulerConfig, num_inference_steps: int) -> None:
         super().__init__(config, num_inference_steps)
         if not config.predict_x0:
             self.expect("prediction_type", "epsilon", "sample", "v_prediction")
-        assert config.solver_order is not None
-        self.solver_order = config.solver_order
         self.tail = self.solver_order
         disabled = config.options["disable_corrector"]
         assert isinstance(disabled, tuple)
         self.disable_corrector = disabled
         self.warmup = max([self.solver_order + 1, *(int(step) + 2 for step in disabled)])
-        self.model_outputs: list[Value | None] = [None] * self.solver_order
-        self.lower_order_nums = 0
         self.this_order = 0
         self.last_sample: Value | None = None
 
@@ -42,9 +36,7 @@ class UniPCMultistepScheduler(Sigmas):
         if use_corrector:
             sample = self.multistep_uni_c_bh_update(model_output_convert, self.this_order)
 
-        for i in range(self.solver_order - 1):
-            self.model_outputs[i] = self.model_outputs[i + 1]
-        self.model_outputs[-1] = model_output_convert
+        self.keep(model_output_convert)
 
         this_order = self.solver_order
         if self.config.lower_order_final:
@@ -59,28 +51,14 @@ class UniPCMultistepScheduler(Sigmas):
 
     def convert_model_output(self, model_output: Value, sample: Value) -> Value:
         """Compute the predicted x_0 (``predict_x0``), else the predicted noise."""
+        if self.config.predict_x0:
+            return self.predicted_x0(model_output, sample)
         alpha_t, sigma_t = self.sigma_to_alpha_sigma_t(self.sigmas.entry())
-        if not self.config.predict_x0:
-            if self.config.prediction_type == "epsilon":
-                return model_output
-            if self.config.prediction_type == "sample":
-                return (sample - alpha_t * model_output) / sigma_t
-            return alpha_t * model_output + sigma_t * sample
         if self.config.prediction_type == "epsilon":
-            x0_pred = (sample - sigma_t * model_output) / alpha_t
-        elif self.config.prediction_type == "sample":
-            x0_pred = model_output
-        elif self.config.prediction_type == "v_prediction":
-            x0_pred = alpha_t * sample - sigma_t * model_output
-        else:
-            x0_pred = sample - sigma_t * model_output
-        if self.config.thresholding:
-            x0_pred = threshold_sample(x0_pred)
-        return x0_pred
-
-    def outputs(self) -> tuple[Value, ...]:
-        """Return the model outputs, newest first."""
-        return tuple(output for output in reversed(self.model_outputs) if output is not None)
+            return model_output
+        if self.config.prediction_type == "sample":
+            return (sample - alpha_t * model_output) / sigma_t
+        return alpha_t * model_output + sigma_t * sample
 
     def multistep_uni_p_bh_update(self, x: Value, order: int) -> Value:
         """Predict the next sample."""

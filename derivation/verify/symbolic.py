@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from operator import mul
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,14 +69,6 @@ def symbolic_trace(
         )
     record(trace, sizes)
     return tape
-
-
-class Layout(NamedTuple):
-    """A tensor's shape, strides in elements, and dtype."""
-
-    shape: tuple[Any, ...]
-    strides: tuple[Any, ...]
-    dtype: Any
 
 
 class SymbolicSizes:
@@ -157,7 +149,7 @@ class SymbolicSizes:
 
 
 class _Kernels(TorchDispatchMode):
-    """Python's meta kernels, each asked once a combination of shapes, with three exceptions.
+    """Python's meta kernels, with three exceptions.
 
     ``randn`` has none for symbolic sizes; a view of a contiguous tensor needs none, and would ask which sizes
     divide each other; a convolution's sides get symbols of their own.
@@ -166,7 +158,6 @@ class _Kernels(TorchDispatchMode):
     def __init__(self, sizes: SymbolicSizes) -> None:
         super().__init__()
         self._sizes = sizes
-        self._known: dict[Any, list[Layout]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -177,19 +168,6 @@ class _Kernels(TorchDispatchMode):
             return aten.empty.memory_format(args[0], **kwargs)
         if func in _VIEWS and args[0].is_contiguous() and -1 not in args[1]:
             return args[0].as_strided(args[1], contiguous_strides(args[1]), args[0].storage_offset())
-        if any(result.alias_info is not None for result in func._schema.returns):
-            return self._run(func, args, kwargs)
-        key = (func, _described(args), _described(tuple(kwargs.items())))
-        if key in self._known:
-            made = [torch.empty_strided(*layout[:2], dtype=layout.dtype, device="meta") for layout in self._known[key]]
-            return tuple(made) if len(func._schema.returns) > 1 else made[0]
-        out = self._run(func, args, kwargs)
-        outputs = out if isinstance(out, tuple) else (out,)
-        if all(isinstance(t, torch.Tensor) and t.is_meta for t in outputs):
-            self._known[key] = [_layout(t) for t in outputs]
-        return out
-
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with enable_python_dispatcher():
             out = func(*args, **kwargs)
         if func is aten.convolution.default:
@@ -198,20 +176,6 @@ class _Kernels(TorchDispatchMode):
 
 
 _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
-
-
-def _layout(tensor: torch.Tensor) -> Layout:
-    return Layout(tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
-def _described(value: Any) -> Any:
-    """Return a hashable description of an operator's argument: of a tensor its layout."""
-    if isinstance(value, torch.Tensor):
-        return (*map(_described, _layout(value)), value.device)
-    if isinstance(value, tuple | list):
-        return tuple(_described(part) for part in value)
-    symbolic = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
-    return value.node.expr if symbolic else (type(value), value)
 
 
 class _Upsampling(TorchFunctionMode):

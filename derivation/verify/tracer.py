@@ -19,6 +19,8 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from derivation.verify.kernels import kernels_for
+
 aten = torch.ops.aten
 
 
@@ -134,9 +136,10 @@ class Tracer(TorchDispatchMode):
         stage: str = "",
     ) -> None:
         super().__init__()
-        modules = modules or {}
+        modules, inputs = modules or {}, list(inputs)
         self.trace = Trace()
         self.stage = stage
+        self._kernels = kernels_for(inputs)
         self._known = {s._cdata for s in storages(*modules.values(), *inputs)}
         self._weights = [
             weakref.ref(s, partial(self._unload, s._cdata, s.nbytes())) for s in storages(*modules.values())
@@ -173,7 +176,7 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if (read := _READ_BACK.get(func)) and (value := read(*args, **kwargs)) is not NotImplemented:
             return value
-        out = func(*args, **kwargs)
+        out = self._kernels.run(func, args, kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 self._see(tensor, func)
