@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("torch")
@@ -10,7 +12,8 @@ pytest.importorskip("transformers")
 
 from derivation.config import bundled
 from derivation.options import PIPELINES
-from derivation.verify.matrix import OPTION_SETS, matrix
+from derivation.verify.compare import compared
+from derivation.verify.matrix import OPTION_SETS, Entry, matrix
 
 ENTRIES = list(matrix())
 # read with a GPU alone, or what every entry has
@@ -32,3 +35,10 @@ def test_every_checkpoint_pipeline_and_option_is_there():
 def test_a_sample_equals_the_trace(entry):
     for comparison in entry.compare():
         assert comparison.match, f"{comparison}\nreproduce: python -m derivation verify {entry}"
+
+
+def test_a_call_that_raises_is_a_mismatch_and_the_rest_goes_on():
+    sound, broken = ENTRIES[0], replace(ENTRIES[0], options={"pipeline": "no such"})
+    (_, [failed]), (_, found) = compared(Entry.compare, [broken, sound])
+    assert not failed.match and "DerivationError" in failed.parting
+    assert all(c.match for c in found)

@@ -18,6 +18,7 @@ from derivation.measure import device
 from derivation.options import Options
 from derivation.verify.modules import build_pipeline
 from derivation.verify.offload import ENABLE
+from derivation.verify.runs import original_size
 from derivation.verify.switches import SWITCHES
 
 # What F.scaled_dot_product_attention may choose from, in this order; others fall through as in PyTorch
@@ -129,6 +130,7 @@ def arguments(pipe: Any, job: Mapping[str, Any]) -> dict[str, Any]:
     if count := job.get("controlnets"):
         control = image if count == 1 else [image] * count
         given["control_image" if "control_image" in accepted else "image"] = control
+        given |= original_size(pipe, height, width)
     if job.get("ip_adapter_tokens"):
         side = pipe.image_encoder.config.image_size
         given["ip_adapter_image"] = torch.zeros(1, 3, side, side)

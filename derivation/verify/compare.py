@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
@@ -194,10 +195,17 @@ def compare_pipeline(
 
 
 def compared(compare: Callable[[T], list[Comparison]], cases: Iterable[T]) -> Iterator[tuple[T, list[Comparison]]]:
-    """Compare every case, on all processors, and yield them in order."""
+    """Compare every case, on all processors, and yield them in order; one that raises is no match."""
     listed = list(cases)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
-        yield from zip(listed, workers.map(compare, listed, chunksize=CHUNK), strict=True)
+        yield from zip(listed, workers.map(partial(_compared, compare), listed, chunksize=CHUNK), strict=True)
+
+
+def _compared(compare: Callable[[T], list[Comparison]], case: T) -> list[Comparison]:
+    try:
+        return compare(case)
+    except Exception as error:
+        return [Comparison("the whole call", 0, 0, f"it raises {type(error).__name__}: {error}")]
 
 
 def _trace_options(derivation: Derivation) -> dict[str, Any]:

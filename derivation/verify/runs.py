@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,8 @@ def trace_pipeline(
     pipe.set_progress_bar_config(disable=True)
     sizes = _doubled(pipe.unet.config, Sizes(height, width, batch_size, prompt_length, guidance_scale > 1, dtype))
     inputs = _prompt(pipe, sizes, negative_prompt) | _image(pipeline, sizes, strength)
-    inputs |= _control(pipeline, sizes, dict(switches).get("controlnets", 0))
+    if count := dict(switches).get("controlnets"):
+        inputs |= _control(pipeline, sizes, count) | original_size(pipe, height, width)
     inputs |= _ip_adapter_image(pipe)
     tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
     tracer = Tracer(_modules(pipe), tensors, paths=paths, stage="text_encoder")
@@ -329,10 +331,19 @@ def _ip_adapter_image(pipe: Any) -> dict[str, torch.Tensor]:
         return {}
     side = pipe.image_encoder.config.image_size
     return {"ip_adapter_image": torch.zeros(1, 3, side, side, device="cpu")}
+
+
+def original_size(pipe: Any, height: int, width: int) -> dict[str, tuple[int, int]]:
+    """Return the argument ``original_size`` of a pipeline that takes it.
+
+    The default of SDXL's ControlNet img2img, a torch.Size, fails where an aesthetic score, a float, is appended.
+    """
+    taken = "original_size" in signature(pipe.__call__).parameters
+    return {"original_size": (height, width)} if taken else {}
+
+
 def _control(pipeline: str, sizes: Sizes, count: int) -> dict[str, Any]:
     """Return the control image, a list of them for several ControlNets."""
-    if not count:
-        return {}
     images = [torch.zeros(sizes.batch_size, 3, sizes.height, sizes.width, device="cpu") for _ in range(count)]
     return {"image" if pipeline == "txt2img" else "control_image": images[0] if count == 1 else images}
 
