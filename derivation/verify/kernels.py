@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 # calls remembered at a time
-LIMIT = 50_000
+LIMIT = 20_000
 
 
 class Layout(NamedTuple):
