@@ -98,7 +98,7 @@ def dense_strides(x: SymTensor) -> tuple[Size, ...] | None:
         while place and not _slower(x, order[place - 1], dim):
             place -= 1
         order.insert(place, dim)
-    packed = contiguous_strides([x.shape[dim] for dim in order])
+    packed = contiguous_strides(tuple(x.shape[dim] for dim in order))
     return tuple(packed[order.index(dim)] for dim in range(x.ndim))
 
 
