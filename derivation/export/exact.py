@@ -30,6 +30,8 @@ MAX_THRESHOLDS = 3
 SAMPLES = 6
 
 Threshold = tuple[Size, int]
+# Live sets: (the stage where stages are told apart, the number) -> the first event.
+LiveSets = Mapping[tuple[str, int], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,34 +133,43 @@ def _check_finite(cell: Cell) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """One variant, and its live sets that dominate them all."""
+    """One variant, and its live sets that dominate them all, or those of each stage where stages are ``apart``."""
 
     variant: Variant
     kept: tuple[Point, ...]
+    apart: bool = False
 
     @classmethod
-    def of(cls, variant: Variant) -> Known:
-        """Reduce each stage of a variant, then the survivors."""
-        points = local_maxima(variant.tape)
-        stages = {name: [p for p in points if p.stage == name] for name in dict.fromkeys(p.stage for p in points)}
-        survivors = [p for stage in stages.values() for p in reduce_points(stage).kept]
-        return cls(variant, reduce_points(survivors).kept)
+    def of(cls, variant: Variant, apart: bool = False) -> Known:
+        """Reduce each stage of a variant, then the survivors unless stages are ``apart``."""
+        survivors = _survivors(variant)
+        return cls(variant, survivors if apart else reduce_points(survivors).kept, apart)
 
     def same_peak(self, cell: Cell, variant: Variant) -> bool:
         """Return True if the Max over the points of ``variant`` is proven equal to this Max in ``cell``."""
         numbering = Numbering(cell.ones)
-        kept = {numbering.number(p.terms): p.event for p in self.kept if _occurs(p.max_length, cell)}
-        before, after = (_live_sets(v, cell, numbering) for v in (self.variant, variant))
+        kept = {
+            (p.stage if self.apart else "", numbering.number(p.terms)): p.event
+            for p in self.kept
+            if _occurs(p.max_length, cell)
+        }
+        before, after = (_live_sets(v, cell, numbering, self.apart) for v in (self.variant, variant))
         new, gone = after.keys() - before.keys(), kept.keys() - after.keys()
         if not new and not gone:
             return True
-        samples = _samples(cell.ones, variant.tape.tile)
+        samples = _samples(cell.ones, self.variant.tape.tile or variant.tape.tile)
         uppers = _moments(self.variant, kept, numbering, samples)
-        if not _covers(uppers, _moments(variant, {n: after[n] for n in new}, numbering, samples)):
+        if not _covers(uppers, _moments(variant, {key: after[key] for key in new}, numbering, samples)):
             return False
-        return not gone or _covers(
-            _moments(variant, after, numbering, samples), [x for x, n in zip(uppers, kept, strict=True) if n in gone]
-        )
+        lost = [upper for upper, key in zip(uppers, kept, strict=True) if key in gone]
+        return not lost or _covers(_moments(variant, after, numbering, samples), lost)
+
+
+@lru_cache(maxsize=64)
+def _survivors(variant: Variant) -> tuple[Point, ...]:
+    points = local_maxima(variant.tape)
+    stages = {name: [p for p in points if p.stage == name] for name in dict.fromkeys(p.stage for p in points)}
+    return tuple(p for stage in stages.values() for p in reduce_points(stage).kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,13 +178,14 @@ class Moment:
 
     tape: Tape
     event: int
+    stage: str
     number: int
     numbering: Numbering
     samples: tuple[int, ...]
 
     def covers(self, other: Moment) -> bool:
         """Return True if this is proven to take at least as many bytes as ``other``: where no sample denies it."""
-        if any(a < b for a, b in zip(self.samples, other.samples, strict=True)):
+        if self.stage != other.stage or any(a < b for a, b in zip(self.samples, other.samples, strict=True)):
             return False
         lower = other.point()
         return proven_nonnegative(margin([(self.point(), 1)], lower), lower)
@@ -181,7 +193,7 @@ class Moment:
     def point(self) -> Point:
         """Return the live set as a point of any prompt length."""
         cut = cut_at(self.tape, self.event)
-        return Point(self.event, "", self.numbering.terms(self.number), None, self.tape.tile, cut)
+        return Point(self.event, self.stage, self.numbering.terms(self.number), None, self.tape.tile, cut)
 
 
 @lru_cache(maxsize=1024)
@@ -189,28 +201,28 @@ def _samples(ones: frozenset[str], tile: Tile | None) -> tuple[dict[str, int], .
     """Return some sizes at which ``ones`` are 1 and all kinds of VAE tiles occur."""
     table = sample_sizes(MAX_LEVELS, tile)
     rows = [dict(zip(table, map(int, row), strict=True)) for row in zip(*table.values(), strict=True)]
-    fitting = [row for row in rows if all(row.values()) and all(row[name] == 1 for name in ones)]
+    fitting = [row for row in rows if all(row.values()) and all(row.get(name, 1) == 1 for name in ones)]
     return tuple(fitting[:: len(fitting) // SAMPLES + 1])
 
 
 def _moments(
-    variant: Variant, events: Mapping[int, int], numbering: Numbering, samples: Iterable[Mapping[str, int]]
+    variant: Variant, events: LiveSets, numbering: Numbering, samples: Iterable[Mapping[str, int]]
 ) -> list[Moment]:
-    """Return live sets (number -> event) of a variant as moments."""
+    """Return live sets of a variant as moments."""
     tables = [variant.evaluator.live_bytes(values) for values in samples]
     return [
-        Moment(variant.tape, event, number, numbering, tuple(int(table[event + 1]) for table in tables))
-        for number, event in events.items()
+        Moment(variant.tape, event, stage, number, numbering, tuple(int(table[event + 1]) for table in tables))
+        for (stage, number), event in events.items()
     ]
 
 
-def _live_sets(variant: Variant, cell: Cell, numbering: Numbering) -> dict[int, int]:
-    """Return each distinct live set where bytes stop growing that occurs in a cell: number -> first event."""
+def _live_sets(variant: Variant, cell: Cell, numbering: Numbering, apart: bool) -> LiveSets:
+    """Return each distinct live set where bytes stop growing that occurs in a cell, of each stage where ``apart``."""
     limits, numbers = prompt_limits(variant.tape), numbering.along(variant.evaluator)
-    found: dict[int, int] = {}
+    found: dict[tuple[str, int], int] = {}
     for event, stage in variant.evaluator.maxima:
         if numbers[event + 1] and _occurs(limits.get(stage), cell):
-            found.setdefault(numbers[event + 1], event)
+            found.setdefault((stage if apart else "", numbers[event + 1]), event)
     return found
 
 
@@ -229,20 +241,33 @@ def deviations(generic: Known, variants: Iterable[tuple[Cell, Variant]]) -> list
     for cell, variant in variants:
         _, nearest = max((k for k in known if k[0].contains(cell)), key=lambda k: k[0].conditions_count)
         if not nearest.same_peak(cell, variant):
-            known.append((cell, Known.of(variant)))
+            known.append((cell, Known.of(variant, generic.apart)))
     return known[1:]
 
 
-def exact_cases(derivation: Derivation, guidance: bool) -> tuple[Case, ...]:
-    """Return the cases of the exact peak, most special first: the first whose conditions hold applies."""
-    kept = derivation.record(guidance).pipeline.reduction.kept
-    program, sizes = derivation.program(guidance), generic_sizes(derivation)
+def exact_cases(derivation: Derivation, guidance: bool, apart: bool = False) -> tuple[Case, ...]:
+    """Return the cases of the exact peak, most special first: the first whose conditions hold applies.
+
+    Where stages are ``apart``, a case holds the points of each stage's own Max.
+    """
+    record, program = derivation.record(guidance), derivation.program(guidance)
+    stages = tuple(point for stage in record.stages.values() for point in stage.reduction.kept)
+    generic = Known(program.generic, stages if apart else record.pipeline.reduction.kept, apart)
+    special = deviations(generic, _variants(derivation, guidance))
+    ordered = sorted([(Cell(), generic), *special], key=lambda found: -found[0].conditions_count)
+    cases = [Case(cell.conditions(), known.kept) for cell, known in ordered]
+    found: dict[frozenset[Guard], Case] = {}
+    for split in (split for case in cases for split in _by_length(case)):
+        found.setdefault(frozenset(split.conditions), split)
+    return tuple(found.values())
+
+
+@lru_cache(maxsize=2)
+def _variants(derivation: Derivation, guidance: bool) -> list[tuple[Cell, Variant]]:
+    """Return the pipeline's variants in the cells where its peak may be another function."""
     cells = _component_cells(derivation, guidance) + _own_cells(derivation, guidance)
-    generic = Known(program.generic, kept)
-    variants = ((cell, program.regime(cell.values(sizes))) for cell in _intersections(cells))
-    special = deviations(generic, variants)
-    cases = [Case(cell.conditions(), known.kept) for cell, known in reversed(special)]
-    return tuple(split for case in [*cases, Case((), kept)] for split in _by_length(case))
+    program, sizes = derivation.program(guidance), generic_sizes(derivation)
+    return [(cell, program.regime(cell.values(sizes))) for cell in _intersections(cells)]
 
 
 def _component_cells(derivation: Derivation, guidance: bool) -> list[Cell]:
