@@ -127,7 +127,7 @@ class Evaluator:
     """Evaluates the live bytes of one tape at sizes.
 
     ``sizes`` holds each (nbytes, count) once; ``steps`` has one entry an event: i where sizes[i] appears, ~i where
-    it dies.
+    it dies; ``maxima`` are the tape's.
     """
 
     def __init__(self, tape: Tape) -> None:

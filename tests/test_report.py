@@ -170,13 +170,15 @@ def test_a_hostile_model_name_stays_text(tmp_path, small):
 
 
 def test_the_calculator_s_script_cannot_end_early():
-    script = calculator._script({"title": "</script><!--"}, {"x": "export const x = 1; // </script>\n"})
+    module = "/* </script> */\n\nexport const x = 1; // </script>\n"
+    script = calculator._script({"title": "</script><!--"}, {"x": module})
     assert not re.search("</|<!", script)
 
 
 def test_the_page_runs_the_exported_functions(report, derivation, tmp_path):
     text = report.read_text()
-    assert export(derivation, "javascript").replace("\nexport ", "\n") in text
+    _, code = export(derivation, "javascript").split("*/\n\n", 1)
+    assert re.sub("^export ", "", code, flags=re.MULTILINE) in text
     if (node := shutil.which("node")) is None:
         pytest.skip("node is not installed")
     [script] = re.findall(r"<script>\n(const CALCULATOR = .*?)</script>", text, re.S)

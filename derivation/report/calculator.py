@@ -164,8 +164,9 @@ def _script(data: Mapping[str, Any], modules: Mapping[str, str]) -> Markup:
 
 
 def _object(module: str) -> str:
-    """Return an expression for an object of a module's exports: a page opened from a file cannot import modules."""
-    names, code = EXPORT.findall(module), EXPORT.sub("", module).replace("</", r"<\/")
+    """Return an object of a module's exports, its header aside: a page opened from a file cannot import modules."""
+    _, code = module.split("*/\n\n", 1)
+    names, code = EXPORT.findall(code), EXPORT.sub("", code).replace("</", r"<\/")
     return f"(() => {{\n{code}return {{ {', '.join(names)} }};\n}})()"
 
 
