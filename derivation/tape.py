@@ -317,8 +317,7 @@ class Storage:
             self._tape.release(self.index)
 
 
-@lru_cache(maxsize=65536)
-def contiguous_strides(shape: tuple[Size, ...]) -> tuple[Size, ...]:
+def contiguous_strides(shape: Sequence[Size]) -> tuple[Size, ...]:
     """Return the row-major strides of ``shape``, in elements.
 
     >>> contiguous_strides((2, 3, 5))
@@ -330,6 +329,10 @@ def contiguous_strides(shape: tuple[Size, ...]) -> tuple[Size, ...]:
         strides.append(step)
         step = step * dim
     return tuple(reversed(strides))
+
+
+# contiguous_strides of shapes that can be hashed, as torch's SymInt cannot
+packed_strides = lru_cache(maxsize=65536)(contiguous_strides)
 
 
 class SymTensor:
@@ -352,7 +355,7 @@ class SymTensor:
     @property
     def strides(self) -> tuple[Size, ...]:
         """Strides in elements."""
-        return contiguous_strides(self.shape) if self._strides is None else self._strides
+        return packed_strides(self.shape) if self._strides is None else self._strides
 
     @property
     def layout(self) -> tuple[str, tuple[Size, ...], tuple[Size, ...]]:
@@ -376,7 +379,7 @@ class SymTensor:
         """Return whether the tensor is row-major, dimensions of size 1 aside (c10/core/Contiguity.h)."""
         if self._strides is None:
             return True
-        expected = contiguous_strides(self.shape)
+        expected = packed_strides(self.shape)
         odd = [d for d, s, e in zip(self.shape, self._strides, expected, strict=True) if s != e]
         return not any(is_many(dim) for dim in sorted(odd, key=lambda dim: not isinstance(dim, int)))
 

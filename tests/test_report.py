@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -326,8 +327,13 @@ def states():
 def told(state):
     """Return the derivation of a state of the form, and its bytes by stage."""
     size = {key: state[key] for key in ("height", "width", "batch_size", "prompt_length", "guidance")}
-    d = derive(MODEL, dtype=state["dtype"], attention=state["attention"])
+    d = derived(state["dtype"], state["attention"])
     return d, d.stage_peaks(**size)
+
+
+@cache
+def derived(dtype, attention):
+    return derive(MODEL, dtype=dtype, attention=attention)
 
 
 PROBE = """<script>

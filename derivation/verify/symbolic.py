@@ -176,7 +176,7 @@ class _Kernels(TorchDispatchMode):
             kwargs = {name: value for name, value in kwargs.items() if name != "generator"}
             return aten.empty.memory_format(args[0], **kwargs)
         if func in _VIEWS and args[0].is_contiguous() and -1 not in args[1]:
-            return args[0].as_strided(args[1], contiguous_strides(tuple(args[1])), args[0].storage_offset())
+            return args[0].as_strided(args[1], contiguous_strides(args[1]), args[0].storage_offset())
         if any(result.alias_info is not None for result in func._schema.returns):
             return self._run(func, args, kwargs)
         key = (func, _described(args), _described(tuple(kwargs.items())))
