@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,40 +46,57 @@ def stages(tape: Tape) -> list[tuple[str, int, int]]:
     return [(stage, start, end) for (stage, start), end in zip(starts, ends, strict=True)]
 
 
+def maxima(tape: Tape) -> list[tuple[int, str]]:
+    """Return (event, stage) where a stage starts, where a storage's death follows a birth, and at a last birth."""
+    events = tape.events
+    return [
+        (index, stage)
+        for stage, start, end in stages(tape)
+        for index in range(start - 1, end)
+        if (index < start or events[index] > 0) and (index + 1 == end or events[index + 1] < 0)
+    ]
+
+
 def local_maxima(tape: Tape) -> list[Point]:
     """Return each distinct live set that a stage starts with, or that a storage's death follows, or the last."""
-    alive: dict[Size, Size] = {}
-    points: dict[tuple[str, frozenset[tuple[Size, Size]]], Point] = {}
-    encoder_limit = _encoder_limit(tape)
-    for stage, start, end in stages(tape):
-        limit = encoder_limit if stage == "text_encoder" else None
-        for index in range(start - 1, end):
-            if index >= start:
-                event = tape.events[index]
-                _apply(alive, tape.allocations[abs(event) - 1], 1 if event > 0 else -1)
-            grows = index + 1 < end and tape.events[index + 1] > 0
-            if not grows and (index < start or tape.events[index] > 0) and alive:
-                key = (stage, frozenset(alive.items()))
-                points.setdefault(key, Point(index, stage, tuple(alive.items()), limit, tape.tile, _cut(tape, index)))
+    places: dict[Size, int] = {}
+    kinds = [places.setdefault(a.nbytes, len(places)) for a in tape.allocations]
+    sizes = list(places)
+    alive: dict[int, Size] = {}
+    points: dict[tuple[str, frozenset[tuple[int, Size]]], Point] = {}
+    limits = prompt_limits(tape)
+    done = 0
+    for index, stage in maxima(tape):
+        for event in tape.events[done : index + 1]:
+            _apply(alive, kinds[abs(event) - 1], tape.allocations[abs(event) - 1].count, 1 if event > 0 else -1)
+        done = max(done, index + 1)
+        key = (stage, frozenset(alive.items()))
+        if alive and key not in points:
+            terms = tuple((sizes[kind], count) for kind, count in alive.items())
+            points[key] = Point(index, stage, terms, limits.get(stage), tape.tile, cut_at(tape, index))
     return list(points.values())
 
 
-def _cut(tape: Tape, index: int) -> frozenset[str]:
-    return next((symbols for start, end, symbols in tape.cut if start <= index < end), frozenset())
+def cut_at(tape: Tape, event: int) -> frozenset[str]:
+    """Return the symbols of VAE tiles without which an event does not occur."""
+    return next((symbols for start, end, symbols in tape.cut if start <= event < end), frozenset())
 
 
-def _encoder_limit(tape: Tape) -> int | None:
-    """Return the bound of the tape's decision "L > bound", where it took the branch L <= bound."""
+def prompt_limits(tape: Tape) -> dict[str, int]:
+    """Return the largest prompt length at which a stage occurs, of those that have one.
+
+    It is the bound of the tape's decision "L > bound", where it took the branch L <= bound.
+    """
     bounds = [g.bound for g in tape.guards.values() if free_names(g.size) == {"L"} and g.bound > 1]
-    return bounds[0] if bounds and not tape.guards[symbol("L"), bounds[0]].answer else None
+    return {"text_encoder": bounds[0]} if bounds and not tape.guards[symbol("L"), bounds[0]].answer else {}
 
 
-def _apply(alive: dict[Size, Size], allocation: Allocation, sign: int) -> None:
-    count = alive.get(allocation.nbytes, 0) + sign * allocation.count
-    if count == 0:
-        del alive[allocation.nbytes]
+def _apply(alive: dict[int, Size], kind: int, count: Size, sign: int) -> None:
+    total = alive.get(kind, 0) + sign * count
+    if total == 0:
+        del alive[kind]
     else:
-        alive[allocation.nbytes] = count
+        alive[kind] = total
 
 
 def alive_at(tape: Tape, event: int) -> list[Allocation]:
@@ -97,23 +114,36 @@ def alive_at(tape: Tape, event: int) -> list[Allocation]:
     return [*unloaded, *alive.values()]
 
 
+def born_and_dead(values: Sequence[int]) -> list[int]:
+    """Return a list with values[i] at i and -values[i] at ~i.
+
+    >>> born_and_dead([3, 5])
+    [3, 5, -5, -3]
+    """
+    return [*values, *(-value for value in reversed(values))]
+
+
 class Evaluator:
-    """Evaluates the live bytes of one tape at sizes."""
+    """Evaluates the live bytes of one tape at sizes.
+
+    ``sizes`` holds each (nbytes, count) once; ``steps`` has one entry an event: i where sizes[i] appears, ~i where
+    it dies; ``maxima`` are the tape's.
+    """
 
     def __init__(self, tape: Tape) -> None:
-        sizes = {(a.nbytes, a.count): None for a in tape.allocations}
-        self._sizes = list(sizes)
+        places: dict[tuple[Size, Size], int] = {}
+        kinds = [places.setdefault((a.nbytes, a.count), len(places)) for a in tape.allocations]
+        steps = [kinds[event - 1] if event > 0 else ~kinds[-event - 1] for event in tape.events]
+        self.sizes = list(places)
+        self.steps = np.array(steps, dtype=np.int64)
+        self.maxima = maxima(tape)
         self._stages = stages(tape)
-        index = {size: i for i, size in enumerate(self._sizes)}
-        kinds = [index[a.nbytes, a.count] for a in tape.allocations]
-        self._kind = np.array([kinds[abs(event) - 1] for event in tape.events], dtype=np.int64)
-        self._sign = np.where(np.array(tape.events) > 0, 1, -1)
 
     def live_bytes(self, values: Mapping[str, int]) -> NDArray[Any]:
         """Return the live bytes in 512-byte blocks before the first event and after each one."""
-        sizes = [ceil512(evaluate(n, values)) * evaluate(count, values) for n, count in self._sizes]
-        exact = np.int64 if max(sizes, default=0) * len(self._kind) < MAX_INT64 else object
-        steps = np.array(sizes, dtype=exact)[self._kind] * self._sign
+        sizes = [ceil512(evaluate(n, values)) * evaluate(count, values) for n, count in self.sizes]
+        exact = np.int64 if max(sizes, default=0) * len(self.steps) < MAX_INT64 else object
+        steps = np.array(born_and_dead(sizes), dtype=exact)[self.steps]
         return np.concatenate([np.zeros(1, dtype=exact), np.cumsum(steps)])
 
     def peaks(self, values: Mapping[str, int]) -> dict[str, tuple[int, int]]:

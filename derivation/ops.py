@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from derivation.errors import DerivationError
 from derivation.hardware import kernels
 from derivation.symbols import SYMBOLS, Size, floor_div, nonnegative_from_one
-from derivation.tape import EXCLUDED_FROM_CPU_OFFLOAD, Category, SymTensor, block, contiguous_strides, tape
+from derivation.tape import EXCLUDED_FROM_CPU_OFFLOAD, Category, SymTensor, block, packed_strides, tape
 
 # the models that the option channels_last converts
 CHANNELS_LAST_MODELS = ("unet", "vae")
@@ -105,7 +105,7 @@ def dense_strides(x: SymTensor, *others: SymTensor) -> tuple[Size, ...] | None:
         while place and not _slower(x, order[place - 1], dim):
             place -= 1
         order.insert(place, dim)
-    packed = contiguous_strides([x.shape[dim] for dim in order])
+    packed = packed_strides(tuple(x.shape[dim] for dim in order))
     return tuple(packed[order.index(dim)] for dim in range(x.ndim))
 
 
@@ -220,7 +220,7 @@ def format_strides(shape: tuple[Size, ...], channels_last: bool) -> tuple[Size, 
     if not channels_last:
         return None
     _, channels, _, width = shape
-    return (contiguous_strides(shape)[0], 1, width * channels, channels)
+    return (packed_strides(shape)[0], 1, width * channels, channels)
 
 
 def pad(x: SymTensor, right: int, bottom: int) -> SymTensor:

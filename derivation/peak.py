@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from derivation.symbols import BLOCK_BYTES, MAX_LEVELS, SYMBOLS, Size, as_poly
 from derivation.tiling import Tile
 
 Samples = NDArray[np.float64]
+# Points by index, each with its weight; mixtures with their bytes at the samples.
+Uppers = tuple[tuple[int, int], ...]
+Mixtures = tuple[Sequence[Uppers], Samples]
 
 # Convex combinations tried: weights in sixteenths, among the points that win most often.
 MIX, MIX_AMONG = 16, 5
@@ -55,11 +58,12 @@ def sample_sizes(levels: int, tile: Tile | None = None) -> dict[str, Samples]:
 
 def _bytes_at(points: Sequence[Point], values: Mapping[str, Samples]) -> Samples:
     """Return bytes [points, samples] in floating point; 0 where a point does not occur."""
-    atoms = {term: i for i, term in enumerate(dict.fromkeys(t for p in points for t in p.terms))}
+    atoms: dict[tuple[Size, Size], int] = {}
+    columns = [[atoms.setdefault(term, len(atoms)) for term in p.terms] for p in points]
     table = np.array([_atom(nbytes, values) * _poly(count, values) for nbytes, count in atoms])
     incidence = np.zeros((len(points), len(atoms)))
-    for row, point in enumerate(points):
-        incidence[row, [atoms[term] for term in point.terms]] = 1
+    for row, alive in enumerate(columns):
+        incidence[row, alive] = 1
     result: Samples = incidence @ table
     for row, point in enumerate(points):
         if point.max_length is not None:
@@ -96,29 +100,37 @@ def reduce_points(points: Sequence[Point]) -> Reduction:
     wins = np.bincount(np.argmax(table[:, occurring], axis=0), minlength=len(points))
     winners = [int(i) for i in np.argsort(-wins, kind="stable") if wins[i]]
     kept = list(winners)
+    mixed = _mixtures(table, kept[:MIX_AMONG])
     # a point that dominates another is no smaller at any sample, so it comes first
     shares = (table / np.maximum(table.max(axis=0), 1)).sum(axis=1)
     for i in (int(i) for i in np.argsort(-shares, kind="stable") if not wins[i]):
-        if not _dominated(points, table, kept, i):
+        if not _dominated(points, table, kept, mixed, i):
             kept.append(i)
+            mixed = _mixtures(table, kept[:MIX_AMONG])
     survivors = tuple(points[i] for i in kept)
     return Reduction(survivors, len(points), len(points) - len(kept), len(kept) - len(winners))
 
 
-def _dominated(points: Sequence[Point], table: Samples, kept: Sequence[int], lower: int) -> bool:
-    singles = [((k, 1),) for k in kept]
-    pairs = [((a, t), (b, MIX - t)) for a, b in combinations(kept[:MIX_AMONG], 2) for t in range(1, MIX)]
-    return any(_dominates(points, table, uppers, lower) for uppers in chain(singles, pairs))
-
-
-def _dominates(
-    points: Sequence[Point], table: Samples, uppers: Sequence[tuple[int, int]], lower: int
-) -> bool:
+def _dominated(points: Sequence[Point], table: Samples, kept: Sequence[int], mixed: Mixtures, lower: int) -> bool:
     """Check at the samples first, then prove."""
     length = points[lower].max_length
-    if any(points[k].max_length is not None and points[k].max_length != length for k, _ in uppers):
-        return False
-    weight = sum(w for _, w in uppers)
-    if (sum(w * table[k] for k, w in uppers) < weight * table[lower]).any():
-        return False
-    return proven_nonnegative(margin([(points[k], w) for k, w in uppers], points[lower]), points[lower])
+    return any(
+        all(points[k].max_length in (None, length) for k, _ in uppers)
+        and proven_nonnegative(margin([(points[k], w) for k, w in uppers], points[lower]), points[lower])
+        for uppers in _no_smaller(table, kept, mixed, lower)
+    )
+
+
+def _no_smaller(table: Samples, kept: Sequence[int], mixed: Mixtures, lower: int) -> Iterator[Uppers]:
+    """Yield each kept point, then each mixture, that is nowhere below ``lower`` at the samples."""
+    fits = (table[kept] >= table[lower]).all(axis=1)
+    yield from (((k, 1),) for k, fit in zip(kept, fits, strict=True) if fit)
+    fits = (mixed[1] >= MIX * table[lower]).all(axis=1)
+    yield from (uppers for uppers, fit in zip(mixed[0], fits, strict=True) if fit)
+
+
+def _mixtures(table: Samples, among: Sequence[int]) -> Mixtures:
+    """Return the convex combinations of two of some points, and MIX times their bytes [combinations, samples]."""
+    found = [((a, t), (b, MIX - t)) for a, b in combinations(among, 2) for t in range(1, MIX)]
+    rows = [t * table[a] + s * table[b] for (a, t), (b, s) in found]
+    return found, np.array(rows).reshape(len(rows), table.shape[1])

@@ -11,7 +11,7 @@ from derivation.tape import Settings, Tape
 MAX_VARIANTS = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Variant:
     """A tape and its evaluator."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import combinations
+from itertools import chain, combinations
 from math import gcd
 
 from sympy.polys.rings import PolyElement
@@ -26,6 +26,7 @@ from derivation.symbols import (
     as_poly,
     free_names,
     is_tile,
+    product,
     symbol,
 )
 from derivation.tiling import Tile
@@ -46,6 +47,7 @@ TILE_SIDES: dict[int, int | None] = {TILE_HEIGHT: HEIGHT, TILE_WIDTH: WIDTH}
 SCALE = MAX_LEVELS - 1
 
 
+@lru_cache(maxsize=65536)
 def slack_bytes(size: Size) -> int:
     """Return the most that rounding up to 512 bytes can add to ``size``.
 
@@ -66,11 +68,14 @@ def margin(uppers: Sequence[tuple[Point, int]], lower: Point) -> PolyElement:
     total_weight = sum(weight for _, weight in uppers)
     for nbytes, count in lower.terms:
         difference[nbytes] = difference.get(nbytes, 0) - total_weight * count
-    total = RING(0)
+    total: Coefficients = {}
     for nbytes, count in difference.items():
-        total += as_poly(nbytes) * count
-        total -= _surplus(count) * slack_bytes(nbytes)
-    return total
+        if not count:
+            continue
+        slack = product((_surplus(count), -slack_bytes(nbytes)))
+        for monomial, coefficient in chain(as_poly(product((nbytes, count))).items(), as_poly(slack).items()):
+            total[monomial] = total.get(monomial, 0) + coefficient
+    return RING(total)
 
 
 def _surplus(count: Size) -> Size:

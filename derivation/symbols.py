@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 from sympy import ZZ
@@ -93,9 +94,27 @@ def ceil512(nbytes: int) -> int:
     return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
+@lru_cache(maxsize=65536)
+def product(factors: tuple[Size, ...]) -> Size:
+    """Return the product of some sizes.
+
+    >>> product((2, symbol("B"), 3))
+    6*B
+    """
+    result: Size = 1
+    for factor in factors:
+        result = result * factor
+    return result
+
+
 def as_poly(size: Size) -> PolyElement:
     """Return ``size`` as a ring element."""
-    return RING(size) if isinstance(size, int) else size
+    return _constant(size) if isinstance(size, int) else size
+
+
+@lru_cache(maxsize=65536)
+def _constant(value: int) -> PolyElement:
+    return RING(value)
 
 
 def evaluate(size: Size, values: Mapping[str, int]) -> int:
@@ -147,6 +166,7 @@ def as_whole_tile(size: Size) -> Size:
     return size.compose([(symbol(f"{k}{axis}"), symbol(f"T{axis}")) for k in "RQ" for axis in TILE_AXES])
 
 
+@lru_cache(maxsize=65536)
 def nonnegative_from_one(size: Size) -> bool:
     """Return True if ``size`` >= 0 is proven for all symbols >= 1.
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 from derivation.hardware.profile import Hardware
-from derivation.symbols import DTYPE_BYTES, Size, as_whole_tile, evaluate, nonnegative_from_one, symbol
+from derivation.symbols import DTYPE_BYTES, Size, as_whole_tile, evaluate, nonnegative_from_one, product, symbol
 from derivation.tiling import TILE_OVERLAP_FACTOR, Tile
 
 P = ParamSpec("P")
@@ -52,6 +52,11 @@ class Allocation:
     category: Category
     count: Size = 1
     loaded: bool = False
+
+    def as_number(self, index: int) -> Allocation:
+        """Return the same allocation with another index."""
+        a = self
+        return Allocation(index, a.path, a.op, a.shape, a.dtype, a.nbytes, a.category, a.count, a.loaded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +196,7 @@ class Tape:
     def _allocate(
         self, path: str, shape: tuple[Size, ...], dtype: str, op: str, category: Category, count: Size = 1
     ) -> Storage | None:
-        nbytes: Size = DTYPE_BYTES[dtype]
-        for dim in shape:
-            nbytes = nbytes * dim
+        nbytes = product((DTYPE_BYTES[dtype], *shape))
         if nbytes == 0 or count == 0:
             return None
         index = len(self.allocations)
@@ -213,9 +216,7 @@ class Tape:
 
     def unload(self, path: str, shape: tuple[Size, ...], dtype: str) -> None:
         """Record the death of a weight that existed before the run."""
-        nbytes: Size = DTYPE_BYTES[dtype]
-        for dim in shape:
-            nbytes = nbytes * dim
+        nbytes = product((DTYPE_BYTES[dtype], *shape))
         index = len(self.allocations)
         self.allocations.append(Allocation(index, path, "load", shape, dtype, nbytes, Category.WEIGHT, loaded=True))
         self.release(index)
@@ -247,7 +248,7 @@ class Tape:
         later = len(self.events) - run.start
         self.emptied += [done + later for done in self.emptied if run.start < done <= run.end]
         born = [event for event in self.events[run.start : run.end] if event > 0]
-        self.allocations += [replace(self.allocations[e - 1], index=e - 1 + shift) for e in born]
+        self.allocations += [self.allocations[e - 1].as_number(e - 1 + shift) for e in born]
         self.events += [e + shift if e > 0 else e - shift for e in self.events[run.start : run.end]]
         self.alive.update(first + index for index in run.left)
         return tuple(
@@ -330,6 +331,10 @@ def contiguous_strides(shape: Sequence[Size]) -> tuple[Size, ...]:
     return tuple(reversed(strides))
 
 
+# contiguous_strides of shapes that can be hashed, as torch's SymInt cannot
+packed_strides = lru_cache(maxsize=65536)(contiguous_strides)
+
+
 class SymTensor:
     """A tensor with symbolic shape and strides (in elements) over a storage; None strides are row-major."""
 
@@ -350,7 +355,7 @@ class SymTensor:
     @property
     def strides(self) -> tuple[Size, ...]:
         """Strides in elements."""
-        return contiguous_strides(self.shape) if self._strides is None else self._strides
+        return packed_strides(self.shape) if self._strides is None else self._strides
 
     @property
     def layout(self) -> tuple[str, tuple[Size, ...], tuple[Size, ...]]:
@@ -368,16 +373,13 @@ class SymTensor:
 
     def numel(self) -> Size:
         """Number of elements."""
-        count: Size = 1
-        for dim in self.shape:
-            count = count * dim
-        return count
+        return product(self.shape)
 
     def is_contiguous(self) -> bool:
         """Return whether the tensor is row-major, dimensions of size 1 aside (c10/core/Contiguity.h)."""
         if self._strides is None:
             return True
-        expected = contiguous_strides(self.shape)
+        expected = packed_strides(self.shape)
         odd = [d for d, s, e in zip(self.shape, self._strides, expected, strict=True) if s != e]
         return not any(is_many(dim) for dim in sorted(odd, key=lambda dim: not isinstance(dim, int)))
 

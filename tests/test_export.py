@@ -278,6 +278,35 @@ def test_javascript_agrees(texts, expected, tmp_path):
     assert json.loads(run(["node", str(tmp_path / "main.mjs")])) == [True, expected]
 
 
+def node_says(text, calls, tmp_path):
+    """Return what an exported module says at some sizes: [peak_vram, stage_vram, WEIGHTS_BYTES] each."""
+    if (node := shutil.which("node")) is None:
+        pytest.skip("node is not installed")
+    (tmp_path / "peak_vram.mjs").write_text(text)
+    (tmp_path / "main.mjs").write_text(
+        'import { peak_vram, stage_vram, WEIGHTS_BYTES } from "./peak_vram.mjs";\n'
+        f"const found = {json.dumps(calls)}.map((x) => [peak_vram(...x), stage_vram(...x), WEIGHTS_BYTES]);\n"
+        "console.log(JSON.stringify(found));\n"
+    )
+    return json.loads(run([node, str(tmp_path / "main.mjs")]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": "float32", "attention": "eager"}, {"pipeline": "txt2img", "vae_tiling": True}],
+    ids=str,
+)
+def test_javascript_knows_every_stage(options, tmp_path):
+    rng, d = random.Random(SEED), derive(MODEL, **options)
+    calls = [
+        (8 * rng.choice((1, 2, 3, 7, 64, 129)), 8 * rng.choice((1, 2, 5, 65, 100)), *rest, rng.random() < 0.5)
+        for rest in product((1, 77, 78, 231), (1, 3))
+    ]
+    for (h, w, n, b, g), (peak, stages, weights) in zip(calls, node_says(export(d, "javascript"), calls, tmp_path)):
+        assert stages == d.stage_peaks(h, w, b, n, g), (h, w, n, b, g)
+        assert (peak, weights) == (weights + max(stages.values()), d.weights_bytes)
+
+
 def test_c_agrees(texts, expected, tmp_path):
     compiler = shutil.which("gcc") or shutil.which("clang")
     if compiler is None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 from derivation import DerivationError, derive
 from derivation.config.checkpoint import BUNDLED
 from derivation.crossover import does_not_matter
+from derivation.export import export
 from derivation.report import build, calculator, content, pictures
 from derivation.report.answer import SIZES, answer, reference_side
 from derivation.report.assumptions import chips
@@ -168,8 +170,32 @@ def test_a_hostile_model_name_stays_text(tmp_path, small):
     assert "<img" not in re.sub(r"`[^`\n]*`", "", page.with_suffix(".md").read_text())
 
 
-def test_the_calculator_data_cannot_end_its_script():
-    assert "<" not in calculator._script({"title": "</script><!--"})
+def test_the_calculator_s_script_cannot_end_early():
+    module = "/* </script> */\n\nexport const x = 1; // </script>\n"
+    script = calculator._script({"title": "</script><!--"}, {"x": module})
+    assert not re.search("</|<!", script)
+
+
+def test_the_page_runs_the_exported_functions(report, derivation, tmp_path):
+    text = report.read_text()
+    _, code = export(derivation, "javascript").split("*/\n\n", 1)
+    assert re.sub("^export ", "", code, flags=re.MULTILINE) in text
+    if (node := shutil.which("node")) is None:
+        pytest.skip("node is not installed")
+    [script] = re.findall(r"<script>\n(const CALCULATOR = .*?)</script>", text, re.S)
+    calls = [(s, [s[k] for k in ("height", "width", "prompt_length", "batch_size", "guidance")]) for s in states()]
+    asked = [[f"{s['dtype']}/{s['attention']}", call] for s, call in calls]
+    (tmp_path / "main.js").write_text(
+        f"{script}\nconst found = {json.dumps(asked)}.map(([key, call]) => {{\n"
+        "  const module = MODULES[CALCULATOR.aliases[key]];\n"
+        "  return [module.WEIGHTS_BYTES, module.peak_vram(...call), module.stage_vram(...call)];\n"
+        "});\nconsole.log(JSON.stringify(found));\n"
+    )
+    done = subprocess.run([node, str(tmp_path / "main.js")], capture_output=True, text=True, check=True)
+    for (state, _), (weights, peak, stages) in zip(calls, json.loads(done.stdout), strict=True):
+        d, expected = told(state)
+        assert (weights, stages) == (d.weights_bytes, expected), state
+        assert peak == weights + max(expected.values()), state
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
@@ -285,10 +311,10 @@ def states():
     chosen = random.Random(SEED)
     return [
         {
-            "height": chosen.randint(128, 2048),
-            "width": chosen.randint(128, 2048),
+            "height": chosen.choice((8, 24, chosen.randint(8, 2048), chosen.randint(128, 2048))),
+            "width": chosen.choice((8, 40, chosen.randint(8, 2048), chosen.randint(128, 2048))),
             "batch_size": chosen.choice((1, 1, 2, 5)),
-            "prompt_length": chosen.choice((77, 77, 2, 154, chosen.randint(3, 400))),
+            "prompt_length": chosen.choice((77, 77, 1, 154, chosen.randint(3, 400))),
             "dtype": chosen.choice(("float16", "bfloat16", "float32")),
             "attention": chosen.choice(calculator.BACKENDS_SHOWN),
             "gpu": "rtx-4090",
@@ -296,6 +322,18 @@ def states():
         }
         for _ in range(STATES)
     ]
+
+
+def told(state):
+    """Return the derivation of a state of the form, and its bytes by stage."""
+    size = {key: state[key] for key in ("height", "width", "batch_size", "prompt_length", "guidance")}
+    d = derived(state["dtype"], state["attention"])
+    return d, d.stage_peaks(**size)
+
+
+@cache
+def derived(dtype, attention):
+    return derive(MODEL, dtype=dtype, attention=attention)
 
 
 PROBE = """<script>
@@ -338,12 +376,8 @@ def test_the_calculator_says_what_python_says(report, tmp_path):
     assert console == []
     collected = json.loads(re.search(r'<pre id="collected">(.*?)</pre>', dom, re.S)[1].replace("&amp;", "&"))
     for state, shown in zip(wanted, collected, strict=True):
-        size = {key: state[key] for key in ("height", "width", "batch_size", "prompt_length", "guidance")}
-        d = derive(MODEL, dtype=state["dtype"], attention=state["attention"])
-        expected = d.stage_peaks(**size)
-        for stage, nbytes in shown["stages"].items():
-            assert nbytes == expected[stage], (state, stage)
-        assert set(expected) - set(shown["stages"]) <= {"text_encoder"}, state
+        d, expected = told(state)
+        assert shown["stages"] == expected, state
         assert shown["total"] == d.weights_bytes + max(expected.values()), state
         assert shown["error"], state
         assert f"height={state['height']}" in shown["hash"]

@@ -9,24 +9,29 @@ peak is the same function under two combinations, so is the pipeline's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 from derivation.api import Derivation
 from derivation.errors import DerivationError
-from derivation.liveness import Point, local_maxima
-from derivation.peak import reduce_points
+from derivation.export.numbering import Numbering, at
+from derivation.liveness import Point, cut_at, local_maxima, prompt_limits
+from derivation.peak import reduce_points, sample_sizes
 from derivation.program import Program, Variant
 from derivation.proof import margin, proven_nonnegative
 from derivation.symbols import MAX_LEVELS, Size, free_names, symbol
 from derivation.tape import Guard, Tape
+from derivation.tiling import Tile
 
 # A size compared with more thresholds than this counts something without end.
 MAX_THRESHOLDS = 3
+# Sizes at which a proof is refused before it is tried.
+SAMPLES = 6
 
 Threshold = tuple[Size, int]
-LiveSet = frozenset[tuple[Size, Size]]
+# Live sets: (the stage where stages are told apart, the number) -> the first event.
+LiveSets = Mapping[tuple[str, int], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +48,14 @@ class Cell:
 
     def contains(self, other: Cell) -> bool:
         """Return whether every size of ``other`` is one of this cell's."""
-        return self.ones <= other.ones and {_at(size, self.ones) for size, _ in self.above} <= {
-            _at(size, self.ones) for size, _ in other.above
+        return self.ones <= other.ones and {at(size, self.ones) for size, _ in self.above} <= {
+            at(size, self.ones) for size, _ in other.above
         }
 
     def joined(self, other: Cell) -> Cell | None:
         """Return the sizes of both cells, or None where there are none."""
         ones = self.ones | other.ones
-        above = {(_at(size, ones), bound) for size, bound in self.above | other.above}
+        above = {(at(size, ones), bound) for size, bound in self.above | other.above}
         if any(isinstance(size, int) and size <= bound for size, bound in above):
             return None
         return Cell(ones, frozenset((size, bound) for size, bound in above if not isinstance(size, int)))
@@ -94,27 +99,6 @@ def _with_deeper(names: Iterable[str]) -> frozenset[str]:
     return frozenset(names) | deeper
 
 
-@lru_cache(maxsize=65536)
-def _at(size: Size, ones: frozenset[str]) -> Size:
-    """Return ``size`` with ``ones`` put to 1."""
-    if isinstance(size, int) or not free_names(size) & ones:
-        return size
-    moved = size.compose([(symbol(name), size.ring(1)) for name in sorted(ones)])
-    return int(moved.LC) if moved.is_ground else moved
-
-
-def _live_sets(points: Iterable[Point], ones: frozenset[str]) -> dict[LiveSet, Point]:
-    """Return each distinct live set with ``ones`` put to 1, and a point that has it."""
-    found: dict[LiveSet, Point] = {}
-    for point in points:
-        terms: dict[Size, Size] = {}
-        for nbytes, count in point.terms:
-            moved = _at(nbytes, ones)
-            terms[moved] = terms.get(moved, 0) + _at(count, ones)
-        found.setdefault(frozenset(terms.items()), replace(point, terms=tuple(terms.items()), max_length=None))
-    return found
-
-
 def generic_sizes(derivation: Derivation) -> dict[str, int]:
     """Return the least sizes at which every symbol that is not fixed is above 1."""
     unit = derivation.grid.unit
@@ -149,38 +133,106 @@ def _check_finite(cell: Cell) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The live sets of one variant, and those that dominate them all."""
+    """One variant, and its live sets that dominate them all, or those of each stage where stages are ``apart``."""
 
-    points: tuple[Point, ...]
+    variant: Variant
     kept: tuple[Point, ...]
+    apart: bool = False
 
     @classmethod
-    def of(cls, tape: Tape) -> Known:
-        """Reduce each stage of ``tape``, then the survivors."""
-        points = local_maxima(tape)
-        stages = {name: [p for p in points if p.stage == name] for name in dict.fromkeys(p.stage for p in points)}
-        survivors = [p for stage in stages.values() for p in reduce_points(stage).kept]
-        return cls(tuple(points), reduce_points(survivors).kept)
+    def of(cls, variant: Variant, apart: bool = False) -> Known:
+        """Reduce each stage of a variant, then the survivors unless stages are ``apart``."""
+        survivors = _survivors(variant)
+        return cls(variant, survivors if apart else reduce_points(survivors).kept, apart)
 
-    def same_peak(self, cell: Cell, points: Iterable[Point]) -> bool:
-        """Return True if the Max over ``points`` is proven equal to this Max in ``cell``."""
-        before, kept, after = (
-            _live_sets((p for p in found if _occurs(p, cell)), cell.ones) for found in (self.points, self.kept, points)
-        )
+    def same_peak(self, cell: Cell, variant: Variant) -> bool:
+        """Return True if the Max over the points of ``variant`` is proven equal to this Max in ``cell``."""
+        numbering = Numbering(cell.ones)
+        kept = {
+            (p.stage if self.apart else "", numbering.number(p.terms)): p.event
+            for p in self.kept
+            if _occurs(p.max_length, cell)
+        }
+        before, after = (_live_sets(v, cell, numbering, self.apart) for v in (self.variant, variant))
         new, gone = after.keys() - before.keys(), kept.keys() - after.keys()
-        return _covers(kept.values(), [after[x] for x in new]) and _covers(after.values(), [kept[x] for x in gone])
+        if not new and not gone:
+            return True
+        samples = _samples(cell.ones, self.variant.tape.tile or variant.tape.tile)
+        uppers = _moments(self.variant, kept, numbering, samples)
+        if not _covers(uppers, _moments(variant, {key: after[key] for key in new}, numbering, samples)):
+            return False
+        lost = [upper for upper, key in zip(uppers, kept, strict=True) if key in gone]
+        return not lost or _covers(_moments(variant, after, numbering, samples), lost)
 
 
-def _occurs(point: Point, cell: Cell) -> bool:
+@lru_cache(maxsize=64)
+def _survivors(variant: Variant) -> tuple[Point, ...]:
+    points = local_maxima(variant.tape)
+    stages = {name: [p for p in points if p.stage == name] for name in dict.fromkeys(p.stage for p in points)}
+    return tuple(p for stage in stages.values() for p in reduce_points(stage).kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """An event's live set with some symbols put to 1, and its bytes at some sizes where they are 1."""
+
+    tape: Tape
+    event: int
+    stage: str
+    number: int
+    numbering: Numbering
+    samples: tuple[int, ...]
+
+    def covers(self, other: Moment) -> bool:
+        """Return True if this is proven to take at least as many bytes as ``other``: where no sample denies it."""
+        if self.stage != other.stage or any(a < b for a, b in zip(self.samples, other.samples, strict=True)):
+            return False
+        lower = other.point()
+        return proven_nonnegative(margin([(self.point(), 1)], lower), lower)
+
+    def point(self) -> Point:
+        """Return the live set as a point of any prompt length."""
+        cut = cut_at(self.tape, self.event)
+        return Point(self.event, self.stage, self.numbering.terms(self.number), None, self.tape.tile, cut)
+
+
+@lru_cache(maxsize=1024)
+def _samples(ones: frozenset[str], tile: Tile | None) -> tuple[dict[str, int], ...]:
+    """Return some sizes at which ``ones`` are 1 and all kinds of VAE tiles occur."""
+    table = sample_sizes(MAX_LEVELS, tile)
+    rows = [dict(zip(table, map(int, row), strict=True)) for row in zip(*table.values(), strict=True)]
+    fitting = [row for row in rows if all(row.values()) and all(row.get(name, 1) == 1 for name in ones)]
+    return tuple(fitting[:: len(fitting) // SAMPLES + 1])
+
+
+def _moments(
+    variant: Variant, events: LiveSets, numbering: Numbering, samples: Iterable[Mapping[str, int]]
+) -> list[Moment]:
+    """Return live sets of a variant as moments."""
+    tables = [variant.evaluator.live_bytes(values) for values in samples]
+    return [
+        Moment(variant.tape, event, stage, number, numbering, tuple(int(table[event + 1]) for table in tables))
+        for (stage, number), event in events.items()
+    ]
+
+
+def _live_sets(variant: Variant, cell: Cell, numbering: Numbering, apart: bool) -> LiveSets:
+    """Return each distinct live set where bytes stop growing that occurs in a cell, of each stage where ``apart``."""
+    limits, numbers = prompt_limits(variant.tape), numbering.along(variant.evaluator)
+    found: dict[tuple[str, int], int] = {}
+    for event, stage in variant.evaluator.maxima:
+        if numbers[event + 1] and _occurs(limits.get(stage), cell):
+            found.setdefault((stage if apart else "", numbers[event + 1]), event)
+    return found
+
+
+def _occurs(max_length: int | None, cell: Cell) -> bool:
     length = symbol("L")
-    return point.max_length is None or all(
-        size != length or bound < point.max_length for size, bound in cell.above
-    )
+    return max_length is None or all(size != length or bound < max_length for size, bound in cell.above)
 
 
-def _covers(uppers: Iterable[Point], lowers: Iterable[Point]) -> bool:
-    """Return True if each of ``lowers`` is proven to take at most what one of ``uppers`` takes."""
-    return all(any(proven_nonnegative(margin([(upper, 1)], lower), lower) for upper in uppers) for lower in lowers)
+def _covers(uppers: Sequence[Moment], lowers: Iterable[Moment]) -> bool:
+    return all(any(upper.covers(lower) for upper in uppers) for lower in lowers)
 
 
 def deviations(generic: Known, variants: Iterable[tuple[Cell, Variant]]) -> list[tuple[Cell, Known]]:
@@ -188,21 +240,34 @@ def deviations(generic: Known, variants: Iterable[tuple[Cell, Variant]]) -> list
     known = [(Cell(), generic)]
     for cell, variant in variants:
         _, nearest = max((k for k in known if k[0].contains(cell)), key=lambda k: k[0].conditions_count)
-        if not nearest.same_peak(cell, local_maxima(variant.tape)):
-            known.append((cell, Known.of(variant.tape)))
+        if not nearest.same_peak(cell, variant):
+            known.append((cell, Known.of(variant, generic.apart)))
     return known[1:]
 
 
-def exact_cases(derivation: Derivation, guidance: bool) -> tuple[Case, ...]:
-    """Return the cases of the exact peak, most special first: the first whose conditions hold applies."""
-    kept = derivation.record(guidance).pipeline.reduction.kept
-    program, sizes = derivation.program(guidance), generic_sizes(derivation)
+def exact_cases(derivation: Derivation, guidance: bool, apart: bool = False) -> tuple[Case, ...]:
+    """Return the cases of the exact peak, most special first: the first whose conditions hold applies.
+
+    Where stages are ``apart``, a case holds the points of each stage's own Max.
+    """
+    record, program = derivation.record(guidance), derivation.program(guidance)
+    stages = tuple(point for stage in record.stages.values() for point in stage.reduction.kept)
+    generic = Known(program.generic, stages if apart else record.pipeline.reduction.kept, apart)
+    special = deviations(generic, _variants(derivation, guidance))
+    ordered = sorted([(Cell(), generic), *special], key=lambda found: -found[0].conditions_count)
+    cases = [Case(cell.conditions(), known.kept) for cell, known in ordered]
+    found: dict[frozenset[Guard], Case] = {}
+    for split in (split for case in cases for split in _by_length(case)):
+        found.setdefault(frozenset(split.conditions), split)
+    return tuple(found.values())
+
+
+@lru_cache(maxsize=2)
+def _variants(derivation: Derivation, guidance: bool) -> list[tuple[Cell, Variant]]:
+    """Return the pipeline's variants in the cells where its peak may be another function."""
     cells = _component_cells(derivation, guidance) + _own_cells(derivation, guidance)
-    generic = Known(tuple(local_maxima(program.generic.tape)), kept)
-    variants = ((cell, program.regime(cell.values(sizes))) for cell in _intersections(cells))
-    special = deviations(generic, variants)
-    cases = [Case(cell.conditions(), known.kept) for cell, known in reversed(special)]
-    return tuple(split for case in [*cases, Case((), kept)] for split in _by_length(case))
+    program, sizes = derivation.program(guidance), generic_sizes(derivation)
+    return [(cell, program.regime(cell.values(sizes))) for cell in _intersections(cells)]
 
 
 def _component_cells(derivation: Derivation, guidance: bool) -> list[Cell]:
@@ -210,7 +275,7 @@ def _component_cells(derivation: Derivation, guidance: bool) -> list[Cell]:
     found: list[Cell] = []
     for name in derivation.calls:
         (_, generic), *others = regimes(derivation.component(name, guidance), generic_sizes(derivation))
-        found += [cell for cell, _ in deviations(Known.of(generic.tape), others)]
+        found += [cell for cell, _ in deviations(Known.of(generic), others)]
     return found
 
 

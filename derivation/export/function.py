@@ -63,6 +63,36 @@ class CaseCode:
 
 
 @dataclass(frozen=True, slots=True)
+class Maximum:
+    """``base`` + the largest of ``peaks``."""
+
+    base: Expression
+    peaks: tuple[Expression, ...]
+
+    @property
+    def result(self) -> Expression:
+        """The whole as one expression."""
+        return add(self.base, maximum(self.peaks))
+
+
+@dataclass(frozen=True, slots=True)
+class StagesCase:
+    """Each stage's bytes beyond the weights, where all ``conditions`` hold; ``lets`` come first."""
+
+    conditions: tuple[Condition, ...]
+    lets: tuple[Let, ...]
+    stages: Mapping[str, Maximum]
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """stage_vram: level sides, then the cases under guidance and without, most special first."""
+
+    sides: tuple[Let, ...]
+    cases: Mapping[bool, tuple[StagesCase, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class Function:
     """peak_vram: level sides, then the cases under guidance and without, most special first."""
 
@@ -112,13 +142,23 @@ def function(derivation: Derivation) -> Function:
         guidance: tuple(_case(case, _origins(derivation, guidance)) for case in listed)
         for guidance, listed in exact.items()
     }
-    sizes = [size for listed in exact.values() for case in listed for size in _sizes(case)]
-    return Function(derivation, _sides(derivation, sizes), cases)
+    return Function(derivation, _sides(derivation, _sizes(exact)), cases)
 
 
-def _sizes(case: Case) -> Iterator[Size]:
-    yield from (guard.size for guard in case.conditions)
-    yield from (size for point in case.points for term in point.terms for size in term)
+def stages(derivation: Derivation) -> Stages:
+    """Return the exact function of every stage of a derivation."""
+    exact = {guidance: exact_cases(derivation, guidance, apart=True) for guidance in (True, False)}
+    cases = {
+        guidance: tuple(_stages_case(case, _origins(derivation, guidance)) for case in listed)
+        for guidance, listed in exact.items()
+    }
+    return Stages(_sides(derivation, _sizes(exact)), cases)
+
+
+def _sizes(exact: Mapping[bool, tuple[Case, ...]]) -> Iterator[Size]:
+    for case in (case for listed in exact.values() for case in listed):
+        yield from (guard.size for guard in case.conditions)
+        yield from (size for point in case.points for term in point.terms for size in term)
 
 
 def _origins(derivation: Derivation, guidance: bool) -> Callable[[Size], str]:
@@ -187,11 +227,26 @@ def _shared(sums: list[Sum]) -> Sum:
 
 
 def _case(case: Case, origin: Callable[[Size], str]) -> CaseCode:
-    sums = [Sum.of(point) for point in case.points]
-    shared = _shared(sums)
-    rest = [s.minus(shared) for s in sums]
-    sizes = list(dict.fromkeys(n for s in [shared, *rest] for n in s.rounded))
-    products = _products([*sizes, *(s.exact for s in [shared, *rest])])
+    lets, [found] = _code([case.points], origin)
+    return CaseCode(_conditions(case), lets, add(Name(WEIGHTS), found.base), found.peaks)
+
+
+def _stages_case(case: Case, origin: Callable[[Size], str]) -> StagesCase:
+    names = list(dict.fromkeys(point.stage for point in case.points))
+    lets, found = _code([[p for p in case.points if p.stage == name] for name in names], origin)
+    return StagesCase(_conditions(case), lets, dict(zip(names, found, strict=True)))
+
+
+def _code(groups: Iterable[Iterable[Point]], origin: Callable[[Size], str]) -> tuple[tuple[Let, ...], list[Maximum]]:
+    """Return the Max over each group of points, and the intermediate values of them all."""
+    parts: list[tuple[Sum, list[Sum]]] = []
+    for group in groups:
+        sums = [Sum.of(point) for point in group]
+        shared = _shared(sums)
+        parts.append((shared, [s.minus(shared) for s in sums]))
+    flat = [s for shared, rest in parts for s in (shared, *rest)]
+    sizes = list(dict.fromkeys(n for s in flat for n in s.rounded))
+    products = _products([*sizes, *(s.exact for s in flat)])
     atoms = {n: f"r{i}" for i, n in enumerate(sizes)}
     named: dict[Monomial, str] = {}
     lets: list[Let] = []
@@ -199,9 +254,14 @@ def _case(case: Case, origin: Callable[[Size], str]) -> CaseCode:
         lets.append(Let(name, product(monomial, named)))
         named[monomial] = name
     lets += [Let(atoms[n], _rounded(n, products), origin(n)) for n in sizes]
-    base = add(Name(WEIGHTS), shared.expression(products, atoms))
-    peaks = dict.fromkeys(s.expression(products, atoms) for s in rest)
-    return CaseCode(tuple(_condition(g) for g in case.conditions), tuple(lets), base, tuple(peaks))
+    return tuple(lets), [
+        Maximum(shared.expression(products, atoms), tuple(dict.fromkeys(s.expression(products, atoms) for s in rest)))
+        for shared, rest in parts
+    ]
+
+
+def _conditions(case: Case) -> tuple[Condition, ...]:
+    return tuple(_condition(guard) for guard in case.conditions)
 
 
 def _rounded(nbytes: Size, products: Mapping[Monomial, str]) -> Expression:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from derivation.export.expression import Expression, Writer
-from derivation.export.function import Function
+from derivation.export.function import Function, stages
 from derivation.export.python import NAMES
 from derivation.export.render import example, render
 
@@ -25,11 +25,12 @@ class JavaScriptWriter(Writer):
 
 
 def javascript(function: Function) -> str:
-    """Return an ES module that exports ``peak_vram``."""
+    """Return an ES module that exports ``peak_vram``, ``stage_vram`` and ``WEIGHTS_BYTES``."""
     height, width, peak = example(function.derivation)
     return render(
         "peak_vram.js.j2",
         function,
+        stages=stages(function.derivation),
         write=JavaScriptWriter(NAMES),
         example={"height": height, "width": width, "bytes": peak},
     )

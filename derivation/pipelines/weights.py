@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 from derivation.tape import Storage, tape
 
@@ -80,6 +81,7 @@ def registered(paths: Mapping[str, object]) -> list[str]:
     return sorted(paths, key=_place)
 
 
+@lru_cache(maxsize=65536)
 def _place(path: str) -> tuple[int, ...]:
     _, *names = path.split(".")
     return tuple(int(name) if name.isdigit() else REGISTRATION.index(name) for name in names)

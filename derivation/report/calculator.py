@@ -1,8 +1,4 @@
-"""The page's calculator: live sets as data, for every dtype and attention backend, that JavaScript sums up.
-
-A program is a list of live sets a stage; the page evaluates the size of every storage at the entered sizes,
-rounds it up to 512 bytes, and takes the largest sum. Integers stay below 2^53, so JavaScript's numbers are exact.
-"""
+"""The page's calculator: the exported JavaScript of every dtype and attention backend, and the form around it."""
 
 from __future__ import annotations
 
@@ -12,20 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
 from derivation.api import Derivation, derive
 from derivation.attention import BACKENDS, EAGER
 from derivation.config import Checkpoint
 from derivation.crossover import Crossover, crossovers
+from derivation.export import export
 from derivation.hardware.gpus import known, lookup
-from derivation.liveness import Point, local_maxima
 from derivation.options import DTYPES, Options
 from derivation.report.answer import PROMPT_LENGTH, STAGE_TITLES, square_peaks, stage_title
 from derivation.report.text import GIB, NARROW_SPACE
-from derivation.symbols import SYMBOLS, Size, as_poly
-from derivation.tape import Tape
 
 BACKENDS_SHOWN = (EAGER, "math", "efficient", "flash")
 HEAD_DIMS = (8, 40, 64, 80, 160, 512)
@@ -37,7 +30,8 @@ DEFAULT_GPU = "rtx-3060"
 # Below this much left a verdict says "tight": a CUDA context and cuBLAS workspaces alone take some hundred MiB.
 TIGHT_BYTES = GIB
 
-Live = dict[tuple[Size, Size], int]
+# The keyword of an export, and the name behind it.
+EXPORT = re.compile(r"^export (?=(?:const|function) (\w+))", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +98,9 @@ def resolved(checkpoint: Checkpoint, dtype: str, attention: str) -> tuple[str, s
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What a report needs of one (dtype, attention): its program, totals of squares, where its peak changes hands."""
+    """What a report needs of one (dtype, attention): its function, totals of squares, where its peak changes hands."""
 
-    program: dict[str, Any]
+    javascript: str
     totals: tuple[int, ...]
     crossings: tuple[str, ...]
 
@@ -118,7 +112,7 @@ def backend(checkpoint: Checkpoint, options: Options, dtype: str, attention: str
     solved = (dtype, attention) == resolved(checkpoint, options.dtype, EAGER)
     tensors = d if options.gpu is None else derive(checkpoint, **{**chosen, "gpu": None})
     return Backend(
-        program=_program(tensors),
+        javascript=export(tensors, "javascript"),
         totals=tuple(d.weights_bytes + max(square_peaks(d, side).values()) for side in ATTENTION_SIDES),
         crossings=titled(crossovers(d)) if solved else (),
     )
@@ -142,73 +136,6 @@ def _move(c: Crossover) -> str:
     return f"from “{stage_title(c.before)}” to “{stage_title(c.after)}”"
 
 
-def _program(d: Derivation) -> dict[str, Any]:
-    """Return a program as JSON data: weights, and live sets with and without guidance, for B = 1 and above."""
-    one_image = _one_image(d)
-    modes = {}
-    for guidance in (True, False):
-        one = d.program(guidance).regime(one_image).tape
-        many = d.program(guidance).generic.tape
-        modes[str(guidance).lower()] = {"one": _live_sets(one), "many": _live_sets(many)}
-    return {"weights": d.weights_bytes, "modes": modes}
-
-
-def _one_image(d: Derivation) -> dict[str, int]:
-    """Return a size at which nothing but B is 1; an image that a tiled VAE cuts, as the generic program's is."""
-    tile = d.grid.tile
-    side = 4 * d.grid.unit if tile is None else max(4 * d.grid.unit, 2 * tile.side * d.grid.vae_scale_factor)
-    values = d.sizes(side, side, 1, PROMPT_LENGTH)
-    return {name: value if name == "B" else max(value, 2) for name, value in values.items()}
-
-
-def _live_sets(tape: Tape) -> dict[str, Any]:
-    points = local_maxima(tape)
-    names = dict.fromkeys(point.stage for point in points)
-    atoms: dict[tuple[Size, Size], int] = {}
-    stages = []
-    for name in names:
-        own = [point for point in points if point.stage == name]
-        lives = _maximal([_live(point) for point in own])
-        stages.append({"name": name, "limit": own[0].max_length, "points": [_numbered(x, atoms) for x in lives]})
-    return {"atoms": [[_polynomial(n), _polynomial(c)] for n, c in atoms], "stages": stages}
-
-
-def _live(point: Point) -> Live:
-    """Return how often each (nbytes, count) occurs; integer counts become multiplicities."""
-    found: Live = {}
-    for nbytes, count in point.terms:
-        key, times = ((nbytes, 1), count) if isinstance(count, int) else ((nbytes, count), 1)
-        found[key] = found.get(key, 0) + times
-    return found
-
-
-def _maximal(lives: Sequence[Live]) -> list[Live]:
-    """Drop each live set that another contains: it holds at most as many bytes at every size."""
-    columns = {key: i for i, key in enumerate(dict.fromkeys(key for live in lives for key in live))}
-    table = np.zeros((len(lives), len(columns)), dtype=np.int64)
-    for row, live in enumerate(lives):
-        for key, times in live.items():
-            table[row, columns[key]] = times
-    kept: list[int] = []
-    for row in np.argsort(-table.sum(axis=1), kind="stable"):
-        if not (table[kept] >= table[row]).all(axis=1).any():
-            kept.append(int(row))
-    return [lives[row] for row in sorted(kept)]
-
-
-def _numbered(live: Live, atoms: dict[tuple[Size, Size], int]) -> list[int]:
-    """Return a live set as atom, times, atom, times, ..."""
-    return [n for key, times in live.items() for n in (atoms.setdefault(key, len(atoms)), times)]
-
-
-def _polynomial(size: Size) -> list[list[int]]:
-    """Return a polynomial as [coefficient, symbol, symbol, ...] rows, a symbol once a power."""
-    return [
-        [int(c), *(i for i, power in enumerate(monomial) for _ in range(power))]
-        for monomial, c in as_poly(size).items()
-    ]
-
-
 def calculator(d: Derivation, backends: Mapping[tuple[str, str], Backend]) -> Calculator:
     """Return the calculator of a report."""
     choices = _choices(d.options)
@@ -218,31 +145,36 @@ def calculator(d: Derivation, backends: Mapping[tuple[str, str], Backend]) -> Ca
         for attention in choices[1].options
     }
     data = {
-        "programs": {"/".join(key): value.program for key, value in backends.items()},
         "aliases": table,
         "cards": _cards(),
         "factor": d.grid.vae_scale_factor,
-        "levels": d.grid.levels,
-        "tile": d.grid.tile,
-        "symbols": [s.name for s in SYMBOLS],
         "multiple": d.grid.vae_scale_factor if d.options.pipeline == "txt2img" else 1,
         "reserve": TIGHT_BYTES,
         "titles": dict(STAGE_TITLES),
     }
-    return Calculator(_numbers(d), choices, _script(data))
+    modules = {"/".join(pair): found.javascript for pair, found in backends.items()}
+    return Calculator(_numbers(d), choices, _script(data, modules))
 
 
-def _script(data: Mapping[str, Any]) -> Markup:
-    """Return JSON that cannot end a script element."""
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True)
-    return Markup("const CALCULATOR = " + text.replace("<", "\\u003c").replace("&", "\\u0026") + ";")
+def _script(data: Mapping[str, Any], modules: Mapping[str, str]) -> Markup:
+    """Return a script, which cannot end its element: JSON, and ES modules as objects of what they export."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c").replace("&", "\\u0026")
+    objects = "".join(f"{json.dumps(name)}: {_object(module)},\n" for name, module in modules.items())
+    return Markup(f"const CALCULATOR = {text};\nconst MODULES = {{\n{objects}}};")
+
+
+def _object(module: str) -> str:
+    """Return an object of a module's exports, its header aside: a page opened from a file cannot import modules."""
+    _, code = module.split("*/\n\n", 1)
+    names, code = EXPORT.findall(code), EXPORT.sub("", code).replace("</", r"<\/")
+    return f"(() => {{\n{code}return {{ {', '.join(names)} }};\n}})()"
 
 
 def _numbers(d: Derivation) -> tuple[Number, ...]:
-    least = 2 * d.grid.unit
-    step = d.grid.vae_scale_factor if d.options.pipeline == "txt2img" else 1
-    side = f"pixels, {least} to {MAX_SIDE}"
-    sides = (least, MAX_SIDE, step, least, SLIDER_SIDE, d.grid.unit)
+    factor, unit = d.grid.vae_scale_factor, d.grid.unit
+    step = factor if d.options.pipeline == "txt2img" else 1
+    side = f"pixels, {factor} to {MAX_SIDE}"
+    sides = (factor, MAX_SIDE, step, unit, SLIDER_SIDE, unit)
     return (
         Number("height", "Height H", side, 512, *sides),
         Number("width", "Width W", side, 512, *sides),
@@ -252,7 +184,7 @@ def _numbers(d: Derivation) -> tuple[Number, ...]:
             "Prompt length L",
             f"tokens; diffusers pads to {PROMPT_LENGTH}",
             PROMPT_LENGTH,
-            2,
+            1,
             MAX_LENGTH,
             1,
             PROMPT_LENGTH,

@@ -22,7 +22,7 @@ Numbers: doubles. Every intermediate value is an integer that is at most the res
 result above 2^53 throws a RangeError: so a returned value is exact.
 */
 
-const WEIGHTS_BYTES = 2579986432;
+export const WEIGHTS_BYTES = 2579986432;
 
 /**
  * Peak in bytes: weights and live tensors, for an image of height x width pixels.
@@ -120,6 +120,168 @@ export function peak_vram(height, width, prompt_length = 77, batch_size = 1, gui
       2 * r0 + r1 + 3 * r2 + r3 + 2 * r4 + r5 + 2560 * batch_size + 28160 * batch_size * h3 * w3 + 5120 * b_h2_w2 + 5120 * b_l + 4096,
       r6 + 2048 * prompt_length + 2048 * b_l,
     ));
+  }
+}
+
+/**
+ * The largest bytes of each stage beyond WEIGHTS_BYTES, by stage; peak_vram is WEIGHTS_BYTES more than the largest.
+ * Throws RangeError for a size that the pipeline rejects.
+ */
+export function stage_vram(height, width, prompt_length = 77, batch_size = 1, guidance = true) {
+  for (const [size, least] of [[height, 8], [width, 8], [prompt_length, 1], [batch_size, 1]]) {
+    if (!Number.isSafeInteger(size) || size < least) {
+      throw new RangeError("height and width are integers from 8, prompt_length and batch_size from 1");
+    }
+  }
+  const h0 = Math.floor(height / 8); // latent height: image height / VAE scale factor
+  const w0 = Math.floor(width / 8); // latent width: image width / VAE scale factor
+  const h1 = Math.ceil(h0 / 2); // height at UNet level 1: ceil(h0 / 2)
+  const w1 = Math.ceil(w0 / 2); // width at UNet level 1: ceil(w0 / 2)
+  const h2 = Math.ceil(h0 / 4); // height at UNet level 2: ceil(h1 / 2)
+  const w2 = Math.ceil(w0 / 4); // width at UNet level 2: ceil(w1 / 2)
+  const h3 = Math.ceil(h0 / 8); // height at UNet level 3: ceil(h2 / 2)
+  const w3 = Math.ceil(w0 / 8); // width at UNet level 3: ceil(w2 / 2)
+  if (guidance && prompt_length > 77) {
+    const b_l = batch_size * prompt_length;
+    const b_h0_w0 = batch_size * h0 * w0;
+    const b_h1_w1 = batch_size * h1 * w1;
+    const b_h2_w2 = batch_size * h2 * w2;
+    const b_h3_w3 = batch_size * h3 * w3;
+    const r0 = Math.ceil((384 * b_h0_w0) / 512) * 512; // pipeline: _to_copy
+    const r1 = Math.ceil((8 * b_h0_w0) / 512) * 512; // vae: clamp
+    const r2 = Math.ceil((16 * b_h0_w0) / 512) * 512; // vae.encoder.conv_out: convolution
+    const r3 = Math.ceil((1280 * batch_size) / 512) * 512; // unet: mul
+    const r4 = Math.ceil((1280 * b_h0_w0) / 512) * 512; // unet.conv_in: convolution
+    const r5 = Math.ceil((1280 * b_h1_w1) / 512) * 512; // unet.down_blocks.0.downsamplers.0.conv: convolution
+    const r6 = Math.ceil((384 * h0 * w0) / 512) * 512; // pipeline: clamp
+    return {
+      text_encoder: exact(8192 * b_l),
+      vae_encode: exact(r0 + 81920 * b_h0_w0 + 6144 * b_l),
+      unet: exact(2 * r1 + 2 * r2 + r3 + 3 * r4 + 5120 * batch_size + 6144 * b_l + 4096 + Math.max(
+        5 * r4 + 23040 * b_h0_w0,
+        r5 + 58880 * b_h2_w2 + 5120 * b_h1_w1 + 10240 * b_l,
+        r5 + 56320 * b_h3_w3 + 12800 * b_h2_w2 + 5120 * b_h1_w1 + 10240 * b_l,
+        r5 + 125440 * b_h2_w2 + 5120 * b_h1_w1,
+        r5 + 122880 * b_h3_w3 + 12800 * b_h2_w2 + 5120 * b_h1_w1,
+        r5 + 30720 * b_h1_w1 + 5120 * b_l,
+        r5 + 64000 * b_h1_w1,
+      )),
+      vae_decode: exact(4 * r1 + 2 * r2 + 98304 * b_h0_w0 + 6144 * b_l + 4096),
+      postprocess: exact(2 * r1 + 2 * r2 + r0 + 6144 * b_l + 4096 + Math.max(
+        r0 + batch_size * r6,
+        (batch_size + 1) * r6,
+      )),
+    };
+  }
+  if (guidance) {
+    const b_l = batch_size * prompt_length;
+    const b_h0_w0 = batch_size * h0 * w0;
+    const b_h1_w1 = batch_size * h1 * w1;
+    const b_h2_w2 = batch_size * h2 * w2;
+    const b_h3_w3 = batch_size * h3 * w3;
+    const r0 = Math.ceil((8 * b_l) / 512) * 512; // pipeline: _to_copy
+    const r1 = Math.ceil((384 * b_h0_w0) / 512) * 512; // pipeline: _to_copy
+    const r2 = Math.ceil((8 * b_h0_w0) / 512) * 512; // vae: clamp
+    const r3 = Math.ceil((16 * b_h0_w0) / 512) * 512; // vae.encoder.conv_out: convolution
+    const r4 = Math.ceil((1280 * batch_size) / 512) * 512; // unet: mul
+    const r5 = Math.ceil((1280 * b_h0_w0) / 512) * 512; // unet.conv_in: convolution
+    const r6 = Math.ceil((1280 * b_h1_w1) / 512) * 512; // unet.down_blocks.0.downsamplers.0.conv: convolution
+    const r7 = Math.ceil((384 * h0 * w0) / 512) * 512; // pipeline: clamp
+    return {
+      text_encoder: exact(r0 + 6144 * b_l + Math.max(
+        20480 * b_l,
+        2048 * prompt_length,
+      )),
+      vae_encode: exact(r1 + 81920 * b_h0_w0 + 6144 * b_l),
+      unet: exact(2 * r2 + 2 * r3 + r4 + 3 * r5 + 5120 * batch_size + 6144 * b_l + 4096 + Math.max(
+        5 * r5 + 23040 * b_h0_w0,
+        r6 + 58880 * b_h2_w2 + 5120 * b_h1_w1 + 10240 * b_l,
+        r6 + 56320 * b_h3_w3 + 12800 * b_h2_w2 + 5120 * b_h1_w1 + 10240 * b_l,
+        r6 + 125440 * b_h2_w2 + 5120 * b_h1_w1,
+        r6 + 122880 * b_h3_w3 + 12800 * b_h2_w2 + 5120 * b_h1_w1,
+        r6 + 30720 * b_h1_w1 + 5120 * b_l,
+        r6 + 64000 * b_h1_w1,
+      )),
+      vae_decode: exact(4 * r2 + 2 * r3 + 98304 * b_h0_w0 + 6144 * b_l + 4096),
+      postprocess: exact(2 * r2 + 2 * r3 + r1 + 6144 * b_l + 4096 + Math.max(
+        r1 + batch_size * r7,
+        (batch_size + 1) * r7,
+      )),
+    };
+  }
+  if (!guidance && prompt_length > 77) {
+    const b_l = batch_size * prompt_length;
+    const b_h0_w0 = batch_size * h0 * w0;
+    const b_h1_w1 = batch_size * h1 * w1;
+    const b_h2_w2 = batch_size * h2 * w2;
+    const b_h3_w3 = batch_size * h3 * w3;
+    const r0 = Math.ceil((384 * b_h0_w0) / 512) * 512; // pipeline: _to_copy
+    const r1 = Math.ceil((8 * b_h0_w0) / 512) * 512; // vae: clamp
+    const r2 = Math.ceil((640 * batch_size) / 512) * 512; // unet: mul
+    const r3 = Math.ceil((640 * b_h0_w0) / 512) * 512; // unet.conv_in: convolution
+    const r4 = Math.ceil((1280 * b_h0_w0) / 512) * 512; // unet.up_blocks.2.upsamplers.0: upsample_nearest2d
+    const r5 = Math.ceil((640 * b_h1_w1) / 512) * 512; // unet.down_blocks.0.downsamplers.0.conv: convolution
+    const r6 = Math.ceil((1280 * b_h1_w1) / 512) * 512; // unet.down_blocks.1.resnets.0.conv1: convolution
+    const r7 = Math.ceil((1280 * b_h2_w2) / 512) * 512; // unet.down_blocks.1.downsamplers.0.conv: convolution
+    const r8 = Math.ceil((1280 * b_l) / 512) * 512; // unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k: mm
+    const r9 = Math.ceil((384 * h0 * w0) / 512) * 512; // pipeline: clamp
+    return {
+      text_encoder: exact(2048 * b_l),
+      vae_encode: exact(r0 + 81920 * b_h0_w0 + 2048 * b_l),
+      unet: exact(2 * r1 + r2 + 3 * r3 + 2560 * batch_size + 2048 * b_l + 4096 + Math.max(
+        5 * r3 + r4 + 10240 * b_h0_w0,
+        r5 + 2 * r6 + r7 + 28160 * b_h2_w2 + 5120 * b_l,
+        r5 + 2 * r6 + r7 + 28160 * b_h3_w3 + 5120 * b_h2_w2 + 5120 * b_l,
+        r5 + 2 * r6 + r7 + 61440 * b_h2_w2,
+        r5 + 2 * r6 + r7 + 61440 * b_h3_w3 + 5120 * b_h2_w2,
+        r5 + 10 * r6 + 2 * r8 + 2560 * b_h1_w1,
+        r5 + 7 * r6 + 23040 * b_h1_w1,
+      )),
+      vae_decode: exact(5 * r1 + 98304 * b_h0_w0 + 2048 * b_l + 4096),
+      postprocess: exact(3 * r1 + r0 + 2048 * b_l + 4096 + Math.max(
+        r0 + batch_size * r9,
+        (batch_size + 1) * r9,
+      )),
+    };
+  }
+  {
+    const b_l = batch_size * prompt_length;
+    const b_h0_w0 = batch_size * h0 * w0;
+    const b_h1_w1 = batch_size * h1 * w1;
+    const b_h2_w2 = batch_size * h2 * w2;
+    const b_h3_w3 = batch_size * h3 * w3;
+    const r0 = Math.ceil((8 * b_l) / 512) * 512; // pipeline: _to_copy
+    const r1 = Math.ceil((384 * b_h0_w0) / 512) * 512; // pipeline: _to_copy
+    const r2 = Math.ceil((8 * b_h0_w0) / 512) * 512; // vae: clamp
+    const r3 = Math.ceil((640 * batch_size) / 512) * 512; // unet: mul
+    const r4 = Math.ceil((640 * b_h0_w0) / 512) * 512; // unet.conv_in: convolution
+    const r5 = Math.ceil((1280 * b_h0_w0) / 512) * 512; // unet.up_blocks.2.upsamplers.0: upsample_nearest2d
+    const r6 = Math.ceil((640 * b_h1_w1) / 512) * 512; // unet.down_blocks.0.downsamplers.0.conv: convolution
+    const r7 = Math.ceil((1280 * b_h1_w1) / 512) * 512; // unet.down_blocks.1.resnets.0.conv1: convolution
+    const r8 = Math.ceil((1280 * b_h2_w2) / 512) * 512; // unet.down_blocks.1.downsamplers.0.conv: convolution
+    const r9 = Math.ceil((1280 * b_l) / 512) * 512; // unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k: mm
+    const r10 = Math.ceil((384 * h0 * w0) / 512) * 512; // pipeline: clamp
+    return {
+      text_encoder: exact(r0 + 4096 * b_l + Math.max(
+        20480 * b_l,
+        2048 * prompt_length,
+      )),
+      vae_encode: exact(r1 + 81920 * b_h0_w0 + 2048 * b_l),
+      unet: exact(2 * r2 + r3 + 3 * r4 + 2560 * batch_size + 2048 * b_l + 4096 + Math.max(
+        5 * r4 + r5 + 10240 * b_h0_w0,
+        r6 + 2 * r7 + r8 + 28160 * b_h2_w2 + 5120 * b_l,
+        r6 + 2 * r7 + r8 + 28160 * b_h3_w3 + 5120 * b_h2_w2 + 5120 * b_l,
+        r6 + 2 * r7 + r8 + 61440 * b_h2_w2,
+        r6 + 2 * r7 + r8 + 61440 * b_h3_w3 + 5120 * b_h2_w2,
+        r6 + 10 * r7 + 2 * r9 + 2560 * b_h1_w1,
+        r6 + 7 * r7 + 23040 * b_h1_w1,
+      )),
+      vae_decode: exact(5 * r2 + 98304 * b_h0_w0 + 2048 * b_l + 4096),
+      postprocess: exact(3 * r2 + r1 + 2048 * b_l + 4096 + Math.max(
+        r1 + batch_size * r10,
+        (batch_size + 1) * r10,
+      )),
+    };
   }
 }
 

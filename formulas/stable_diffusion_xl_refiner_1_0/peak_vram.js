@@ -22,7 +22,7 @@ Numbers: doubles. Every intermediate value is an integer that is at most the res
 result above 2^53 throws a RangeError: so a returned value is exact.
 */
 
-const WEIGHTS_BYTES = 6075705344;
+export const WEIGHTS_BYTES = 6075705344;
 
 /**
  * Peak in bytes: weights and live tensors, for an image of height x width pixels.
@@ -118,6 +118,170 @@ export function peak_vram(height, width, prompt_length = 77, batch_size = 1, gui
       r6 + 104960 * b_l,
       3 * r0 + r1 + 2560 * batch_size + 172008960,
     ));
+  }
+}
+
+/**
+ * The largest bytes of each stage beyond WEIGHTS_BYTES, by stage; peak_vram is WEIGHTS_BYTES more than the largest.
+ * Throws RangeError for a size that the pipeline rejects.
+ */
+export function stage_vram(height, width, prompt_length = 77, batch_size = 1, guidance = true) {
+  for (const [size, least] of [[height, 8], [width, 8], [prompt_length, 1], [batch_size, 1]]) {
+    if (!Number.isSafeInteger(size) || size < least) {
+      throw new RangeError("height and width are integers from 8, prompt_length and batch_size from 1");
+    }
+  }
+  const h0 = Math.floor(height / 8); // latent height: image height / VAE scale factor
+  const w0 = Math.floor(width / 8); // latent width: image width / VAE scale factor
+  const h1 = Math.ceil(h0 / 2); // height at UNet level 1: ceil(h0 / 2)
+  const w1 = Math.ceil(w0 / 2); // width at UNet level 1: ceil(w0 / 2)
+  const h2 = Math.ceil(h0 / 4); // height at UNet level 2: ceil(h1 / 2)
+  const w2 = Math.ceil(w0 / 4); // width at UNet level 2: ceil(w1 / 2)
+  const h3 = Math.ceil(h0 / 8); // height at UNet level 3: ceil(h2 / 2)
+  const w3 = Math.ceil(w0 / 8); // width at UNet level 3: ceil(w2 / 2)
+  if (guidance && prompt_length > 77) {
+    const b_l = batch_size * prompt_length;
+    const b_h0_w0 = batch_size * h0 * w0;
+    const b_h1_w1 = batch_size * h1 * w1;
+    const b_h2_w2 = batch_size * h2 * w2;
+    const b_h3_w3 = batch_size * h3 * w3;
+    const r0 = Math.ceil((768 * b_h0_w0) / 512) * 512; // pipeline: _to_copy
+    const r1 = Math.ceil((8 * b_h0_w0) / 512) * 512; // pipeline: _to_copy
+    const r2 = Math.ceil((20 * batch_size) / 512) * 512; // pipeline: _to_copy
+    const r3 = Math.ceil((16 * b_h0_w0) / 512) * 512; // vae: clamp
+    return {
+      text_encoder: exact(5120 * batch_size + 5120 * b_l),
+      vae_encode: exact(r0 + 5120 * batch_size + 5120 * b_l + 167298048 + Math.max(
+        163840 * b_h0_w0,
+        4710912,
+      )),
+      unet: exact(2 * r1 + r2 + 2 * r3 + 24064 * batch_size + 7680 * b_h1_w1 + 4608 * b_h0_w0 + 7680 * b_l + Math.max(
+        70656 * b_h2_w2 + 12288 * b_l,
+        70656 * b_h1_w1,
+        67584 * b_h3_w3 + 15360 * b_h2_w2 + 12288 * b_l,
+        150528 * b_h2_w2,
+        147456 * b_h3_w3 + 15360 * b_h2_w2,
+      )),
+      vae_decode: exact(r1 + r2 + 2 * r3 + 10240 * batch_size + 7680 * b_l + 167298048 + Math.max(
+        2 * r3 + 196608 * b_h0_w0,
+        r1 + 4710912,
+      )),
+      postprocess: exact(r1 + r2 + 3 * r3 + r0 + 10240 * batch_size + 7680 * b_l + Math.max(
+        167586304,
+        2 * r0,
+      )),
+    };
+  }
+  if (guidance) {
+    const b_l = batch_size * prompt_length;
+    const b_h0_w0 = batch_size * h0 * w0;
+    const b_h1_w1 = batch_size * h1 * w1;
+    const b_h2_w2 = batch_size * h2 * w2;
+    const b_h3_w3 = batch_size * h3 * w3;
+    const r0 = Math.ceil((8 * b_l) / 512) * 512; // pipeline: _to_copy
+    const r1 = Math.ceil((768 * b_h0_w0) / 512) * 512; // pipeline: _to_copy
+    const r2 = Math.ceil((8 * b_h0_w0) / 512) * 512; // pipeline: _to_copy
+    const r3 = Math.ceil((20 * batch_size) / 512) * 512; // pipeline: _to_copy
+    const r4 = Math.ceil((16 * b_h0_w0) / 512) * 512; // vae: clamp
+    return {
+      text_encoder: exact(r0 + 2560 * batch_size + 10240 * b_l + Math.max(
+        102400 * b_l,
+        2560 * prompt_length,
+      )),
+      vae_encode: exact(r1 + 5120 * batch_size + 5120 * b_l + 167298048 + Math.max(
+        163840 * b_h0_w0,
+        4710912,
+      )),
+      unet: exact(2 * r2 + r3 + 2 * r4 + 24064 * batch_size + 7680 * b_h1_w1 + 4608 * b_h0_w0 + 7680 * b_l + Math.max(
+        70656 * b_h2_w2 + 12288 * b_l,
+        70656 * b_h1_w1,
+        67584 * b_h3_w3 + 15360 * b_h2_w2 + 12288 * b_l,
+        150528 * b_h2_w2,
+        147456 * b_h3_w3 + 15360 * b_h2_w2,
+      )),
+      vae_decode: exact(r2 + r3 + 2 * r4 + 10240 * batch_size + 7680 * b_l + 167298048 + Math.max(
+        2 * r4 + 196608 * b_h0_w0,
+        r2 + 4710912,
+      )),
+      postprocess: exact(r2 + r3 + 3 * r4 + r1 + 10240 * batch_size + 7680 * b_l + Math.max(
+        167586304,
+        2 * r1,
+      )),
+    };
+  }
+  if (!guidance && prompt_length > 77) {
+    const b_l = batch_size * prompt_length;
+    const b_h0_w0 = batch_size * h0 * w0;
+    const b_h1_w1 = batch_size * h1 * w1;
+    const b_h2_w2 = batch_size * h2 * w2;
+    const b_h3_w3 = batch_size * h3 * w3;
+    const r0 = Math.ceil((768 * b_h0_w0) / 512) * 512; // pipeline: _to_copy
+    const r1 = Math.ceil((8 * b_h0_w0) / 512) * 512; // pipeline: _to_copy
+    const r2 = Math.ceil((10 * batch_size) / 512) * 512; // pipeline: _to_copy
+    const r3 = Math.ceil((768 * batch_size) / 512) * 512; // unet: mul
+    const r4 = Math.ceil((768 * b_h1_w1) / 512) * 512; // unet.down_blocks.0.downsamplers.0.conv: convolution
+    const r5 = Math.ceil((16 * b_h0_w0) / 512) * 512; // vae: clamp
+    return {
+      text_encoder: exact(2560 * batch_size + 2560 * b_l),
+      vae_encode: exact(r0 + 2560 * batch_size + 2560 * b_l + 167298048 + Math.max(
+        163840 * b_h0_w0,
+        4710912,
+      )),
+      unet: exact(3 * r1 + r2 + r3 + 3 * r0 + r4 + 8704 * batch_size + 3072 * b_h1_w1 + 2560 * b_l + Math.max(
+        35328 * b_h2_w2 + 6144 * b_l,
+        35328 * b_h1_w1,
+        33792 * b_h3_w3 + 7680 * b_h2_w2 + 6144 * b_l,
+        75264 * b_h2_w2,
+        73728 * b_h3_w3 + 7680 * b_h2_w2,
+      )),
+      vae_decode: exact(2 * r1 + r2 + 2560 * batch_size + 2560 * b_l + 167298048 + Math.max(
+        2 * r5 + 196608 * b_h0_w0,
+        r1 + 4710912,
+      )),
+      postprocess: exact(2 * r1 + r2 + r5 + r0 + 2560 * batch_size + 2560 * b_l + Math.max(
+        167586304,
+        2 * r0,
+      )),
+    };
+  }
+  {
+    const b_l = batch_size * prompt_length;
+    const b_h0_w0 = batch_size * h0 * w0;
+    const b_h1_w1 = batch_size * h1 * w1;
+    const b_h2_w2 = batch_size * h2 * w2;
+    const b_h3_w3 = batch_size * h3 * w3;
+    const r0 = Math.ceil((8 * b_l) / 512) * 512; // pipeline: _to_copy
+    const r1 = Math.ceil((768 * b_h0_w0) / 512) * 512; // pipeline: _to_copy
+    const r2 = Math.ceil((8 * b_h0_w0) / 512) * 512; // pipeline: _to_copy
+    const r3 = Math.ceil((10 * batch_size) / 512) * 512; // pipeline: _to_copy
+    const r4 = Math.ceil((768 * batch_size) / 512) * 512; // unet: mul
+    const r5 = Math.ceil((768 * b_h1_w1) / 512) * 512; // unet.down_blocks.0.downsamplers.0.conv: convolution
+    const r6 = Math.ceil((16 * b_h0_w0) / 512) * 512; // vae: clamp
+    return {
+      text_encoder: exact(r0 + 5120 * b_l + Math.max(
+        102400 * b_l,
+        2560 * prompt_length,
+      )),
+      vae_encode: exact(r1 + 2560 * batch_size + 2560 * b_l + 167298048 + Math.max(
+        163840 * b_h0_w0,
+        4710912,
+      )),
+      unet: exact(3 * r2 + r3 + r4 + 3 * r1 + r5 + 8704 * batch_size + 3072 * b_h1_w1 + 2560 * b_l + Math.max(
+        35328 * b_h2_w2 + 6144 * b_l,
+        35328 * b_h1_w1,
+        33792 * b_h3_w3 + 7680 * b_h2_w2 + 6144 * b_l,
+        75264 * b_h2_w2,
+        73728 * b_h3_w3 + 7680 * b_h2_w2,
+      )),
+      vae_decode: exact(2 * r2 + r3 + 2560 * batch_size + 2560 * b_l + 167298048 + Math.max(
+        2 * r6 + 196608 * b_h0_w0,
+        r2 + 4710912,
+      )),
+      postprocess: exact(2 * r2 + r3 + r6 + r1 + 2560 * batch_size + 2560 * b_l + Math.max(
+        167586304,
+        2 * r1,
+      )),
+    };
   }
 }
 
