@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
+
+# Read when NumPy is loaded: the processes share the cores already, threads beside them only wait.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from derivation import DerivationError
 from derivation.cli.arguments import add_options, given_options
