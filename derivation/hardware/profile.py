@@ -71,7 +71,7 @@ class Hardware:
         """Return the workspace of a convolution; raises DerivationError where the profile has none."""
         if self.scratch != "expected":
             return UPPER_WORKSPACE if self.scratch == "upper" else NO_WORKSPACE
-        kind = POINTWISE if kernel == 1 else UNALIGNED if in_channels % CHANNEL_ALIGNMENT else SPATIAL
+        kind = convolution_kind(kernel, in_channels)
         for key, workspace in self.workspaces:
             if key == (dtype, channels_last, kind):
                 return workspace
@@ -158,6 +158,17 @@ class Hardware:
         """Return the head dimension of the split-KV accumulator: a multiple of 32, newer of 64 above 128."""
         unit = 64 if head_dim > 128 and self.torch >= (2, 7) else 32
         return -(-head_dim // unit) * unit
+
+
+def convolution_kind(kernel: int, in_channels: int) -> str:
+    """Return the kind of a convolution with a square kernel.
+
+    >>> convolution_kind(1, 4), convolution_kind(3, 4), convolution_kind(3, 320)
+    ('pointwise', 'unaligned', 'spatial')
+    """
+    if kernel == 1:
+        return POINTWISE
+    return UNALIGNED if in_channels % CHANNEL_ALIGNMENT else SPATIAL
 
 
 def _changes(blocks: int, splits: int) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from derivation.errors import DerivationError, shown
+from derivation.hardware.profile import POINTWISE, SPATIAL, UNALIGNED, convolution_kind
 from derivation.measure.records import Records
 from derivation.symbols import DTYPE_BYTES
 
@@ -45,6 +46,7 @@ def _convolutions(record: Mapping[str, Any], where: str) -> Iterator[tuple[Group
                 "output": int(row["output_bytes"]),
                 "weight": prod(row["weight"]) * item,
                 "scratch": int(row["scratch_bytes"]),
+                "kind": convolution_kind(int(row["weight"][-1]), int(row["weight"][1])),
                 "shape": f"input {row['input']} weight {row['weight']} stride {row['stride']}",
                 "versions": _versions(versions),
                 "date": str(record.get("date", "")),
@@ -61,29 +63,41 @@ def _versions(versions: Mapping[str, Any]) -> str:
 
 def _entry(group: Group, rows: Sequence[Mapping[str, Any]], path: Path) -> dict[str, Any]:
     gpu, dtype, memory_format = group
-    features = np.array([[row[name] for name in TERMS] for row in rows], dtype=np.float64)
-    scratch = np.array([row["scratch"] for row in rows], dtype=np.float64)
-    fitted, rank = least_squares(features, scratch)
-    rounded = np.rint(fitted)
+    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in (SPATIAL, POINTWISE, UNALIGNED)}
+    fits = {kind: _fit(found) for kind, found in kinds.items() if found}
+    general = fits.pop(SPATIAL, None) or _fit(rows)
     return {
         "gpu": gpu,
         "architectures": [architecture(gpu)],
         "dtypes": [dtype],
         "memory_format": memory_format,
-        "coefficients": {name: int(value) for name, value in zip(TERMS, rounded, strict=True)},
+        "coefficients": _rounded(general),
+        **{kind: _rounded(fit) for kind, fit in fits.items()},
         "fitted_on": [path.name],
         "source": f"measured with derivation measure --scratch on {gpu}",
         "versions": "; ".join(sorted({row["versions"] for row in rows})),
         "date": max(row["date"] for row in rows)[:10],
-        "fit": {
-            "rows": len(rows),
-            "rank": rank,
-            "separable": rank == len(TERMS),
-            "coefficients": dict(zip(TERMS, map(float, fitted), strict=True)),
-            "residuals": _residuals(rows, scratch - features @ fitted),
-            "residuals_rounded": _residuals(rows, scratch - features @ rounded),
-        },
+        "fit": general,
+        "fits": fits,
     }
+
+
+def _fit(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    features = np.array([[row[name] for name in TERMS] for row in rows], dtype=np.float64)
+    scratch = np.array([row["scratch"] for row in rows], dtype=np.float64)
+    fitted, rank = least_squares(features, scratch)
+    return {
+        "rows": len(rows),
+        "rank": rank,
+        "separable": rank == len(TERMS),
+        "coefficients": dict(zip(TERMS, map(float, fitted), strict=True)),
+        "residuals": _residuals(rows, scratch - features @ fitted),
+        "residuals_rounded": _residuals(rows, scratch - features @ np.rint(fitted)),
+    }
+
+
+def _rounded(fit: Mapping[str, Any]) -> dict[str, int]:
+    return {name: round(value) for name, value in fit["coefficients"].items()}
 
 
 def least_squares(features: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[NDArray[np.float64], int]:
