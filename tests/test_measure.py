@@ -17,6 +17,8 @@ import pytest
 
 from derivation import DerivationError
 from derivation.cli import run
+from derivation.hardware.measured import RECORDS
+from derivation.hardware.profile import Workspace, hardware
 from derivation.measure.calibrate import calibrate, least_squares
 from derivation.measure.grid import key, parse_integers, parse_list, parse_sizes, points
 from derivation.measure.records import FORMAT, Records
@@ -209,6 +211,19 @@ def test_calibration_finds_the_coefficients(coefficients: tuple[int, int, int], 
     assert entry["fit"]["separable"]
     assert (entry["date"], entry["fitted_on"]) == ("2000-01-01", ["scratch.json"])
     assert {"architectures", "dtypes", "memory_format", "coefficients", "source", "versions"} <= entry.keys()
+
+
+def test_the_profile_of_hopper_is_what_calibration_finds() -> None:
+    found = calibrate(RECORDS.with_name("gpu-scratch.json"))["convolution_workspace"]
+    profile = hardware("h200")
+    for entry in found:
+        assert entry["architectures"] == ["Hopper"]
+        [dtype], channels_last = entry["dtypes"], entry["memory_format"] == "channels_last"
+        spatial = profile.convolution_workspace(dtype, channels_last)
+        assert entry["coefficients"] == {name: getattr(spatial, name) for name in ("input", "output", "weight")}
+        if dtype != "float32":
+            assert set(entry["pointwise"].values()) == {0}
+            assert profile.convolution_workspace(dtype, channels_last, kernel=1) == Workspace(0, 0, 0)
 
 
 def test_calibration_reports_noise_as_residuals(tmp_path: Path) -> None:
