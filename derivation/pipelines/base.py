@@ -156,6 +156,12 @@ class Pipeline:
             config = config.with_class(self.options.scheduler)
         return make_scheduler(config.changed(**changes), self.options.num_inference_steps)
 
+    def latent_timestep(self, scheduler: Scheduler) -> SymTensor | None:
+        """Return ``timesteps[:1].repeat(images)`` of a run on a GPU; elsewhere the timesteps are on the CPU."""
+        if tape().settings.hardware is None:
+            return None
+        return empty((self.images,), scheduler.timestep_dtype, "repeat", Category.PIPELINE)
+
     def randn(self) -> SymTensor:
         """Return noise of the latents' shape."""
         return empty(self.latent_shape, self.options.dtype, "randn", Category.PIPELINE)

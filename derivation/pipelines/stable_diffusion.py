@@ -39,6 +39,7 @@ def stable_diffusion(pipeline: Pipeline) -> None:
 
     tape().mark(PREPARE_LATENTS if task == "txt2img" else VAE_ENCODE)
     control = prepare_control(pipeline)
+    latent_timestep = None if task == "txt2img" else pipeline.latent_timestep(scheduler)
     if task == "inpaint":
         latents_outputs = prepare_latents(pipeline, scheduler, encode_vae_image)
         masks = prepare_mask_latents(pipeline, encode_vae_image)
