@@ -18,6 +18,7 @@ HEAD = """| GPU, what | metric | measured MiB | predicted MiB | error | within |
 COUNTERS = """| peak | calls | predicted to the byte | within 1 KiB | mean error | largest |
 |---|--:|--:|--:|--:|--:|
 """
+SAID = ("gpu", "model", "height", "width", "batch_size", "guidance_scale", "num_inference_steps", "strength")
 SMI = """| GPU, call (img2img, float16 and efficient unless said) | size | nvidia-smi MiB | predicted MiB | error |
 |---|---|--:|--:|--:|
 """
@@ -60,7 +61,8 @@ def read_off_nvidia_smi() -> str:
 
 def smi(row: Row) -> str:
     c = row.call
-    chosen = " ".join(str(c[name]) for name in ("pipeline", "dtype", "attention") if name in c)
+    chosen = " ".join(name if value is True else str(value) for name, value in c.items() if name not in SAID)
+    chosen += " no guidance" * (c["guidance_scale"] <= 1)
     measured, predicted = row.measured["device"], row.predicted["device"]
     size = f"{c['width']}x{c['height']}, batch {c['batch_size']}"
     error = f"{predicted / measured - 1:+.3%}"
