@@ -114,7 +114,15 @@ def test_a_file_without_calls_is_one_line(content, tmp_path: Path):
         measured_calls(path)
 
 
-@pytest.mark.parametrize("missing", ["run", "versions", "height", "model"])
+@pytest.mark.parametrize("missing", ["run", "versions", "height", "model", "guidance_scale"])
 def test_a_broken_record_is_one_line(missing):
     with pytest.raises(DerivationError, match="not a record of measure"):
         predict({name: value for name, value in SAMPLE[0].items() if name != missing})
+
+
+@pytest.mark.parametrize(
+    "change", [{"batch_size": 1 << 100}, {"height": -8}, {"attention": "<b>"}, {"model": "/no/such"}], ids=str
+)
+def test_a_record_of_another_call_than_measure_makes_is_one_line(change):
+    with pytest.raises(DerivationError):
+        predict({**SAMPLE[0], **change})

@@ -12,16 +12,17 @@ from statistics import mean
 from typing import Any
 
 from derivation.api import DEFAULT_PROMPT_LENGTH, derive
+from derivation.config.checks import MAX_SIZE
 from derivation.errors import DerivationError
 from derivation.measure.records import Records
-from derivation.options import Options
+from derivation.options import Options, positive
 
 RECORDS = Path(__file__).parent.parent / "evidence" / "gpu-calls.json"
 # what ``validate --json`` said of them
 RECORDED = RECORDS.with_name("gpu-validation.json")
 COUNTERS = ("requested", "allocated", "reserved", "device")
 READ_OFF_THE_GPU = ("gpu", "torch", "diffusers")
-SIZES = ("height", "width", "batch_size", "guidance_scale")
+SIZES = ("height", "width", "batch_size")
 # rows that a process takes at a time
 CHUNK = 4
 
@@ -73,22 +74,26 @@ def predict(record: Mapping[str, Any]) -> Row:
     """Predict one measured call from its configs, options and versions; raises DerivationError for a broken record."""
     try:
         given = {field.name: record[field.name] for field in fields(Options) if field.name in record}
-        sizes = {name: record[name] for name in SIZES}
+        sizes = {name: positive(name, record[name], MAX_SIZE) for name in SIZES}
+        guidance_scale = float(record["guidance_scale"])
         run, versions = record["run"], record["versions"]
         measured = {name: int(run[f"peak_{name}_bytes"]) for name in COUNTERS[:3]}
         if run["driver_used_bytes"] is not None and run["reserved_bytes"] == run["peak_reserved_bytes"]:
             measured["device"] = int(run["driver_used_bytes"])
         model, found = record["model"], {name: versions[name] for name in READ_OFF_THE_GPU}
+    except DerivationError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise DerivationError(f"not a record of measure ({error!r})") from None
     derivation = derive(model, **{**given, **found})
     memory = derivation.device_memory(
-        sizes["height"], sizes["width"], sizes["batch_size"], DEFAULT_PROMPT_LENGTH, sizes["guidance_scale"] > 1
+        sizes["height"], sizes["width"], sizes["batch_size"], DEFAULT_PROMPT_LENGTH, guidance_scale > 1
     )
     unset = Options().as_dict()
     chosen = {name: value for name, value in given.items() if value != unset[name]}
     predicted = {name: getattr(memory, name) for name in COUNTERS if getattr(memory, name) is not None}
-    return Row({"gpu": found["gpu"], "model": model, **sizes, **chosen}, measured, predicted)
+    call = {"gpu": found["gpu"], "model": model, **sizes, "guidance_scale": guidance_scale, **chosen}
+    return Row(call, measured, predicted)
 
 
 def predictions(records: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
