@@ -56,7 +56,7 @@ def measure(
 
 
 def run_worker(job: Job, worker: Sequence[str], timeout_s: float) -> dict[str, Any]:
-    """Return what a fresh worker process reports: the last line of its output, a JSON object with a ``status``."""
+    """Return what a fresh worker process reports: its last line of output, a JSON object with a ``status``."""
     try:
         done = subprocess.run(
             worker, input=json.dumps(job.payload), capture_output=True, text=True, timeout=timeout_s, check=False

@@ -1,9 +1,8 @@
-"""One measurement in a fresh process: a JSON object on stdin, the record alone on stdout."""
+"""One measurement in a fresh process: a JSON object on stdin, the record as the last line of stdout."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -25,12 +24,5 @@ def run(payload: dict[str, Any]) -> dict[str, Any]:
         return {"status": "oom", "versions": device.versions(), **found}
 
 
-def main() -> None:
-    """Measure the job on stdin; what libraries print goes to stderr."""
-    with os.fdopen(os.dup(1), "w") as answer:
-        os.dup2(2, 1)
-        json.dump(run(json.load(sys.stdin)), answer)
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(run(json.load(sys.stdin))))
