@@ -45,7 +45,7 @@ def test_pipelines_equal_the_trace(tmp_path):
 
 def test_every_weight_of_the_oracle_is_channels_last():
     derivation = derive(SD15, channels_last=True)
-    unet = build_unet(read_config(derivation, "unet"), switches=switches(derivation))
+    unet = build_unet(read_config(derivation, "unet"), switches=switches(derivation.options))
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in unet.parameters() if p.ndim == 4)
 
 

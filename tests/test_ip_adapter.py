@@ -78,7 +78,7 @@ def test_pipelines_equal_the_trace(tmp_path, task, small, attention, guidance):
 @pytest.mark.parametrize("name", [SD15, SDXL])
 def test_parameters_have_the_real_names_and_shapes(name, tokens):
     derivation = derive(name, ip_adapter_tokens=tokens)
-    real = build_unet(read_config(derivation, "unet"), switches=switches(derivation))
+    real = build_unet(read_config(derivation, "unet"), switches=switches(derivation.options))
     expected = {f"unet.{path}": (tuple(p.shape), "float16") for path, p in real.named_parameters()}
     assert derivation.parameters["unet"] == expected
     encoder = build_image_encoder(read_config(derivation, "image_encoder"))

@@ -63,7 +63,7 @@ def test_attention_slicing_reaches_the_same_peak():
 @pytest.mark.parametrize("name", [SD15, SDXL])
 def test_parameters_have_peft_s_names_and_shapes(name, fused):
     derivation = derive(name, lora_rank=4, lora_fused=fused)
-    real = build_unet(read_config(derivation, "unet"), switches=switches(derivation))
+    real = build_unet(read_config(derivation, "unet"), switches=switches(derivation.options))
     expected = {f"unet.{path}": (tuple(p.shape), "float16") for path, p in real.named_parameters()}
     assert derivation.parameters["unet"] == expected
 

@@ -16,10 +16,10 @@ from derivation.config import load
 from derivation.config.checkpoint import BUNDLED
 from derivation.measure import device
 from derivation.options import Options
+from derivation.verify.compare import switches
 from derivation.verify.modules import build_pipeline
 from derivation.verify.offload import ENABLE
-from derivation.verify.runs import original_size
-from derivation.verify.switches import SWITCHES
+from derivation.verify.runs import control, ip_adapter_image
 
 # What F.scaled_dot_product_attention may choose from, in this order; others fall through as in PyTorch
 BACKENDS = {
@@ -36,7 +36,6 @@ ALL_BACKENDS = [
 ]
 
 
-UNSET = Options()
 # given to ``__call__`` under their own names
 CALL_OPTIONS = ("num_images_per_prompt", "num_inference_steps", "strength", "clip_skip")
 
@@ -69,11 +68,11 @@ def loaded(job: Mapping[str, Any], to: str = "cuda") -> Any:
 
     Under an ``offload`` its models stay on the CPU, from where accelerate moves them.
     """
-    options = Options(**{field.name: job[field.name] for field in fields(Options) if field.name in job})
+    options = chosen(job)
     own: dict[str, Any] = options.as_dict()
     accepted = {name: own[name] for name in inspect.signature(build_pipeline).parameters if name in own}
-    switches = tuple((name, own[name]) for name in (*SWITCHES, "controlnets") if own[name] != getattr(UNSET, name))
-    pipe = build_pipeline(folder(job["model"]), **accepted, switches=switches)
+    on_models = tuple(switch for switch in switches(options) if switch[0] != "offload")
+    pipe = build_pipeline(folder(job["model"]), **accepted, switches=on_models)
     for module in modules(pipe):
         module.to_empty(device="cpu")
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
@@ -85,6 +84,11 @@ def loaded(job: Mapping[str, Any], to: str = "cuda") -> Any:
         getattr(pipe, ENABLE[options.offload])(device=to)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def chosen(job: Mapping[str, Any]) -> Options:
+    """Return the options of a job; raises DerivationError for a bad one."""
+    return Options(**{field.name: job[field.name] for field in fields(Options) if field.name in job})
 
 
 def folder(model: str) -> Path:
@@ -113,25 +117,20 @@ def randomize(module: torch.nn.Module) -> None:
 
 def arguments(pipe: Any, job: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of ``__call__`` that this pipeline takes: blank images and masks on the CPU."""
+    options = chosen(job)
     height, width, batch = job["height"], job["width"], job["batch_size"]
     accepted = inspect.signature(pipe.__call__).parameters
-    image = torch.zeros(batch, 3, height, width)
     given = {
         "prompt": [""] * batch,
-        "image": image,
+        "image": torch.zeros(batch, 3, height, width),
         "mask_image": torch.ones(batch, 1, height, width),
         "height": height,
         "width": width,
         "guidance_scale": job["guidance_scale"],
-        **{name: job[name] for name in CALL_OPTIONS if job.get(name) is not None},
+        **{name: value for name in CALL_OPTIONS if (value := getattr(options, name)) is not None},
     }
-    if job.get("negative_prompt"):
+    if options.negative_prompt:
         given["negative_prompt"] = [""] * batch
-    if count := job.get("controlnets"):
-        control = image if count == 1 else [image] * count
-        given["control_image" if "control_image" in accepted else "image"] = control
-        given |= original_size(pipe, height, width)
-    if job.get("ip_adapter_tokens"):
-        side = pipe.image_encoder.config.image_size
-        given["ip_adapter_image"] = torch.zeros(1, 3, side, side)
+    given |= control(pipe, options.pipeline, (batch, 3, height, width), options.controlnets)
+    given |= ip_adapter_image(pipe)
     return {name: value for name, value in given.items() if name in accepted}

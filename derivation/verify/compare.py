@@ -142,7 +142,7 @@ def compare_component(
         batch_size=values["B"] * images,
         prompt_length=values["L"],
         guidance=guidance,
-        switches=switches(derivation),
+        switches=switches(derivation.options),
     )
     where = None if groups(derivation) else parting(derived_steps(variant, values), traced_steps(trace))
     return Comparison(name, peak, trace.peak_bytes, where)
@@ -178,7 +178,7 @@ def compare_pipeline(
         batch_size=batch_size,
         prompt_length=prompt_length,
         guidance_scale=7.5 if guidance else 1.0,
-        switches=switches(derivation),
+        switches=switches(derivation.options),
         **_trace_options(derivation),
     )
     derived, traced = variant.evaluator.peaks(values), trace.stage_peaks()
@@ -214,9 +214,9 @@ def _trace_options(derivation: Derivation) -> dict[str, Any]:
     return {name: value for name, value in derivation.options.as_dict().items() if name in known}
 
 
-def switches(derivation: Derivation) -> Switches:
+def switches(options: Options) -> Switches:
     """Return the other options that are set, which the real models have as switches."""
-    chosen, unset, known = derivation.options.as_dict(), Options().as_dict(), signature(trace_pipeline).parameters
+    chosen, unset, known = options.as_dict(), Options().as_dict(), signature(trace_pipeline).parameters
     return tuple(
         (name, value)
         for name, value in chosen.items()

@@ -146,9 +146,8 @@ def trace_pipeline(
     pipe.set_progress_bar_config(disable=True)
     sizes = _doubled(pipe.unet.config, Sizes(height, width, batch_size, prompt_length, guidance_scale > 1, dtype))
     inputs = _prompt(pipe, sizes, negative_prompt) | _image(pipeline, sizes, strength)
-    if count := dict(switches).get("controlnets"):
-        inputs |= _control(pipeline, sizes, count) | original_size(pipe, height, width)
-    inputs |= _ip_adapter_image(pipe)
+    inputs |= control(pipe, pipeline, (batch_size, 3, height, width), dict(switches).get("controlnets", 0))
+    inputs |= ip_adapter_image(pipe)
     tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
     tracer = Tracer(_modules(pipe), tensors, paths=paths, stage="text_encoder")
     with _quiet(), sdpa_mode(attention), meta_as_gpu(), _stages(pipe, pipeline, tracer), tracer:
@@ -325,7 +324,7 @@ def _image(pipeline: str, sizes: Sizes, strength: float | None) -> dict[str, Any
     return tensors | chosen | ({} if pipeline == "img2img" else side)
 
 
-def _ip_adapter_image(pipe: Any) -> dict[str, torch.Tensor]:
+def ip_adapter_image(pipe: Any) -> dict[str, torch.Tensor]:
     """Return one image as the feature extractor gives it, where the pipeline has an image encoder."""
     if pipe.image_encoder is None:
         return {}
@@ -333,19 +332,17 @@ def _ip_adapter_image(pipe: Any) -> dict[str, torch.Tensor]:
     return {"ip_adapter_image": torch.zeros(1, 3, side, side, device="cpu")}
 
 
-def original_size(pipe: Any, height: int, width: int) -> dict[str, tuple[int, int]]:
-    """Return the argument ``original_size`` of a pipeline that takes it.
+def control(pipe: Any, pipeline: str, shape: tuple[int, ...], count: int) -> dict[str, Any]:
+    """Return the control image [B, 3, H, W] on the CPU, a list of them for several ControlNets, and its size.
 
-    The default of SDXL's ControlNet img2img, a torch.Size, fails where an aesthetic score, a float, is appended.
+    The default of SDXL's ``original_size``, a torch.Size, fails where an aesthetic score, a float, is appended.
     """
-    taken = "original_size" in signature(pipe.__call__).parameters
-    return {"original_size": (height, width)} if taken else {}
-
-
-def _control(pipeline: str, sizes: Sizes, count: int) -> dict[str, Any]:
-    """Return the control image, a list of them for several ControlNets."""
-    images = [torch.zeros(sizes.batch_size, 3, sizes.height, sizes.width, device="cpu") for _ in range(count)]
-    return {"image" if pipeline == "txt2img" else "control_image": images[0] if count == 1 else images}
+    if not count:
+        return {}
+    images = [torch.zeros(shape, device="cpu") for _ in range(count)]
+    sized = "original_size" in signature(pipe.__call__).parameters
+    name = "image" if pipeline == "txt2img" else "control_image"
+    return {name: images[0] if count == 1 else images} | ({"original_size": shape[2:]} if sized else {})
 
 
 @contextmanager
