@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,7 @@ class Evaluator:
     """Evaluates the live bytes of one tape at sizes.
 
     ``sizes`` holds each (nbytes, count) once; ``steps`` has one entry an event: i where sizes[i] appears, ~i where
-    it dies; ``maxima`` are the tape's.
+    it dies.
     """
 
     def __init__(self, tape: Tape) -> None:
@@ -136,8 +137,13 @@ class Evaluator:
         steps = [kinds[event - 1] if event > 0 else ~kinds[-event - 1] for event in tape.events]
         self.sizes = list(places)
         self.steps = np.array(steps, dtype=np.int64)
-        self.maxima = maxima(tape)
+        self._tape = tape
         self._stages = stages(tape)
+
+    @cached_property
+    def maxima(self) -> list[tuple[int, str]]:
+        """The tape's maxima."""
+        return maxima(self._tape)
 
     def live_bytes(self, values: Mapping[str, int]) -> NDArray[Any]:
         """Return the live bytes in 512-byte blocks before the first event and after each one."""
