@@ -48,21 +48,6 @@ class Condition:
 
 
 @dataclass(frozen=True, slots=True)
-class CaseCode:
-    """Bytes = ``base`` + the largest of ``peaks``, where all ``conditions`` hold; ``lets`` come first."""
-
-    conditions: tuple[Condition, ...]
-    lets: tuple[Let, ...]
-    base: Expression
-    peaks: tuple[Expression, ...]
-
-    @property
-    def result(self) -> Expression:
-        """The whole case as one expression."""
-        return add(self.base, maximum(self.peaks))
-
-
-@dataclass(frozen=True, slots=True)
 class Maximum:
     """``base`` + the largest of ``peaks``."""
 
@@ -73,6 +58,14 @@ class Maximum:
     def result(self) -> Expression:
         """The whole as one expression."""
         return add(self.base, maximum(self.peaks))
+
+
+@dataclass(frozen=True, slots=True)
+class CaseCode(Maximum):
+    """The bytes where all ``conditions`` hold; ``lets`` come first."""
+
+    conditions: tuple[Condition, ...]
+    lets: tuple[Let, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +221,7 @@ def _shared(sums: list[Sum]) -> Sum:
 
 def _case(case: Case, origin: Callable[[Size], str]) -> CaseCode:
     lets, [found] = _code([case.points], origin)
-    return CaseCode(_conditions(case), lets, add(Name(WEIGHTS), found.base), found.peaks)
+    return CaseCode(add(Name(WEIGHTS), found.base), found.peaks, _conditions(case), lets)
 
 
 def _stages_case(case: Case, origin: Callable[[Size], str]) -> StagesCase:
