@@ -17,12 +17,12 @@ import pytest
 
 from derivation import DerivationError
 from derivation.cli import run
-from derivation.hardware.measured import RECORDS
 from derivation.hardware.profile import Workspace, hardware
 from derivation.measure.calibrate import calibrate, least_squares
 from derivation.measure.grid import key, parse_integers, parse_list, parse_sizes, points
 from derivation.measure.records import FORMAT, Records
 from derivation.measure.runner import Job, measure, require_cuda, run_worker
+from derivation.measure.validate import RECORDS
 from derivation.options import Options
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from derivation.hardware.evidence import Comparison, measured_vs_predicted
-from derivation.hardware.measured import Row, recorded_rows, summary
+from derivation.measure.validate import Row, recorded, summary
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 START, END = "<!-- measured: start -->\n", "<!-- measured: end -->"
@@ -49,12 +49,12 @@ def counters() -> str:
     return COUNTERS + "".join(
         f"| {counter} | {c['calls']} | {c['equal']} | {c['within_1_kib']} | {c['mean_error']:.3%} "
         f"| {c['largest_error']:+.2%} |\n"
-        for counter, c in summary(recorded_rows()).items()
+        for counter, c in summary(recorded()[1]).items()
     )
 
 
 def read_off_nvidia_smi() -> str:
-    rows = [row for row in recorded_rows() if "device" in row.measured]
+    rows = [row for row in recorded()[1] if "device" in row.measured]
     shown = dict.fromkeys(map(smi, rows))
     return SMI + "".join(shown)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,8 @@ from derivation.cli.parameters import Json, Model, Revision, expanded
 from derivation.config import load
 from derivation.errors import DerivationError
 from derivation.options import Options
+
+LIBRARIES = ("torch", "cuda", "cudnn", "diffusers", "transformers")
 
 
 @expanded
@@ -110,7 +113,7 @@ def _show_profile(result: Mapping[str, Any]) -> None:
 
 
 def validate(
-    file: Annotated[Path | None, typer.Argument(help="A file that measure wrote; the calls on an H200.")] = None,
+    file: Annotated[Path | None, typer.Argument(help="A file that measure wrote; without it the evidence.")] = None,
     json: Json = False,
 ) -> None:
     """Predict every call that measure recorded, and say how far off each of the allocator's counters is.
@@ -119,19 +122,15 @@ def validate(
 
     Example: derivation validate t4.json --json
     """
-    from derivation.hardware.measured import RECORDS, measured_calls, predictions, summary
+    from derivation.measure.records import described
+    from derivation.measure.validate import RECORDS, measured_calls, predictions, summary
 
     records = measured_calls(file or RECORDS)
     with output.progress() as bar:
         rows = list(bar.track(predictions(records), total=len(records), description="predicting"))
-    versions = sorted({_described(record["versions"]) for record in records})
-    found = {"measured_on": versions, "counters": summary(rows), "rows": [row.as_dict() for row in rows]}
+    versions = sorted({f"{r['versions']['gpu']}, {described(r['versions'], *LIBRARIES)}" for r in records})
+    found = {"measured_on": versions, "counters": summary(rows), "rows": [asdict(row) for row in rows]}
     output.emit(found, json, _show_validated)
-
-
-def _described(versions: Mapping[str, Any]) -> str:
-    names = ("torch", "cuda", "cudnn", "diffusers", "transformers")
-    return ", ".join([str(versions["gpu"]), *(f"{name} {versions[name]}" for name in names)])
 
 
 def _show_validated(result: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from derivation.errors import DerivationError, shown
 from derivation.hardware.profile import POINTWISE, SPATIAL, UNALIGNED, convolution_kind
-from derivation.measure.records import Records
+from derivation.measure.records import Records, described
 from derivation.symbols import DTYPE_BYTES
 
 TERMS = ("input", "output", "weight")
@@ -48,17 +48,12 @@ def _convolutions(record: Mapping[str, Any], where: str) -> Iterator[tuple[Group
                 "scratch": int(row["scratch_bytes"]),
                 "kind": convolution_kind(int(row["weight"][-1]), int(row["weight"][1])),
                 "shape": f"input {row['input']} weight {row['weight']} stride {row['stride']}",
-                "versions": _versions(versions),
+                "versions": described(versions, "torch", "cuda", "cudnn", "diffusers"),
                 "date": str(record.get("date", "")),
             }
             yield (str(versions["gpu"]), str(record["dtype"]), str(row["memory_format"])), entry
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DerivationError(f"{where}: not a scratch record ({type(error).__name__} {shown(str(error))})") from None
-
-
-def _versions(versions: Mapping[str, Any]) -> str:
-    names = ("torch", "cuda", "cudnn", "diffusers")
-    return ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name) is not None)
 
 
 def _entry(group: Group, rows: Sequence[Mapping[str, Any]], path: Path) -> dict[str, Any]:

@@ -53,6 +53,11 @@ class Records:
         write_json(self.path, {"format": FORMAT, "records": self.records})
 
 
+def described(versions: Mapping[str, Any], *names: str) -> str:
+    """Return the versions called ``names`` of a record, in one line, unknown ones left out."""
+    return ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name) is not None)
+
+
 def write_json(path: Path, content: object) -> None:
     """Write JSON to ``path`` in one step; raises DerivationError where that is not possible."""
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

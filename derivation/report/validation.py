@@ -16,7 +16,7 @@ from derivation import figures
 from derivation.errors import DerivationError
 from derivation.figures import Measured
 from derivation.hardware.evidence import Comparison, measured_vs_predicted
-from derivation.hardware.measured import COUNTERS, RECORDED, Row, summary
+from derivation.measure import validate
 from derivation.options import Options
 from derivation.report.pictures import Picture, picture
 from derivation.report.text import GIB, MIB, grouped
@@ -107,16 +107,12 @@ def recorded(model: str) -> Run | None:
 
 def on_a_gpu(model: str) -> Run | None:
     """Return the calls of ``model`` that were measured, and what was predicted; raises DerivationError."""
-    try:
-        recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
-        rows = [row for row in map(Row.of, recorded["rows"]) if row.call["model"] == model]
-        described = "; ".join(recorded["measured_on"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DerivationError(f"{RECORDED.name} is not a record of validate ({error!r})") from None
+    described, measured = validate.recorded()
+    rows = [row for row in measured if row.call["model"] == model]
     if not rows:
         return None
-    counters = summary(rows)
-    errors = ", ".join(f"{name} {100 * counters[name]['mean_error']:.3f} %" for name in COUNTERS[:3])
+    counters = validate.summary(rows)
+    errors = ", ".join(f"{name} {100 * counters[name]['mean_error']:.3f} %" for name in validate.COUNTERS[:3])
     return Run(
         title=f"Measured on {described}: {len(rows)} calls of this model, mean error of the peaks: {errors}; reserved "
         f"bytes are equal in {counters['reserved']['equal']}.",
@@ -125,7 +121,7 @@ def on_a_gpu(model: str) -> Run | None:
     )
 
 
-def _on_a_gpu(row: Row) -> tuple[str, ...]:
+def _on_a_gpu(row: validate.Row) -> tuple[str, ...]:
     said = {"model", "height", "width", "batch_size", "num_inference_steps", "strength"}
     chosen = " ".join(f"{name}={value}" for name, value in row.call.items() if name not in said)
     size = f"{row.call['height']} × {row.call['width']}, B={row.call['batch_size']}"

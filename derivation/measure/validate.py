@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from derivation.api import DEFAULT_PROMPT_LENGTH, derive
+from derivation.api import derive
 from derivation.config.checks import MAX_SIZE
 from derivation.errors import DerivationError
 from derivation.measure.records import Records
@@ -38,11 +38,6 @@ class Row:
     measured: Mapping[str, int]
     predicted: Mapping[str, int]
 
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Row:
-        """Return what ``as_dict`` gave; raises KeyError or TypeError for something else."""
-        return cls(row["call"], row["measured"], row["predicted"])
-
     def error(self, counter: str) -> float:
         """predicted / measured - 1."""
         return self.predicted[counter] / self.measured[counter] - 1
@@ -51,14 +46,14 @@ class Row:
         """Return the call in one line."""
         return " ".join(f"{name}={value}" for name, value in self.call.items())
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the row, ready for JSON."""
-        return {"call": dict(self.call), "measured": dict(self.measured), "predicted": dict(self.predicted)}
 
-
-def recorded_rows(path: Path = RECORDED) -> list[Row]:
-    """Return the rows that ``validate --json`` wrote."""
-    return [Row.of(row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+def recorded() -> tuple[str, list[Row]]:
+    """Return what RECORDED says the calls were measured on, and its rows; raises DerivationError for a broken file."""
+    try:
+        found = json.loads(RECORDED.read_text(encoding="utf-8"))
+        return "; ".join(found["measured_on"]), [Row(**row) for row in found["rows"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DerivationError(f"{RECORDED.name} is not a record of validate ({error!r})") from None
 
 
 def measured_calls(path: Path = RECORDS) -> list[dict[str, Any]]:
@@ -74,21 +69,18 @@ def predict(record: Mapping[str, Any]) -> Row:
     """Predict one measured call from its configs, options and versions; raises DerivationError for a broken record."""
     try:
         given = {field.name: record[field.name] for field in fields(Options) if field.name in record}
-        sizes = {name: positive(name, record[name], MAX_SIZE) for name in SIZES}
+        sizes = {name: record[name] for name in SIZES}
         guidance_scale = float(record["guidance_scale"])
         run, versions = record["run"], record["versions"]
         measured = {name: int(run[f"peak_{name}_bytes"]) for name in COUNTERS[:3]}
         if run["driver_used_bytes"] is not None and run["reserved_bytes"] == run["peak_reserved_bytes"]:
             measured["device"] = int(run["driver_used_bytes"])
         model, found = record["model"], {name: versions[name] for name in READ_OFF_THE_GPU}
-    except DerivationError:
-        raise
     except (KeyError, TypeError, ValueError) as error:
         raise DerivationError(f"not a record of measure ({error!r})") from None
-    derivation = derive(model, **{**given, **found})
-    memory = derivation.device_memory(
-        sizes["height"], sizes["width"], sizes["batch_size"], DEFAULT_PROMPT_LENGTH, guidance_scale > 1
-    )
+    for name, value in sizes.items():
+        positive(name, value, MAX_SIZE)
+    memory = derive(model, **{**given, **found}).device_memory(**sizes, guidance=guidance_scale > 1)
     unset = Options().as_dict()
     chosen = {name: value for name, value in given.items() if value != unset[name]}
     predicted = {name: getattr(memory, name) for name in COUNTERS if getattr(memory, name) is not None}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from derivation import DerivationError, derive
-from derivation.hardware.measured import RECORDS, measured_calls, predict, recorded_rows, summary
 from derivation.measure.records import Records
+from derivation.measure.validate import RECORDS, measured_calls, predict, recorded, summary
 from derivation.options import Options
 from derivation.pipelines import POSTPROCESS
 from derivation.symbols import evaluate
@@ -43,13 +43,13 @@ def test_the_allocator_and_nvidia_smi_are_predicted_to_three_percent(rows):
 
 
 def test_the_recorded_run_is_what_the_derivation_says_now(rows):
-    recorded = recorded_rows()
-    assert len(recorded) == len(measured_calls())
-    assert rows == recorded[::16]
+    _, found = recorded()
+    assert len(found) == len(measured_calls())
+    assert rows == found[::16]
 
 
 def test_most_calls_are_predicted_to_the_byte():
-    found = summary(recorded_rows())
+    found = summary(recorded()[1])
     for counter in ("requested", "allocated", "reserved", "device"):
         assert found[counter]["equal"] >= found[counter]["calls"] / 2
 
