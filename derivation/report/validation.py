@@ -26,7 +26,13 @@ RECORD = EVIDENCE / "verification.json"
 # what verify --all and verify --fuzz print with --json
 MATRIX, FUZZ = EVIDENCE / "matrix.json", EVIDENCE / "fuzz.json"
 OURS = "this derivation"
-MEASURED_COLUMNS = ("Call", "Size", "Requested, predicted − measured", "Reserved, predicted", "Reserved, measured")
+MEASURED_COLUMNS = (
+    "Call",
+    "Size",
+    "Requested, predicted − measured (bytes)",
+    "Reserved, predicted (bytes)",
+    "Reserved, measured (bytes)",
+)
 COLUMNS = ("Component or stage", "Size", "Derived (bytes)", "Traced (bytes)", "Result")
 
 
