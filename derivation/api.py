@@ -11,22 +11,22 @@ from typing import Any
 
 import sympy
 
-from derivation.components import Component, components, parameter_count, parameters, weights_bytes
+from derivation.allocator.memory import DeviceMemory, device_memory
 from derivation.config import VAE_SCALE_FACTOR, Checkpoint, is_live, load
 from derivation.config.document import from_document, to_document
 from derivation.errors import DerivationError, shown
-from derivation.hardware.memory import DeviceMemory, device_memory
-from derivation.hardware.profile import hardware
-from derivation.live import live_options
+from derivation.gpu.profile import hardware
 from derivation.options import Options, one_of, options_of, positive
-from derivation.pipelines import Pipeline
-from derivation.pipelines.offload import resident
-from derivation.program import Program, Variant
-from derivation.simplify import Grid, Term, maximum
-from derivation.spine import Record, StageRecord, derive_record
-from derivation.tape import Settings, tape
-from derivation.tiling import Tiling
-from derivation.witness import Witness, witness_at
+from derivation.options.live import live_options
+from derivation.peak.headline import Grid, Term, maximum
+from derivation.peak.record import Record, StageRecord, derive_record
+from derivation.peak.witness import Witness, witness_at
+from derivation.tape.program import Program, Variant
+from derivation.tape.tape import Settings, tape
+from derivation.tape.tiles import Tiling
+from derivation.walk.components import Component, components, parameter_count, parameters, weights_bytes
+from derivation.walk.pipelines import Pipeline
+from derivation.walk.pipelines.offload import resident
 
 DEFAULT_PROMPT_LENGTH = 77
 MAX_SIDE_PIXELS = 1 << 20
@@ -393,7 +393,7 @@ def derive(
 
 def _traced(model: object, options: Options) -> Derivation:
     try:
-        trace = import_module("derivation.verify.trace_derive")
+        trace = import_module("derivation.trace.derive")
     except ImportError as error:
         raise DerivationError(f"method = 'trace' needs the extra verify (missing: {error.name})") from None
     traced: Derivation = trace.trace_derivation(model, options)

@@ -16,12 +16,12 @@ from functools import cached_property
 from typing import Any
 
 from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
+from derivation.ask.fit import fit, peak_tensor_bytes
+from derivation.ask.recommend import Call, recommend
 from derivation.config import load
 from derivation.errors import DerivationError
-from derivation.fit import fit, peak_tensor_bytes
-from derivation.live import FREEU, live_options
-from derivation.live.modules import MODELS, attentions, first_parameter, models_of, tuners, up_blocks
-from derivation.recommend import Call, recommend
+from derivation.options.live import FREEU, live_options
+from derivation.options.live.modules import MODELS, attentions, first_parameter, models_of, tuners, up_blocks
 
 # What a pipeline can set on its VAE
 VAE_SWITCHES = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_overlap_factor")

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from derivation.allocator.allocator import CachingAllocator
+from derivation.allocator.config import AllocatorConfig
+from derivation.allocator.replay import Loop, Peak, Replay, load_weights
+from derivation.allocator.report import OutOfMemoryError, format_size, round_size, segment_size
 from derivation.errors import DerivationError
-from derivation.hardware.allocator import CachingAllocator
-from derivation.hardware.allocator_config import AllocatorConfig
-from derivation.hardware.allocator_report import OutOfMemoryError, format_size, round_size, segment_size
-from derivation.hardware.replay import Loop, Peak, Replay, load_weights
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = st.one_of(

@@ -14,9 +14,8 @@ from test_pipelines import small_xl
 
 from derivation import derive
 from derivation.export import compiled
-from derivation.ops import Conv2d, add, cat, given, pad, upsample_nearest2d
 from derivation.options import Options
-from derivation.tape import Tape
+from derivation.tape.tape import Tape
 from derivation.verify import build_unet
 from derivation.verify.compare import (
     compare_components,
@@ -24,6 +23,7 @@ from derivation.verify.compare import (
     read_config,
     switches,
 )
+from derivation.walk.ops import Conv2d, add, cat, given, pad, upsample_nearest2d
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 

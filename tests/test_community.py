@@ -19,7 +19,7 @@ from derivation import Options, derive
 from derivation.api import Derivation
 from derivation.config import load, unet_config, vae_config
 from derivation.errors import DerivationError
-from derivation.simplify import Grid
+from derivation.peak.headline import Grid
 from derivation.verify.compare import compare_component, compare_pipeline
 
 BASE = load("stable-diffusion-v1-5/stable-diffusion-v1-5")

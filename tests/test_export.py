@@ -23,11 +23,11 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from derivation import Derivation, DerivationError, derive
-from derivation.crossover import crossovers, does_not_matter
+from derivation.equation.cases import generic_sizes, regimes
+from derivation.equation.crossover import crossovers, does_not_matter
 from derivation.export import CHECKED_IN, TARGETS, compiled, export, generate, write, write_formulas
-from derivation.export.exact import generic_sizes, regimes
 from derivation.export.render import VERSIONS, assumptions, exclusions
-from derivation.simplify import B, H, L, W
+from derivation.peak.headline import B, H, L, W
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMULAS = ROOT / "formulas"

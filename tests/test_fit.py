@@ -9,8 +9,8 @@ from functools import cache
 import pytest
 
 from derivation import Derivation, DerivationError, derive
-from derivation.compare import compare
-from derivation.fit import (
+from derivation.ask.compare import compare
+from derivation.ask.fit import (
     ALIGNED,
     Image,
     Request,
@@ -22,8 +22,8 @@ from derivation.fit import (
     parse_bytes,
     sides,
 )
-from derivation.hardware.gpus import lookup
-from derivation.recommend import REMEDIES, Call, recommend
+from derivation.ask.recommend import REMEDIES, Call, recommend
+from derivation.gpu.cards import lookup
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 GIB = 1 << 30
@@ -236,7 +236,7 @@ def test_on_a_gpu_a_recommendation_is_served_by_the_allocator() -> None:
 def test_an_offload_remedy_saves_what_traced_pipelines_say(offload: str) -> None:
     pytest.importorskip("torch")
     from derivation.config.checkpoint import BUNDLED
-    from derivation.verify.runs import trace_pipeline
+    from derivation.trace.runs import trace_pipeline
 
     steps = {"num_inference_steps": 3, "strength": 1.0}
     derivation = derive(SD15, **steps)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from derivation.errors import DerivationError
-from derivation.hardware.gpus import TABLE, Gpu, known, lookup
+from derivation.gpu.cards import TABLE, Gpu, known, lookup
 
 MIB = 1 << 20
 RAW = json.loads(TABLE.read_text(encoding="utf-8"))

@@ -5,23 +5,24 @@ from collections.abc import Callable
 
 import pytest
 
-from derivation import derive, ops
-from derivation.attention import names, scaled_dot_product_attention
+from derivation import derive
+from derivation.allocator.allocator import CachingAllocator
+from derivation.allocator.replay import Replay
+from derivation.allocator.simulate import replay
 from derivation.config import load
 from derivation.errors import DerivationError
-from derivation.hardware import evidence
-from derivation.hardware.allocator import CachingAllocator
-from derivation.hardware.bench import Bench
-from derivation.hardware.profile import Hardware, NearestProfile, hardware, parse_version
-from derivation.hardware.replay import Replay
-from derivation.hardware.simulate import replay
-from derivation.liveness import Evaluator, alive_at
-from derivation.models import decode, encode
-from derivation.ops import Conv2d, GroupNorm, LayerNorm, Linear, elementwise, empty, given
+from derivation.evidence import table as evidence
+from derivation.evidence.bench import Bench
+from derivation.gpu.profile import Hardware, NearestProfile, hardware, parse_version
 from derivation.options import Options
-from derivation.simplify import Grid
-from derivation.symbols import evaluate
-from derivation.tape import Category, Settings, SymTensor, Tape, tape
+from derivation.peak.headline import Grid
+from derivation.peak.liveness import Evaluator, alive_at
+from derivation.tape.symbols import evaluate
+from derivation.tape.tape import Category, Settings, SymTensor, Tape, tape
+from derivation.walk import ops
+from derivation.walk.attention import names, scaled_dot_product_attention
+from derivation.walk.models import decode, encode
+from derivation.walk.ops import Conv2d, GroupNorm, LayerNorm, Linear, elementwise, empty, given
 
 MIB = 1 << 20
 CHECKPOINT = load("stable-diffusion-v1-5/stable-diffusion-v1-5")

@@ -14,6 +14,8 @@ from test_pipelines import small_sd, small_xl
 
 from derivation import DerivationError, derive
 from derivation.export import compiled
+from derivation.trace.modules import build_image_encoder
+from derivation.trace.runs import trace_component
 from derivation.verify import build_unet
 from derivation.verify.compare import (
     compare_component,
@@ -21,8 +23,6 @@ from derivation.verify.compare import (
     read_config,
     switches,
 )
-from derivation.verify.modules import build_image_encoder
-from derivation.verify.runs import trace_component
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"

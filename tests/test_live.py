@@ -21,15 +21,15 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from peft import LoraConfig
 
 from derivation import DerivationError, derive
+from derivation.ask.recommend import REMEDIES
 from derivation.config.checkpoint import IMAGE_ENCODER
 from derivation.guard import will_fit
-from derivation.live import live_options
 from derivation.options import Options
-from derivation.recommend import REMEDIES
-from derivation.verify.modules import build_pipeline
-from derivation.verify.offload import meta_as_gpu, on_cpu
-from derivation.verify.runs import trace_pipeline
-from derivation.verify.switches import switch_on
+from derivation.options.live import live_options
+from derivation.trace.modules import build_pipeline
+from derivation.trace.offload import meta_as_gpu, on_cpu
+from derivation.trace.runs import trace_pipeline
+from derivation.trace.switches import switch_on
 
 BLOCK = 512
 STEPS = {"num_inference_steps": 4}

@@ -17,7 +17,7 @@ import pytest
 
 from derivation import DerivationError
 from derivation.cli import run
-from derivation.hardware.profile import Workspace, hardware
+from derivation.gpu.profile import Workspace, hardware
 from derivation.measure.calibrate import calibrate, least_squares
 from derivation.measure.grid import key, parse_integers, parse_list, parse_sizes, points
 from derivation.measure.records import FORMAT, Records

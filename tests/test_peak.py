@@ -7,10 +7,10 @@ import random
 import pytest
 
 from derivation import derive
-from derivation.liveness import Point
-from derivation.peak import reduce_points
-from derivation.proof import proven_nonnegative, slack_bytes
-from derivation.symbols import SYMBOLS, ceil512, evaluate, symbol
+from derivation.peak.dominance import reduce_points
+from derivation.peak.liveness import Point
+from derivation.peak.proof import proven_nonnegative, slack_bytes
+from derivation.tape.symbols import SYMBOLS, ceil512, evaluate, symbol
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 ATTENTION = ("eager", "math", "efficient", "flash")

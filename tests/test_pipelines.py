@@ -18,15 +18,15 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from derivation import Options, derive
-from derivation.components import parameters
 from derivation.config import load
 from derivation.errors import DerivationError
-from derivation.pipelines.weights import registered
-from derivation.schedulers import SCHEDULERS
-from derivation.schedulers.base import SPACINGS
+from derivation.trace.modules import build_scheduler
 from derivation.verify import build_vae
 from derivation.verify.compare import compare_components, compare_pipeline
-from derivation.verify.modules import build_scheduler
+from derivation.walk.components import parameters
+from derivation.walk.pipelines.weights import registered
+from derivation.walk.schedulers import SCHEDULERS
+from derivation.walk.schedulers.base import SPACINGS
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 INPAINTING = "runwayml/stable-diffusion-inpainting"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from derivation.hardware.evidence import Comparison, measured_vs_predicted
+from derivation.evidence.table import Comparison, measured_vs_predicted
 from derivation.measure.validate import Row, recorded, summary
 
 README = Path(__file__).resolve().parent.parent / "README.md"

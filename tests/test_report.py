@@ -19,8 +19,9 @@ import pytest
 
 from derivation import DerivationError, derive
 from derivation.config.checkpoint import BUNDLED
-from derivation.crossover import does_not_matter
+from derivation.equation.crossover import does_not_matter
 from derivation.export import export
+from derivation.peak.headline import B, H, L, W
 from derivation.report import build, calculator, content, pictures
 from derivation.report.answer import SIZES, answer, reference_side
 from derivation.report.assumptions import chips
@@ -28,7 +29,6 @@ from derivation.report.reduction import reductions
 from derivation.report.render import write_files
 from derivation.report.text import grouped, tex
 from derivation.report.walk import walks
-from derivation.simplify import B, H, L, W
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD_2_1, SDXL = "stabilityai/stable-diffusion-2-1", "stabilityai/stable-diffusion-xl-base-1.0"

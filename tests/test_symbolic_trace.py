@@ -18,13 +18,13 @@ from torch.utils._sympy.functions import FloorDiv, IntTrueDiv, Mod
 from derivation import Derivation, DerivationError, Options, derive
 from derivation.config import load
 from derivation.config.checkpoint import BUNDLED
-from derivation.symbols import evaluate, symbol
-from derivation.tape import Settings, Tape
+from derivation.tape.symbols import evaluate, symbol
+from derivation.tape.tape import Settings, Tape
+from derivation.trace.derive import trace_derivation
+from derivation.trace.polynomials import RELATIONS, Decision, Translation, compared, floor_div
+from derivation.trace.symbolic import GENERIC, SymbolicSizes, symbolic_trace, with_levels
 from derivation.verify.agree import agree
 from derivation.verify.fuzz import READERS, random_case
-from derivation.verify.polynomials import RELATIONS, Decision, Translation, compared, floor_div
-from derivation.verify.symbolic import GENERIC, SymbolicSizes, symbolic_trace, with_levels
-from derivation.verify.trace_derive import trace_derivation
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"

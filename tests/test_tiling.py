@@ -11,8 +11,8 @@ import sympy
 from derivation import DerivationError, derive
 from derivation.config.checkpoint import BUNDLED
 from derivation.export import compiled
-from derivation.simplify import B, H, L, W
-from derivation.tiling import Tile, Tiling
+from derivation.peak.headline import B, H, L, W
+from derivation.tape.tiles import Tile, Tiling
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 OPTIONS = [
@@ -105,7 +105,7 @@ def test_a_cut_tile_below_one_latent_is_refused_as_by_torch():
     options = {"vae_tiling": True, "tile_sample_min_size": 100}
     with pytest.raises(DerivationError, match=r"vae\.encoder.*kernel of 3 x 3 does not fit in 2 pixels"):
         derive(SD15, **options).component("vae_encode").at({"h0": 19, "w0": 19, "B": 1, "L": 77})
-    runs = pytest.importorskip("derivation.verify.runs")
+    runs = pytest.importorskip("derivation.trace.runs")
     config = json.loads((BUNDLED / derive(SD15).checkpoint.name / "vae/config.json").read_text())
     with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
         runs.trace_component("vae_encode", config, height=152, width=152, switches=tuple(options.items()))

@@ -27,7 +27,7 @@ from derivation.verify import (
     trace_pipeline,
 )
 
-CHECKPOINT = Path(__file__).parents[1] / "derivation/configs/stable-diffusion-v1-5/stable-diffusion-v1-5"
+CHECKPOINT = Path(__file__).parents[1] / "derivation/config/configs/stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = CHECKPOINT.parents[1] / "stabilityai/stable-diffusion-xl-base-1.0"
 FOLDERS = {"vae_encode": "vae", "vae_decode": "vae"}
 STAGES = ["text_encoder", "vae_encode", "unet", "vae_decode", "safety_checker", "postprocess"]
@@ -208,7 +208,7 @@ def test_remembered_kernels_change_no_event(options: dict[str, Any], monkeypatch
     call = {"checkpoint_folder": CHECKPOINT, "height": 72, "width": 64, "num_inference_steps": 2, **options}
     _, remembered = (trace_pipeline(**call) for _ in range(2))
     forgetful = SimpleNamespace(run=lambda func, args, kwargs: func(*args, **kwargs))
-    monkeypatch.setattr("derivation.verify.tracer.kernels_for", lambda inputs: forgetful)
+    monkeypatch.setattr("derivation.trace.tracer.kernels_for", lambda inputs: forgetful)
     assert trace_pipeline(**call).events == remembered.events
 
 

@@ -12,9 +12,9 @@ from derivation import DerivationError, derive
 from derivation.measure.records import Records
 from derivation.measure.validate import RECORDS, measured_calls, predict, recorded, summary
 from derivation.options import Options
-from derivation.pipelines import POSTPROCESS
-from derivation.symbols import evaluate
+from derivation.tape.symbols import evaluate
 from derivation.verify.compare import unrolled
+from derivation.walk.pipelines import POSTPROCESS
 
 HISTORIES = Records.open(RECORDS.with_name("gpu-history.json"), must_exist=True).records
 # what a split-K convolution adds at most: an accumulator of 128 x 256 float32 on each of 132 multiprocessors

@@ -11,14 +11,14 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from derivation import attention
 from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
 from derivation.cli.output import checked_number
 from derivation.config import bundled, load
 from derivation.errors import DerivationError, shown
-from derivation.hardware.profile import SCRATCH
+from derivation.gpu.profile import SCRATCH
 from derivation.options import DTYPES, OFFLOADS, PIPELINES, Options
-from derivation.schedulers import SCHEDULERS
+from derivation.walk import attention
+from derivation.walk.schedulers import SCHEDULERS
 
 DEFAULT_SIDE = 512
 DEFAULT_GUIDANCE_SCALE = 7.5
@@ -58,7 +58,7 @@ HELP = {
 
 
 def _gpus() -> tuple[str, ...]:
-    from derivation.hardware.gpus import known
+    from derivation.gpu.cards import known
 
     return known()
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from derivation.api import Derivation
+from derivation.ask.compare import SIDES
 from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, derivation_of, expanded, sizes, value_of
-from derivation.compare import SIDES
 from derivation.errors import DerivationError, shown
 from derivation.options import Options
 
@@ -36,8 +36,8 @@ def fit(
 
     Example: derivation fit stable-diffusion-v1-5 --gpu rtx-3060 --height 512 --width 512
     """
-    from derivation.fit import fit as fitted
-    from derivation.fit import largest_batch, parse_aspect
+    from derivation.ask.fit import fit as fitted
+    from derivation.ask.fit import largest_batch, parse_aspect
 
     if (height is None) != (width is None):
         raise DerivationError("height and width go together (supported: both, for the largest batch, or neither)")
@@ -93,8 +93,8 @@ def recommend(
 
     Example: derivation recommend stable-diffusion-v1-5 --gpu t4 --attention eager --height 1024 --width 1024
     """
-    from derivation.recommend import Call
-    from derivation.recommend import recommend as recommended
+    from derivation.ask.recommend import Call
+    from derivation.ask.recommend import recommend as recommended
 
     budget, said = _budget(vram, options)
     derivation = derivation_of(model, options, revision)
@@ -150,7 +150,7 @@ def compare(
 
     Example: derivation compare stable-diffusion-v1-5 --with attention=eager --with dtype=float32
     """
-    from derivation.compare import compare as compared
+    from derivation.ask.compare import compare as compared
 
     a = derivation_of(model_a, options, revision)
     b = derivation_of(model_b or model_a, replace(options, **changes(with_ or [])), None if model_b else revision)
@@ -203,13 +203,13 @@ def _show_pairs(title: str, pairs: list[dict[str, Any]]) -> None:
 
 def _budget(vram: str | None, options: Options) -> tuple[int, str]:
     """Return the bytes that the pipeline may take, and where they come from; raises DerivationError without any."""
-    from derivation.fit import parse_bytes
+    from derivation.ask.fit import parse_bytes
 
     if vram is not None:
         return parse_bytes(vram), "budget as given"
     if options.gpu is None:
         raise DerivationError("vram and gpu are missing (supported: --vram 8GiB, or --gpu rtx-3060)")
-    from derivation.hardware.gpus import lookup
+    from derivation.gpu.cards import lookup
 
     card = lookup(options.gpu)
     if card.total_memory_bytes is None:

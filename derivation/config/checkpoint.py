@@ -16,7 +16,7 @@ from .clip import TEXT_CLASSES, CLIPTextConfig, CLIPVisionConfig, clip_text_conf
 from .models import AutoencoderKLConfig, UNet2DConditionConfig, unet_config, vae_config
 from .schedulers import DEFAULTS, SchedulerConfig, scheduler_config
 
-BUNDLED = Path(__file__).resolve().parent.parent / "configs"
+BUNDLED = Path(__file__).resolve().parent / "configs"
 INDEX = "model_index.json"
 # h94/IP-Adapter: models/image_encoder, OpenCLIP ViT-H/14, which ip-adapter_sd15 and ip-adapter_sdxl_vit-h read
 IMAGE_ENCODER = BUNDLED / "h94" / "IP-Adapter" / "image_encoder" / "config.json"

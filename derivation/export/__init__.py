@@ -17,11 +17,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from derivation.api import Derivation, derive
+from derivation.equation.function import Function, function
 from derivation.errors import DerivationError
 from derivation.export.arrays import arrays
 from derivation.export.c import c
 from derivation.export.document import document
-from derivation.export.function import Function, function
 from derivation.export.javascript import javascript
 from derivation.export.latex import latex
 from derivation.export.python import python

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from derivation.export.expression import Expression, Writer
-from derivation.export.function import Function
-from derivation.export.limits import limits
+from derivation.equation.expression import Expression, Writer
+from derivation.equation.function import Function
+from derivation.equation.limits import limits
 from derivation.export.python import NAMES
 from derivation.export.render import example, render
 

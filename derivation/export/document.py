@@ -9,13 +9,13 @@ from typing import Any
 import sympy
 
 from derivation.api import Derivation, Stage
-from derivation.crossover import crossovers, does_not_matter
-from derivation.export.expression import Expression, Let, Name
-from derivation.export.function import CaseCode, Function
+from derivation.equation.crossover import crossovers, does_not_matter
+from derivation.equation.expression import Expression, Let, Name
+from derivation.equation.function import CaseCode, Function
 from derivation.export.render import facts, printable
-from derivation.symbols import SYMBOLS
-from derivation.tiling import MEANINGS_IN_PIXELS
-from derivation.witness import Witness
+from derivation.peak.witness import Witness
+from derivation.tape.symbols import SYMBOLS
+from derivation.tape.tiles import MEANINGS_IN_PIXELS
 
 SCHEMA = "peak_vram/1"
 ARGUMENTS = {"L": ("prompt_length", "tokens"), "B": ("batch_size", "prompts")}
@@ -53,7 +53,7 @@ def as_dict(function: Function) -> dict[str, Any]:
 def tree(expression: Expression) -> Any:
     """Return an integer, a name, or {"operator": ..., "operands": [...]}.
 
-    >>> from derivation.export.expression import add
+    >>> from derivation.equation.expression import add
     >>> tree(add(Name("x"), 1))
     {'operator': 'add', 'operands': ['x', 1]}
     """

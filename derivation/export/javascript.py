@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from derivation.export.expression import Expression, Writer
-from derivation.export.function import Function, stages
+from derivation.equation.expression import Expression, Writer
+from derivation.equation.function import Function, stages
 from derivation.export.python import NAMES
 from derivation.export.render import example, render
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import sympy
 
 from derivation.api import Derivation
-from derivation.crossover import crossovers, does_not_matter
-from derivation.export.function import Function
+from derivation.equation.crossover import crossovers, does_not_matter
+from derivation.equation.function import Function
 from derivation.export.render import Facts, facts, render
-from derivation.simplify import B, H, L, Term, W
-from derivation.tiling import IN_PIXELS
+from derivation.peak.headline import B, H, L, Term, W
+from derivation.tape.tiles import IN_PIXELS
 
 SPECIAL = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}"}
 GUIDANCE = {True: "with classifier-free guidance", False: "without guidance"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from derivation.export.expression import Writer
-from derivation.export.function import Function
+from derivation.equation.expression import Writer
+from derivation.equation.function import Function
 from derivation.export.render import example, render
 
 NAMES = {"B": "batch_size", "L": "prompt_length"}

@@ -13,8 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import derivation as package
 from derivation.api import Derivation
+from derivation.equation.function import Function
 from derivation.errors import DerivationError
-from derivation.export.function import Function
 from derivation.options import Options
 
 # The versions whose allocations the derivation follows, as in pyproject.toml's "verify" extra.

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from derivation.errors import DerivationError, shown
-from derivation.hardware.profile import POINTWISE, SPATIAL, UNALIGNED, convolution_kind
+from derivation.gpu.profile import POINTWISE, SPATIAL, UNALIGNED, convolution_kind
 from derivation.measure.records import Records, described
-from derivation.symbols import DTYPE_BYTES
+from derivation.tape.symbols import DTYPE_BYTES
 
 TERMS = ("input", "output", "weight")
 Group = tuple[str, str, str]
@@ -22,7 +22,7 @@ Group = tuple[str, str, str]
 def calibrate(path: Path) -> dict[str, Any]:
     """Return profile entries fitted to the scratch records of ``path``, one a GPU, dtype and memory format.
 
-    The entries have the form of ``hardware/profiles.json``. Raises DerivationError for a file without such
+    The entries have the form of ``gpu/profiles.json``. Raises DerivationError for a file without such
     records, or with a record that lacks a figure.
     """
     groups: dict[Group, list[dict[str, Any]]] = {}
@@ -131,7 +131,7 @@ def _share(rows: Iterable[Mapping[str, Any]], residuals: NDArray[np.float64]) ->
 
 def architecture(gpu: str) -> str:
     """Return the architecture of a GPU's name, the name itself where the table does not have it."""
-    from derivation.hardware.gpus import lookup
+    from derivation.gpu.cards import lookup
 
     try:
         return lookup(gpu).architecture

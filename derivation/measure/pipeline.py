@@ -16,10 +16,10 @@ from derivation.config import load
 from derivation.config.checkpoint import BUNDLED
 from derivation.measure import device
 from derivation.options import Options
+from derivation.trace.modules import build_pipeline
+from derivation.trace.offload import ENABLE
+from derivation.trace.runs import control, ip_adapter_image
 from derivation.verify.compare import switches
-from derivation.verify.modules import build_pipeline
-from derivation.verify.offload import ENABLE
-from derivation.verify.runs import control, ip_adapter_image
 
 # What F.scaled_dot_product_attention may choose from, in this order; others fall through as in PyTorch
 BACKENDS = {

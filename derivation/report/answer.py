@@ -9,10 +9,10 @@ from fractions import Fraction
 import sympy
 
 from derivation.api import Derivation, Stage
-from derivation.components import parameter_count
+from derivation.peak.witness import Witness, WitnessTensor
 from derivation.report.text import PixelTerms, Powers, as_pixel_terms, pixel_terms, shape_text, value_at, values_at
 from derivation.report.tiles import tile_meaning
-from derivation.witness import Witness, WitnessTensor
+from derivation.walk.components import parameter_count
 
 SIZES = (512, 768, 1024)
 PROMPT_LENGTH = 77

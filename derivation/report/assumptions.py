@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from derivation.api import Derivation
 from derivation.options import Options
-from derivation.pipelines import Pipeline
 from derivation.report.answer import LOAD, PROMPT_LENGTH, SIZES, Answer, model_of
 from derivation.report.text import human
-from derivation.symbols import DTYPE_BYTES
+from derivation.tape.symbols import DTYPE_BYTES
+from derivation.walk.pipelines import Pipeline
 
 PADDED = "diffusers pads every prompt to 77 tokens, so L = 77 unless embeddings of long prompts are passed in."
 Fact = tuple[str, str]

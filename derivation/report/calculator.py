@@ -11,14 +11,14 @@ from typing import Any
 from markupsafe import Markup
 
 from derivation.api import Derivation, derive
-from derivation.attention import BACKENDS, EAGER
 from derivation.config import Checkpoint
-from derivation.crossover import Crossover, crossovers
+from derivation.equation.crossover import Crossover, crossovers
 from derivation.export import export
-from derivation.hardware.gpus import known, lookup
+from derivation.gpu.cards import known, lookup
 from derivation.options import DTYPES, Options
 from derivation.report.answer import PROMPT_LENGTH, STAGE_TITLES, square_peaks, stage_title
 from derivation.report.text import GIB, NARROW_SPACE
+from derivation.walk.attention import BACKENDS, EAGER
 
 BACKENDS_SHOWN = (EAGER, "math", "efficient", "flash")
 HEAD_DIMS = (8, 40, 64, 80, 160, 512)

@@ -10,8 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from derivation.api import Derivation, derive
-from derivation.attention import EAGER
-from derivation.crossover import crossovers, does_not_matter
+from derivation.equation.crossover import crossovers, does_not_matter
 from derivation.options import Options
 from derivation.report.answer import SIZES, Answer, PolynomialRow, answer, reference_side
 from derivation.report.assumptions import assumptions, chips, counted, summary
@@ -35,7 +34,8 @@ from derivation.report.text import PixelTerms, slug, tex
 from derivation.report.tiles import Definition, definitions
 from derivation.report.validation import Validation, comparisons, validation
 from derivation.report.walk import Walk, walks
-from derivation.symbols import SYMBOLS, Symbol, is_tile
+from derivation.tape.symbols import SYMBOLS, Symbol, is_tile
+from derivation.walk.attention import EAGER
 
 Progress = Callable[[str], None]
 

@@ -10,8 +10,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from derivation.api import Derivation
 from derivation.config import UNet2DConditionConfig
-from derivation.figures import INK, PALETTE, styled
 from derivation.report.answer import Answer
+from derivation.report.figures import INK, PALETTE, styled
 from derivation.report.text import SUBSCRIPTS, human
 
 BOX_WIDTH, BOX_HEIGHT = 1.9, 0.9

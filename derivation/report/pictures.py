@@ -12,9 +12,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from derivation import figures
 from derivation.api import Derivation
-from derivation.liveness import stages
+from derivation.peak.liveness import stages
+from derivation.report import figures
 from derivation.report.answer import (
     PROMPT_LENGTH,
     SIZES,

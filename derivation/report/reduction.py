@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from derivation.api import Derivation
-from derivation.liveness import Point, local_maxima
-from derivation.peak import MIX, MIX_AMONG
-from derivation.proof import margin, proven_nonnegative
+from derivation.peak.dominance import MIX, MIX_AMONG
+from derivation.peak.headline import Term
+from derivation.peak.liveness import Point, local_maxima
+from derivation.peak.proof import margin, proven_nonnegative
+from derivation.peak.record import Record, StageRecord
 from derivation.report.answer import PIPELINE, PROMPT_LENGTH, reference_side, stage_title
 from derivation.report.text import PixelTerms, as_pixel_terms, size_text
-from derivation.simplify import Term
-from derivation.spine import Record, StageRecord
-from derivation.symbols import ceil512, evaluate
-from derivation.tape import Tape
+from derivation.tape.symbols import ceil512, evaluate
+from derivation.tape.tape import Tape
 
 PROOFS_SHOWN = 6
 DIRECT = "every coefficient is ≥ 0"

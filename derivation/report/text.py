@@ -12,9 +12,9 @@ from typing import TypeAlias
 
 import sympy
 
-from derivation.simplify import B, Grid, H, L, W
-from derivation.symbols import SYMBOLS, Size, as_poly
-from derivation.tiling import IN_PIXELS
+from derivation.peak.headline import B, Grid, H, L, W
+from derivation.tape.symbols import SYMBOLS, Size, as_poly
+from derivation.tape.tiles import IN_PIXELS
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 NARROW_SPACE = "\N{NARROW NO-BREAK SPACE}"
@@ -97,7 +97,7 @@ def markdown(text: object) -> str:
 def size_text(size: Size) -> str:
     """Return a polynomial in the level sizes in one line of Unicode.
 
-    >>> from derivation.symbols import symbol
+    >>> from derivation.tape.symbols import symbol
     >>> size_text(1280 * symbol("B") * symbol("h0") * symbol("w0") + 8)
     '1280·B·h₀·w₀ + 8'
     """

@@ -12,12 +12,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from derivation import figures
 from derivation.errors import DerivationError
-from derivation.figures import Measured
-from derivation.hardware.evidence import Comparison, measured_vs_predicted
+from derivation.evidence.table import Comparison, measured_vs_predicted
 from derivation.measure import validate
 from derivation.options import Options
+from derivation.report import figures
+from derivation.report.figures import Measured
 from derivation.report.pictures import Picture, picture
 from derivation.report.text import GIB, MIB, grouped
 

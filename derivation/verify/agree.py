@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from sympy.polys.rings import PolyElement
 
-from derivation.symbols import as_poly, symbol
-from derivation.tape import Tape
+from derivation.tape.symbols import as_poly, symbol
+from derivation.tape.tape import Tape
 
 
 @dataclass(frozen=True, slots=True)

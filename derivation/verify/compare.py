@@ -16,12 +16,12 @@ from derivation.api import Derivation
 from derivation.config.checkpoint import BUNDLED, IMAGE_ENCODER
 from derivation.errors import DerivationError
 from derivation.options import Options
-from derivation.pipelines import POSTPROCESS
-from derivation.program import Variant
-from derivation.symbols import evaluate
-from derivation.verify.modules import Switches
-from derivation.verify.runs import trace_component, trace_pipeline
-from derivation.verify.tracer import Alloc, Trace
+from derivation.tape.program import Variant
+from derivation.tape.symbols import evaluate
+from derivation.trace.modules import Switches
+from derivation.trace.runs import trace_component, trace_pipeline
+from derivation.trace.tracer import Alloc, Trace
+from derivation.walk.pipelines import POSTPROCESS
 
 CONFIG_FILES = {
     "text_encoder": "text_encoder/config.json",

@@ -13,11 +13,11 @@ from typing import Any
 from derivation.api import Derivation
 from derivation.config import clip_text_config, clip_vision_config, load, unet_config, vae_config
 from derivation.options import DTYPES, OFFLOADS, PIPELINES, Options
-from derivation.schedulers import SCHEDULERS
-from derivation.symbols import TILE_AXES
-from derivation.tiling import Tiling, cuts
+from derivation.tape.symbols import TILE_AXES
+from derivation.tape.tiles import Tiling, cuts
 from derivation.verify import random_configs
 from derivation.verify.compare import Comparison, compare_component, compare_pipeline, compared
+from derivation.walk.schedulers import SCHEDULERS
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 ATTENTION = ("eager", "math", "efficient", "flash")

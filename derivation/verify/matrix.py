@@ -9,9 +9,9 @@ from typing import Any
 from derivation.api import derive
 from derivation.config import bundled, load
 from derivation.options import OFFLOADS, PIPELINES, flag
-from derivation.schedulers import SCHEDULERS
 from derivation.verify.compare import Comparison, compare_pipeline, compared
 from derivation.verify.verification import Size
+from derivation.walk.schedulers import SCHEDULERS
 
 # the checkpoints that not every pipeline takes
 TASKS: Mapping[str, tuple[str, ...]] = {

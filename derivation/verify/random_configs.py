@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from derivation.schedulers import SCHEDULERS
+from derivation.walk.schedulers import SCHEDULERS
 
 GROUPS = (1, 2, 4, 8)
 POSITIONS = 77

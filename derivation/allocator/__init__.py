@@ -1,0 +1,1 @@
+"""PyTorch's caching allocator: a replay of its decisions on a tape."""

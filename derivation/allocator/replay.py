@@ -1,0 +1,202 @@
+"""Replay alloc/free events through the caching allocator: what torch.cuda.memory_stats would say.
+
+Event `+(i + 1)` allocates tensor i, `-(i + 1)` frees it, `0` is torch.cuda.empty_cache(); `sizes[i]` is its
+requested bytes.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from derivation.allocator.allocator import CachingAllocator
+from derivation.allocator.report import Fragmentation, OutOfMemory, OutOfMemoryError
+from derivation.errors import DerivationError
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """Events [start, end) run `repeat` times in all.
+
+    `roles` maps a tensor alive at the end of an iteration to the tensor whose place it takes in the
+    next one; every other tensor keeps its own.
+    """
+
+    start: int
+    end: int
+    repeat: int
+    roles: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Highest bytes of a counter and the event that reached it (None: reached before the first event)."""
+
+    nbytes: int
+    event_index: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfMemoryEvent:
+    """The allocation that failed: its event, tensor, requested bytes and torch's message."""
+
+    event_index: int
+    tensor: int
+    report: OutOfMemory
+
+    @property
+    def requested_bytes(self) -> int:
+        """Bytes of the tensor, before any rounding."""
+        return self.report.requested_bytes
+
+    @property
+    def message(self) -> str:
+        """Torch's message in one line."""
+        return self.report.message
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayResult:
+    """Peaks in bytes since the replay began, with what was on the allocator already included.
+
+    `live` maps tensors still alive to handles; `first_retry_index` is the event at which the allocator
+    first had to give cached memory back; after `out_of_memory` no event was run.
+    """
+
+    requested_bytes: Peak
+    allocated_bytes: Peak
+    reserved_bytes: Peak
+    fragmentation: Fragmentation
+    num_alloc_retries: int
+    first_retry_index: int | None
+    out_of_memory: OutOfMemoryEvent | None
+    live: Mapping[int, int]
+    allocator: CachingAllocator
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Events, sizes and loops of one run; raises DerivationError where they do not fit together.
+
+    ``loaded`` maps tensors that are alive before the run to handles of the allocator it runs on.
+    """
+
+    events: Sequence[int]
+    sizes: Sequence[int]
+    loops: Sequence[Loop | tuple[int, int, int]] = ()
+    loaded: Mapping[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        end = 0
+        for loop in self._loops():
+            if not end <= loop.start < loop.end <= len(self.events) or loop.repeat < 1:
+                raise DerivationError(f"{loop}: expected loops in order, apart, inside the events, repeat >= 1")
+            end = loop.end
+
+    def run(self, allocator: CachingAllocator | None = None) -> ReplayResult:
+        """Run the events on `allocator` (default: a fresh unlimited one), whose peaks are reset first."""
+        return _Run(self, allocator or CachingAllocator()).result()
+
+    def _loops(self) -> list[Loop]:
+        return sorted(
+            (loop if isinstance(loop, Loop) else Loop(*loop) for loop in self.loops), key=lambda loop: loop.start
+        )
+
+
+def load_weights(allocator: CachingAllocator, sizes: Iterable[int]) -> list[int]:
+    """Allocate `sizes` bytes in order and return the handles; raises OutOfMemoryError."""
+    return [allocator.malloc(nbytes) for nbytes in sizes]
+
+
+class _Run:
+    """One pass of a Replay over an allocator."""
+
+    def __init__(self, replay: Replay, allocator: CachingAllocator) -> None:
+        allocator.reset_peak_memory_stats()
+        self.replay, self.allocator, self.index = replay, allocator, 0
+        self.live = dict(replay.loaded)
+        self.peaks: list[int | None] = [None, None, None]
+        self.fragmentation = allocator.fragmentation()
+        self.retries_before = allocator.num_alloc_retries
+        self.first_retry: int | None = None
+        self.failed: OutOfMemoryEvent | None = None
+
+    def result(self) -> ReplayResult:
+        try:
+            self._run_all()
+        except OutOfMemoryError as error:
+            event = self.replay.events[self.index]
+            self._note_retry(self.index)
+            self.failed = OutOfMemoryEvent(self.index, event - 1, error.report)
+        stats = self.allocator
+        requested, allocated, reserved = self.peaks
+        return ReplayResult(
+            Peak(stats.requested_bytes.peak, requested),
+            Peak(stats.allocated_bytes.peak, allocated),
+            Peak(stats.reserved_bytes.peak, reserved),
+            self.fragmentation,
+            stats.num_alloc_retries - self.retries_before,
+            self.first_retry,
+            self.failed,
+            self.live,
+            stats,
+        )
+
+    def _run_all(self) -> None:
+        position = 0
+        for loop in self.replay._loops():
+            self._run_events(position, loop.start)
+            alive = set(self.live)
+            for remaining in reversed(range(loop.repeat)):
+                self._run_events(loop.start, loop.end)
+                if remaining:
+                    self._relabel(loop, alive)
+            position = loop.end
+        self._run_events(position, len(self.replay.events))
+
+    def _relabel(self, loop: Loop, alive: set[int]) -> None:
+        """Hand each survivor the role it plays in the next iteration."""
+        renamed = {loop.roles.get(tensor, tensor): handle for tensor, handle in self.live.items()}
+        if len(renamed) != len(self.live) or renamed.keys() != alive:
+            extra, missing = sorted(renamed.keys() - alive), sorted(alive - renamed.keys())
+            raise DerivationError(
+                f"loop of events {loop.start}..{loop.end}: an iteration must end with the tensors it began with; "
+                f"extra {extra[:8]}, missing {missing[:8]}, give their roles"
+            )
+        self.live.clear()
+        self.live.update(renamed)
+
+    def _run_events(self, start: int, end: int) -> None:
+        events, sizes, live = self.replay.events, self.replay.sizes, self.live
+        malloc, free = self.allocator.malloc, self.allocator.free
+        stats = self.allocator
+        requested, allocated, reserved = stats.requested_bytes, stats.allocated_bytes, stats.reserved_bytes
+        highest = [requested.peak, allocated.peak, reserved.peak]
+        retries = stats.num_alloc_retries
+        for index in range(start, end):
+            event = events[index]
+            if event == 0:
+                self.allocator.empty_cache()
+                continue
+            if event < 0:
+                handle = live.pop(-event - 1, None)
+                if handle is None:
+                    raise DerivationError(f"event {index}: frees tensor {-event - 1}, which is not alive")
+                free(handle)
+                continue
+            self.index = index
+            if event - 1 in live:
+                raise DerivationError(f"event {index}: cannot allocate tensor {event - 1}")
+            live[event - 1] = malloc(sizes[event - 1])
+            if requested.peak > highest[0]:
+                highest[0], self.peaks[0] = requested.peak, index
+            if allocated.peak > highest[1]:
+                highest[1], self.peaks[1] = allocated.peak, index
+            if reserved.peak > highest[2]:
+                highest[2], self.peaks[2] = reserved.peak, index
+                self.fragmentation = stats.fragmentation()
+            if stats.num_alloc_retries > retries:
+                retries = stats.num_alloc_retries
+                self._note_retry(index)
+
+    def _note_retry(self, index: int) -> None:
+        if self.first_retry is None:
+            self.first_retry = index

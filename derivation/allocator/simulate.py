@@ -1,0 +1,59 @@
+"""A tape at integer sizes as the allocator sees it: requests in bytes, one an allocation, loops with roles."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+from derivation.allocator.replay import Loop, Replay
+from derivation.tape.symbols import evaluate
+from derivation.tape.tape import Tape
+
+
+def replay(tape: Tape, values: Mapping[str, int], weights: Mapping[str, int] | None = None) -> Replay:
+    """Return ``tape`` at ``values`` with ``count`` alike storages written out one by one.
+
+    ``weights`` maps parameters that existed before the run to their handles; one that the run drops is replayed
+    as staying where it has none.
+    """
+    weights = weights or {}
+    counts = [evaluate(a.count, values) for a in tape.allocations]
+    first = [0, *accumulate(counts)]
+    sizes = [
+        nbytes
+        for allocation, count in zip(tape.allocations, counts, strict=True)
+        for nbytes in [evaluate(allocation.nbytes, values)] * count
+    ]
+    loaded = {first[a.index]: weights[a.path] for a in tape.allocations if a.loaded and a.path in weights}
+    staying = {a.index for a in tape.allocations if a.loaded and a.path not in weights}
+    emptied = Counter(tape.emptied)
+    events = [0] * emptied[0]
+    position = [len(events)]
+    for done, event in enumerate(tape.events, 1):
+        index = abs(event) - 1
+        sign = 1 if event > 0 else -1
+        if index not in staying:
+            events += [sign * (tensor + 1) for tensor in range(first[index], first[index + 1])]
+        events += [0] * emptied[done]
+        position.append(len(events))
+    loops = [_loop(events, sizes, position[start], position[end], times) for start, end, times in tape.loops]
+    return Replay(events, sizes, loops, loaded)
+
+
+def _loop(events: Sequence[int], sizes: Sequence[int], start: int, end: int, times: int) -> Loop:
+    """Pair what is alive after an iteration with what was alive before: same size, same order of birth."""
+    before, after = _alive(events[:start]), _alive(events[:end])
+    roles: dict[int, int] = {}
+    for size in {sizes[tensor] for tensor in after}:
+        now = sorted(tensor for tensor in after if sizes[tensor] == size)
+        then = sorted(tensor for tensor in before if sizes[tensor] == size)
+        roles |= dict(zip(now, then, strict=True))
+    return Loop(start, end, times, roles)
+
+
+def _alive(events: Sequence[int]) -> set[int]:
+    alive: set[int] = set()
+    for event in events:
+        (alive.add if event > 0 else alive.discard)(abs(event) - 1)
+    return alive

@@ -1,0 +1,157 @@
+"""Where two derivations differ, term by term: options, weights, polynomials, and numbers at three sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import sympy
+
+from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation, Stage
+from derivation.peak.headline import B, H, L, W
+from derivation.tape.tiles import IN_PIXELS
+
+SIDES = (512, 768, 1024)
+Values = Mapping[sympy.Symbol, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One quantity on both sides; None where a side does not have it."""
+
+    name: str
+    a: Any
+    b: Any
+
+    @property
+    def same(self) -> bool:
+        """Whether both sides are equal."""
+        return bool(self.a == self.b)
+
+    @property
+    def difference(self) -> int | None:
+        """``b - a``, a missing number being 0; None where they are no numbers."""
+        known = [value for value in (self.a, self.b) if value is not None]
+        return (self.b or 0) - (self.a or 0) if all(type(value) is int for value in known) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Monomial:
+    """One monomial in H, W, L, B of a pair of polynomials, with its coefficient on each side."""
+
+    monomial: str
+    a: str
+    b: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageDifference:
+    """One stage: the polynomials that both Max share, those of one side alone, and their monomials' changes.
+
+    ``changes`` compares, coefficient by coefficient, the polynomials that win at the largest side.
+    """
+
+    name: str
+    common: tuple[str, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    changes: tuple[Monomial, ...] = ()
+
+    @property
+    def same(self) -> bool:
+        """Whether both sides have the same closed form."""
+        return not (self.only_a or self.only_b)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two derivations side by side; ``numbers`` maps a square's side to its stages and peak, in bytes."""
+
+    a: str
+    b: str
+    options: tuple[Pair, ...]
+    weights: tuple[Pair, ...]
+    stages: tuple[StageDifference, ...]
+    numbers: Mapping[int, tuple[Pair, ...]] = field(default_factory=dict)
+
+    @property
+    def same(self) -> bool:
+        """Whether no formula and no weight differs."""
+        return all(stage.same for stage in self.stages) and all(pair.same for pair in self.weights)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the comparison, ready for JSON."""
+        return {**asdict(self), "same": self.same}
+
+
+def compare(
+    a: Derivation,
+    b: Derivation,
+    sides: tuple[int, ...] = SIDES,
+    batch_size: int = 1,
+    prompt_length: int = DEFAULT_PROMPT_LENGTH,
+    guidance: bool = True,
+) -> Comparison:
+    """Return where ``a`` and ``b`` differ; raises DerivationError for a side that both pipelines reject."""
+    call = {"batch_size": batch_size, "prompt_length": prompt_length, "guidance": guidance}
+    at = {H: max(sides), W: max(sides), L: prompt_length, B: batch_size}
+    return Comparison(
+        a.checkpoint.name,
+        b.checkpoint.name,
+        tuple(p for p in _pairs(a.options.as_dict(), b.options.as_dict()) if not p.same),
+        _pairs({**a.weights, "all": a.weights_bytes}, {**b.weights, "all": b.weights_bytes}),
+        _stages(a.stages_with(guidance), b.stages_with(guidance), at),
+        {side: _numbers(a, b, side, call) for side in sides},
+    )
+
+
+def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Pair, ...]:
+    return tuple(Pair(name, a.get(name), b.get(name)) for name in dict.fromkeys([*a, *b]))
+
+
+def _numbers(a: Derivation, b: Derivation, side: int, call: Mapping[str, Any]) -> tuple[Pair, ...]:
+    def bytes_of(derivation: Derivation) -> dict[str, int]:
+        peaks = derivation.stage_peaks(side, side, **call)
+        return {**peaks, "peak": derivation.weights_bytes + max(peaks.values())}
+
+    return _pairs(bytes_of(a), bytes_of(b))
+
+
+def _stages(a: Mapping[str, Stage], b: Mapping[str, Stage], at: Values) -> tuple[StageDifference, ...]:
+    return tuple(_stage(name, a.get(name), b.get(name), at) for name in dict.fromkeys([*a, *b]))
+
+
+def _stage(name: str, a: Stage | None, b: Stage | None, at: Values) -> StageDifference:
+    left, right = (_at(stage, at) if stage else {} for stage in (a, b))
+    only_a, only_b = ([e for e in own if e not in other] for own, other in ((left, right), (right, left)))
+    changes = _changes(*(max(es, key=es.__getitem__) for es in (left, right))) if left and right else ()
+    common = [e for e in left if e in right]
+    return StageDifference(name, _texts(common), _texts(only_a), _texts(only_b), changes)
+
+
+def _at(stage: Stage, values: Values) -> dict[sympy.Expr, int]:
+    """Return the stage's polynomials and what each is at ``values``."""
+    return {term.expression: int(stage.grid.explicit(term.expression).subs(values)) for term in stage.terms}
+
+
+def _texts(expressions: list[sympy.Expr]) -> tuple[str, ...]:
+    return tuple(map(str, expressions))
+
+
+def _changes(a: sympy.Expr, b: sympy.Expr) -> tuple[Monomial, ...]:
+    left, right = _monomials(a), _monomials(b)
+    return tuple(
+        Monomial(name, left.get(name, "0"), right.get(name, "0"))
+        for name in dict.fromkeys([*left, *right])
+        if left.get(name) != right.get(name)
+    )
+
+
+def _monomials(expression: sympy.Expr) -> dict[str, str]:
+    """Return the coefficients by monomial, for a polynomial; an expression of another form is one entry."""
+    symbols = (B, L, H, W, *(symbol for symbol in IN_PIXELS.values() if symbol in expression.free_symbols))
+    if not expression.is_polynomial(*symbols):
+        return {str(expression): "1"}
+    terms = sympy.Poly(expression, *symbols).terms()
+    return {str(sympy.prod(s**p for s, p in zip(symbols, powers, strict=True))): str(c) for powers, c in terms}

@@ -1,0 +1,284 @@
+"""The inverse question: the largest image, or the largest batch, that fits into a number of bytes.
+
+Each polynomial of the headline is solved for the image's side, and the exact function polishes the answer.
+Every tensor is a polynomial without negative terms in the level sides and the batch, and ceil keeps their
+order: the peak grows with each side, so what fits is a prefix of any growing series of images.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from decimal import Decimal
+from fractions import Fraction
+from math import isqrt, sqrt
+from typing import Any
+
+import sympy
+
+from derivation.api import DEFAULT_PROMPT_LENGTH, MAX_SIDE_PIXELS, Derivation
+from derivation.errors import DerivationError, shown
+from derivation.options import positive
+from derivation.peak.headline import B, H, L, W
+from derivation.tape.symbols import Size, as_poly
+
+ALIGNED = 64
+MAX_BATCH = 1 << 20
+UNITS = {"": 1, "b": 1, "bytes": 1} | {
+    prefix + suffix: base**power
+    for power, letter in enumerate("kmgt", 1)
+    for prefix, suffix, base in ((letter, "b", 1000), (letter, "ib", 1024))
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image size with its exact peak: bytes, bytes left of the budget, and the stage that peaks.
+
+    ``reserved_bytes`` is the caching allocator's peak where it was replayed, None elsewhere.
+    """
+
+    height: int
+    width: int
+    batch_size: int
+    peak_tensor_bytes: int
+    headroom_bytes: int
+    peak_stage: str
+    reserved_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What fits into ``budget_bytes``: None where not even the smallest size does.
+
+    ``image`` has sides that are multiples of the VAE's factor, ``aligned`` of 64; ``solved_side`` is the longer
+    side in pixels at which the headline equation equals the budget; ``monotone`` is the proof's outcome.
+    """
+
+    budget_bytes: int
+    weights_bytes: int
+    aspect: tuple[int, int]
+    solved_side: float | None
+    image: Image | None
+    aligned: Image | None
+    monotone: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the answer, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A derivation, a budget and what stays the same while the size is looked for."""
+
+    derivation: Derivation
+    budget_bytes: int
+    prompt_length: int = DEFAULT_PROMPT_LENGTH
+    guidance: bool = True
+    replayed: bool = False
+
+    def image(self, height: int, width: int, batch_size: int) -> Image:
+        """Return the exact peak of one call."""
+        sizes = (height, width, batch_size, self.prompt_length, self.guidance)
+        stage, peak = peak_tensor_bytes(self.derivation, *sizes)
+        image = Image(height, width, batch_size, peak, self.budget_bytes - peak, stage)
+        return replace(image, reserved_bytes=self._reserved_bytes(image)) if self.replayed else image
+
+    def fits(self, height: int, width: int, batch_size: int) -> bool:
+        """Return whether the exact peak of one call, and its allocator replay if asked for, is within the budget."""
+        image = self.image(height, width, batch_size)
+        return image.headroom_bytes >= 0 and (image.reserved_bytes is not None or not self.replayed)
+
+    def _reserved_bytes(self, image: Image) -> int | None:
+        """Return the reserved bytes' peak on the derivation's GPU, None where it runs out of memory."""
+        from derivation.allocator.memory import device_memory
+        from derivation.allocator.report import OutOfMemoryError
+
+        if image.headroom_bytes < 0 or (gpu := self.derivation.options.gpu) is None:
+            return None
+        values = self.derivation.sizes(image.height, image.width, image.batch_size, self.prompt_length)
+        tape = self.derivation.program(self.guidance).at(values).tape
+        try:
+            found = device_memory(gpu, self.derivation.resident, tape, values)
+        except OutOfMemoryError:
+            return None
+        return None if found.verdict.startswith("out of memory") else found.reserved
+
+    def headlines(self) -> list[sympy.Expr]:
+        """Return the polynomials in H, W and B whose largest, plus the weights, is the peak."""
+        terms = self.derivation.pipeline_stage(self.guidance).terms
+        return [term.expression.subs(L, self.prompt_length) for term in terms]
+
+
+def peak_tensor_bytes(
+    derivation: Derivation, height: int, width: int, batch_size: int, prompt_length: int, guidance: bool
+) -> tuple[str, int]:
+    """Return the stage that peaks and the exact bytes of weights and tensors then."""
+    peaks = derivation.stage_peaks(height, width, batch_size, prompt_length, guidance)
+    stage = max(peaks, key=peaks.__getitem__)
+    return stage, derivation.weights_bytes + peaks[stage]
+
+
+def fit(
+    derivation: Derivation,
+    budget_bytes: int,
+    aspect: tuple[int, int] = (1, 1),
+    batch_size: int = 1,
+    prompt_length: int = DEFAULT_PROMPT_LENGTH,
+    guidance: bool = True,
+    replayed: bool = False,
+) -> Fit:
+    """Return the largest image of ``aspect`` (width : height) whose exact peak is within ``budget_bytes``.
+
+    The shorter side is the aspect's, to the nearest multiple. With ``replayed`` the caching allocator must also
+    serve the call on the derivation's GPU. Raises DerivationError for a bad argument.
+    """
+    for key, value in (("budget_bytes", budget_bytes), ("aspect", min(aspect)), ("batch_size", batch_size)):
+        positive(key, value)
+    request = Request(derivation, budget_bytes, prompt_length, guidance, replayed)
+    side = solved_side(request, aspect, batch_size)
+    factor = derivation.grid.vae_scale_factor
+    image, aligned = (_largest(request, aspect, batch_size, step, side) for step in (factor, ALIGNED))
+    weights = derivation.weights_bytes
+    return Fit(budget_bytes, weights, aspect, side, image, aligned, grows(derivation, guidance))
+
+
+def largest_batch(
+    derivation: Derivation,
+    budget_bytes: int,
+    height: int,
+    width: int,
+    prompt_length: int = DEFAULT_PROMPT_LENGTH,
+    guidance: bool = True,
+    replayed: bool = False,
+) -> Image | None:
+    """Return the largest batch of this image size that is within ``budget_bytes``, None if not even one is."""
+    positive("budget_bytes", budget_bytes)
+    request = Request(derivation, budget_bytes, prompt_length, guidance, replayed)
+    guess = _solved_batch(request, height, width)
+    batch = last_that_fits(lambda n: request.fits(height, width, n), guess, MAX_BATCH)
+    return request.image(height, width, batch) if batch else None
+
+
+def _largest(request: Request, aspect: tuple[int, int], batch_size: int, step: int, side: float | None) -> Image | None:
+    def size(n: int) -> tuple[int, int]:
+        return sides(aspect, step, n)
+
+    guess = int((side or step) / step)
+    n = last_that_fits(lambda n: request.fits(*size(n), batch_size), guess, MAX_SIDE_PIXELS // step)
+    return request.image(*size(n), batch_size) if n else None
+
+
+def sides(aspect: tuple[int, int], step: int, n: int) -> tuple[int, int]:
+    """Return (height, width) of the image whose longer side is ``n`` steps, the other to the nearest step.
+
+    >>> sides((16, 9), 8, 160), sides((9, 16), 64, 20)
+    ((720, 1280), (1280, 704))
+    """
+    shorter, longer = sorted(aspect)
+    other = max(1, (2 * n * shorter + longer) // (2 * longer)) * step
+    return (other, n * step) if aspect[0] > aspect[1] else (n * step, other)
+
+
+def last_that_fits(fits: Callable[[int], bool], guess: int, limit: int) -> int:
+    """Return the largest n in 1..limit with ``fits(n)``, 0 if none; where n fits, so does every smaller one.
+
+    Doubling steps from ``guess`` bracket the answer, halves narrow it.
+    """
+    low, high, step = 0, limit + 1, 1
+    probe = min(max(guess, 1), limit)
+    while high - low > 1:
+        if fits(probe):
+            low, probe = probe, probe + step
+        else:
+            high, probe = probe, probe - step
+        step *= 2
+        if not low < probe < high or (low > 0 and high <= limit):
+            probe = (low + high) // 2
+    return low
+
+
+def solved_side(request: Request, aspect: tuple[int, int], batch_size: int) -> float | None:
+    """Return the longer side in pixels at which the headline equals the budget, 0 where it always exceeds it.
+
+    Each polynomial is a x^4 + b x^2 + c in the side x; None where one is not, as with VAE tiles, or does not grow.
+    """
+    x = sympy.Symbol("x", positive=True)
+    longer = max(aspect)
+    along = {H: x * sympy.Rational(aspect[1], longer), W: x * sympy.Rational(aspect[0], longer), B: batch_size}
+    spare = request.budget_bytes - request.derivation.weights_bytes
+    found: list[float] = []
+    for expression in request.headlines():
+        terms = {m[0]: c for m, c in sympy.Poly(expression.subs(along), x).terms()}
+        a, b, c = (terms.pop(power, 0) for power in (4, 2, 0))
+        if terms or any(sympy.sympify(term).free_symbols for term in (a, b, c)) or min(a, b) < 0:
+            return None
+        if a + b > 0:
+            found.append(_positive_root(Fraction(str(a)), Fraction(str(b)), spare - Fraction(str(c))))
+    return min(found, default=None)
+
+
+def _positive_root(a: Fraction, b: Fraction, spare: Fraction) -> float:
+    """Return x >= 0 with a x^4 + b x^2 = spare, without cancellation: x^2 = 2 s / (b + sqrt(b^2 + 4 a s))."""
+    if spare <= 0:
+        return 0.0
+    discriminant = b * b + 4 * a * spare
+    return sqrt(2 * spare / (b + Fraction(isqrt(int(discriminant * 10**12)), 10**6)))
+
+
+def _solved_batch(request: Request, height: int, width: int) -> int:
+    """Return the batch at which the headline, linear in B, equals the budget."""
+    spare = request.budget_bytes - request.derivation.weights_bytes
+    found: list[int] = []
+    for headline in request.headlines():
+        expression = request.derivation.grid.explicit(headline).subs({H: height, W: width})
+        terms = {m[0]: c for m, c in sympy.Poly(expression, B).terms()}
+        if slope := terms.get(1, 0):
+            found.append(int((spare - terms.get(0, 0)) / slope))
+    return min(found, default=1)
+
+
+def grows(derivation: Derivation, guidance: bool = True) -> bool:
+    """Return whether the peak is proven to grow with every symbol.
+
+    Theorem: a polynomial whose non-constant coefficients are all >= 0 grows with each symbol >= 1; so do ceil
+    of it, sums, products with a count of the same kind, and the maximum.
+    """
+    allocations = derivation.program(guidance).generic.tape.allocations
+    return all(_growing(size) for a in allocations for size in (a.nbytes, a.count))
+
+
+def _growing(size: Size) -> bool:
+    return all(coefficient >= 0 for monomial, coefficient in as_poly(size).items() if any(monomial))
+
+
+def parse_bytes(text: str, key: str = "vram") -> int:
+    """Return the bytes of a quantity such as "8GiB", "8 GB", "8192MiB" or "8589934592".
+
+    >>> parse_bytes("8GiB"), parse_bytes("1.5 GB"), parse_bytes("4096")
+    (8589934592, 1500000000, 4096)
+    """
+    found = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", text)
+    unit = UNITS.get(found[2].lower()) if found else None
+    nbytes = int(Decimal(found[1]) * unit) if found and unit else 0
+    if not 0 < nbytes < 1 << 62:
+        raise DerivationError(
+            f"{key} = {shown(text)} is not supported (supported: a positive number of bytes, KiB, MiB, GiB, TiB, "
+            "kB, MB, GB or TB, such as 8GiB)"
+        )
+    return nbytes
+
+
+def parse_aspect(text: str) -> tuple[int, int]:
+    """Return width : height in lowest terms.
+
+    >>> parse_aspect("16:9"), parse_aspect("1.5:1"), parse_aspect("1024x512")
+    ((16, 9), (3, 2), (2, 1))
+    """
+    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)[:x/]([0-9]{1,6}(?:\.[0-9]{1,6})?)", text)
+    if found is None or not (Fraction(found[1]) and Fraction(found[2])):
+        raise DerivationError(f"aspect = {shown(text)} is not supported (supported: width:height, such as 16:9)")
+    ratio = Fraction(found[1]) / Fraction(found[2])
+    return ratio.numerator, ratio.denominator

@@ -1,0 +1,180 @@
+"""What to switch on so that one image size fits: remedies in order of what they cost, with what each saves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
+from derivation.ask.fit import Image, Request
+from derivation.errors import DerivationError
+from derivation.options import Options, positive
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Remedy:
+    """A change of options: what it costs, and the line of Python that makes it."""
+
+    name: str
+    change: Mapping[str, object]
+    cost: str
+    call: str
+
+
+# Lines of Python for diffusers 0.42.1, whose pipelines no longer have enable_vae_slicing and enable_vae_tiling.
+FUSED = "pipe.unet.set_attn_processor(AttnProcessor2_0()); pipe.vae.set_attn_processor(AttnProcessor2_0())"
+MODEL_OFFLOAD, SEQUENTIAL_OFFLOAD = "pipe.enable_model_cpu_offload()", "pipe.enable_sequential_cpu_offload()"
+# In order of cost. A row whose option, or value, this version does not have is left out.
+REMEDIES: tuple[Remedy, ...] = (
+    Remedy("fused attention", {"attention": "efficient"}, "none: the same result, faster", FUSED),
+    Remedy("float16", {"dtype": "float16"}, "none that is visible; faster", "pipe.to(torch.float16)"),
+    Remedy("VAE slicing", {"vae_slicing": True}, "none at batch 1; slightly slower", "pipe.vae.enable_slicing()"),
+    Remedy("one image a prompt", {"num_images_per_prompt": 1}, "one call an image", "num_images_per_prompt=1"),
+    Remedy("VAE tiling", {"vae_tiling": True}, "slower; tones may differ at seams", "pipe.vae.enable_tiling()"),
+    Remedy("sliced attention", {"attention_slicing": "auto"}, "slower", "pipe.enable_attention_slicing()"),
+    Remedy("model offload", {"offload": "model"}, "weights cross the bus once a call", MODEL_OFFLOAD),
+    Remedy("no safety checker", {"safety_checker": False}, "no filter", "pipe.safety_checker = None"),
+    Remedy("sequential offload", {"offload": "sequential"}, "many times slower", SEQUENTIAL_OFFLOAD),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One remedy: ``saves_bytes`` by itself, and whether the size needs it.
+
+    ``adds_bytes`` is what it saves on top of the needed remedies before it, and ``peak_tensor_bytes`` the peak with
+    it and them; both None where it is not needed.
+    """
+
+    name: str
+    change: Mapping[str, object]
+    cost: str
+    call: str
+    saves_bytes: int
+    needed: bool
+    adds_bytes: int | None
+    peak_tensor_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """Whether the size fits as asked, and else which remedies make it fit (``fits`` tells if they do)."""
+
+    budget_bytes: int
+    peak_tensor_bytes: int
+    fits_as_asked: bool
+    fits: bool
+    final_peak_tensor_bytes: int
+    steps: tuple[Step, ...]
+
+    @property
+    def needed(self) -> tuple[Step, ...]:
+        """The remedies to apply, cheapest first."""
+        return tuple(step for step in self.steps if step.needed)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the recommendation, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The sizes of one call."""
+
+    height: int
+    width: int
+    batch_size: int = 1
+    prompt_length: int = DEFAULT_PROMPT_LENGTH
+    guidance: bool = True
+
+
+class _Peaks:
+    """The exact peak of one call under changed options, each set of options derived once."""
+
+    def __init__(self, derivation: Derivation, call: Call, budget_bytes: int, replayed: bool) -> None:
+        self._derivation, self._call = derivation, call
+        self._budget_bytes, self._replayed = budget_bytes, replayed
+        self._known: dict[Options, Image] = {}
+
+    def __getitem__(self, remedies: Sequence[Remedy]) -> int:
+        return self.image(remedies).peak_tensor_bytes
+
+    def fits(self, remedies: Sequence[Remedy]) -> bool:
+        """Return whether the call is within the budget, and served by the caching allocator where it is replayed."""
+        image = self.image(remedies)
+        return image.headroom_bytes >= 0 and (image.reserved_bytes is not None or not self._replayed)
+
+    def image(self, remedies: Sequence[Remedy]) -> Image:
+        """Return the call's peak with some remedies."""
+        changed = self._derivation.options
+        for remedy in remedies:
+            changed = replace(changed, **remedy.change)  # type: ignore[arg-type]
+        if changed not in self._known:
+            derivation, call = Derivation(self._derivation.checkpoint, changed), self._call
+            request = Request(derivation, self._budget_bytes, call.prompt_length, call.guidance, self._replayed)
+            self._known[changed] = request.image(call.height, call.width, call.batch_size)
+        return self._known[changed]
+
+
+def recommend(derivation: Derivation, budget_bytes: int, call: Call, replayed: bool = False) -> Recommendation:
+    """Return the remedies, in order of cost, that ``call`` needs to stay within ``budget_bytes``.
+
+    Cheap remedies are added until the call fits; then each that turned out needless is taken back, the
+    costliest first. With ``replayed`` the caching allocator must also serve the call on the derivation's GPU.
+    Raises DerivationError for a size that the pipeline rejects.
+    """
+    positive("budget_bytes", budget_bytes)
+    peaks = _Peaks(derivation, call, budget_bytes, replayed)
+    alone = _savings(peaks, derivation.options)
+    chosen = _minimal(peaks, list(alone))
+    steps = (_step(peaks, remedy, saves, chosen) for remedy, saves in alone.items())
+    kept = tuple(step for step in steps if step.needed or step.saves_bytes > 0)
+    return Recommendation(budget_bytes, peaks[()], peaks.fits(()), peaks.fits(chosen), peaks[chosen], kept)
+
+
+def _step(peaks: _Peaks, remedy: Remedy, saves_bytes: int, chosen: Sequence[Remedy]) -> Step:
+    needed, after, adds = remedy in chosen, None, None
+    if needed:
+        before = chosen[: chosen.index(remedy)]
+        after = peaks[[*before, remedy]]
+        adds = peaks[before] - after
+    return Step(remedy.name, dict(remedy.change), remedy.cost, remedy.call, saves_bytes, needed, adds, after)
+
+
+def _savings(peaks: _Peaks, options: Options) -> dict[Remedy, int]:
+    """Return the bytes that each remedy saves alone, for those that change these options and can be derived."""
+    known = {field.name for field in fields(Options)}
+    found: dict[Remedy, int] = {}
+    for remedy in REMEDIES:
+        if remedy.change.keys() <= known and _improves(options, remedy):
+            with suppress(DerivationError):
+                found[remedy] = peaks[()] - peaks[[remedy]]
+    return found
+
+
+def _improves(options: Options, remedy: Remedy) -> bool:
+    """Return False for no change, for a half type in place of another, and for a fused backend likewise."""
+    change = remedy.change
+    if all(getattr(options, name) == value for name, value in change.items()):
+        return False
+    fused = change.get("attention") == "efficient"
+    slow = options.attention in ("eager", "math")
+    return (not fused or slow) and ("dtype" not in change or options.dtype == "float32")
+
+
+def _minimal(peaks: _Peaks, remedies: Sequence[Remedy]) -> list[Remedy]:
+    """Return the cheapest prefix that fits, without its needless members; all that help where none fits."""
+    chosen: list[Remedy] = []
+    for remedy in remedies:
+        if peaks.fits(chosen):
+            break
+        if peaks[[*chosen, remedy]] < peaks[chosen]:
+            chosen.append(remedy)
+    fit, least = peaks.fits(chosen), peaks[chosen]
+    for remedy in reversed(chosen[:]):
+        rest = [other for other in chosen if other is not remedy]
+        if peaks.fits(rest) if fit else peaks[rest] <= least:
+            chosen = rest
+    return chosen

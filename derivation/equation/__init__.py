@@ -1,0 +1,1 @@
+"""From undominated peaks to the exact function: cases, straight-line code, limits."""

@@ -1,0 +1,310 @@
+"""The exact peak as a list of cases: the generic points, and others for sizes at which PyTorch decides otherwise.
+
+A program takes decisions on sizes ("is this dimension larger than 1?"), so that a generic closed form holds
+where the generic decisions hold. Every other combination of decisions is visited here. Theorem: a pipeline's
+live set is what the pipeline holds plus what the running component allocates, so if every component's exact
+peak is the same function under two combinations, so is the pipeline's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from derivation.api import Derivation
+from derivation.equation.numbering import Numbering, at
+from derivation.errors import DerivationError
+from derivation.peak.dominance import reduce_points, sample_sizes
+from derivation.peak.liveness import Point, cut_at, local_maxima, prompt_limits
+from derivation.peak.proof import margin, proven_nonnegative
+from derivation.tape.program import Program, Variant
+from derivation.tape.symbols import MAX_LEVELS, Size, free_names, symbol
+from derivation.tape.tape import Guard, Tape
+from derivation.tape.tiles import Tile
+
+# A size compared with more thresholds than this counts something without end.
+MAX_THRESHOLDS = 3
+# Sizes at which a proof is refused before it is tried.
+SAMPLES = 6
+
+Threshold = tuple[Size, int]
+# Live sets: (the stage where stages are told apart, the number) -> the first event.
+LiveSets = Mapping[tuple[str, int], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A region of sizes: some symbols are 1, some sizes are above a threshold."""
+
+    ones: frozenset[str] = frozenset()
+    above: frozenset[Threshold] = frozenset()
+
+    @property
+    def conditions_count(self) -> int:
+        """How many symbols and sizes are bounded."""
+        return len(self.ones) + len(self.above)
+
+    def contains(self, other: Cell) -> bool:
+        """Return whether every size of ``other`` is one of this cell's."""
+        return self.ones <= other.ones and {at(size, self.ones) for size, _ in self.above} <= {
+            at(size, self.ones) for size, _ in other.above
+        }
+
+    def joined(self, other: Cell) -> Cell | None:
+        """Return the sizes of both cells, or None where there are none."""
+        ones = self.ones | other.ones
+        above = {(at(size, ones), bound) for size, bound in self.above | other.above}
+        if any(isinstance(size, int) and size <= bound for size, bound in above):
+            return None
+        return Cell(ones, frozenset((size, bound) for size, bound in above if not isinstance(size, int)))
+
+    def flipped(self, guard: Guard) -> Cell | None:
+        """Return the part of this cell where ``guard`` is answered the other way, or None if there is none."""
+        if not guard.answer:
+            return self.joined(Cell(above=frozenset([(guard.size, guard.bound)])))
+        if guard.bound == 1:
+            return self.joined(Cell(ones=_with_deeper(free_names(guard.size))))
+        return None
+
+    def values(self, generic: Mapping[str, int]) -> dict[str, int]:
+        """Return sizes in this cell: the ``generic`` ones, but for those that it names."""
+        values = {name: 1 if name in self.ones else size for name, size in generic.items()}
+        for size, bound in self.above:
+            names = free_names(size)
+            for name in {name for name in names if name[0] in "hwT"} or names:
+                values[name] = max(values[name], bound + 1)
+        return values
+
+    def conditions(self) -> tuple[Guard, ...]:
+        """Return the fewest decisions that put a size into this cell."""
+        least = [n for n in sorted(self.ones) if n[0] not in "hw" or f"{n[0]}{int(n[1:]) - 1}" not in self.ones]
+        ones = [Guard(symbol(name), 1, answer=False) for name in least]
+        above = [Guard(size, bound, answer=True) for size, bound in sorted(self.above, key=str)]
+        return (*ones, *above)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """The points whose Max is the peak beyond the weights, where all ``conditions`` hold."""
+
+    conditions: tuple[Guard, ...]
+    points: tuple[Point, ...]
+
+
+def _with_deeper(names: Iterable[str]) -> frozenset[str]:
+    """Add the deeper levels: a side of 1 is 1 at every level below."""
+    deeper = {f"{n[0]}{k}" for n in names if n[0] in "hw" for k in range(int(n[1:]), MAX_LEVELS)}
+    return frozenset(names) | deeper
+
+
+def generic_sizes(derivation: Derivation) -> dict[str, int]:
+    """Return the least sizes at which every symbol that is not fixed is above 1."""
+    unit = derivation.grid.unit
+    return dict.fromkeys(derivation.sizes(unit, unit, 1, 1), 2) | derivation.fixed
+
+
+def regimes(program: Program, generic: Mapping[str, int]) -> list[tuple[Cell, Variant]]:
+    """Return a recorded variant for every combination of decisions that ``program`` can take.
+
+    Sizes at which a variant does not hold violate one of its guards, so they lie in a cell that is visited.
+    Raises DerivationError where the combinations have no end.
+    """
+    queue, seen, found = [Cell()], {Cell()}, dict[int, tuple[Cell, Variant]]()
+    while queue:
+        cell = queue.pop(0)
+        variant = program.regime(cell.values(generic))
+        found.setdefault(id(variant), (cell, variant))
+        flips = {cell.flipped(guard): None for guard in variant.tape.guards.values()}
+        fresh = [flip for flip in flips if flip is not None and flip not in seen]
+        for flip in fresh:
+            _check_finite(flip)
+        seen.update(fresh)
+        queue += fresh
+    return list(found.values())
+
+
+def _check_finite(cell: Cell) -> None:
+    size, count = Counter(size for size, _ in cell.above).most_common(1)[0] if cell.above else (1, 0)
+    if count > MAX_THRESHOLDS:
+        raise DerivationError(f"no closed form: the pipeline takes ever more decisions on {size}")
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """One variant, and its live sets that dominate them all, or those of each stage where stages are ``apart``."""
+
+    variant: Variant
+    kept: tuple[Point, ...]
+    apart: bool = False
+
+    @classmethod
+    def of(cls, variant: Variant, apart: bool = False) -> Known:
+        """Reduce each stage of a variant, then the survivors unless stages are ``apart``."""
+        survivors = _survivors(variant)
+        return cls(variant, survivors if apart else reduce_points(survivors).kept, apart)
+
+    def same_peak(self, cell: Cell, variant: Variant) -> bool:
+        """Return True if the Max over the points of ``variant`` is proven equal to this Max in ``cell``."""
+        numbering = Numbering(cell.ones)
+        kept = {
+            (p.stage if self.apart else "", numbering.number(p.terms)): p.event
+            for p in self.kept
+            if _occurs(p.max_length, cell)
+        }
+        before, after = (_live_sets(v, cell, numbering, self.apart) for v in (self.variant, variant))
+        new, gone = after.keys() - before.keys(), kept.keys() - after.keys()
+        if not new and not gone:
+            return True
+        samples = _samples(cell.ones, self.variant.tape.tile or variant.tape.tile)
+        uppers = _moments(self.variant, kept, numbering, samples)
+        if not _covers(uppers, _moments(variant, {key: after[key] for key in new}, numbering, samples)):
+            return False
+        lost = [upper for upper, key in zip(uppers, kept, strict=True) if key in gone]
+        return not lost or _covers(_moments(variant, after, numbering, samples), lost)
+
+
+@lru_cache(maxsize=64)
+def _survivors(variant: Variant) -> tuple[Point, ...]:
+    points = local_maxima(variant.tape)
+    stages = {name: [p for p in points if p.stage == name] for name in dict.fromkeys(p.stage for p in points)}
+    return tuple(p for stage in stages.values() for p in reduce_points(stage).kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """An event's live set with some symbols put to 1, and its bytes at some sizes where they are 1."""
+
+    tape: Tape
+    event: int
+    stage: str
+    number: int
+    numbering: Numbering
+    samples: tuple[int, ...]
+
+    def covers(self, other: Moment) -> bool:
+        """Return True if this is proven to take at least as many bytes as ``other``: where no sample denies it."""
+        if self.stage != other.stage or any(a < b for a, b in zip(self.samples, other.samples, strict=True)):
+            return False
+        lower = other.point()
+        return proven_nonnegative(margin([(self.point(), 1)], lower), lower)
+
+    def point(self) -> Point:
+        """Return the live set as a point of any prompt length."""
+        cut = cut_at(self.tape, self.event)
+        return Point(self.event, self.stage, self.numbering.terms(self.number), None, self.tape.tile, cut)
+
+
+@lru_cache(maxsize=1024)
+def _samples(ones: frozenset[str], tile: Tile | None) -> tuple[dict[str, int], ...]:
+    """Return some sizes at which ``ones`` are 1 and all kinds of VAE tiles occur."""
+    table = sample_sizes(MAX_LEVELS, tile)
+    rows = [dict(zip(table, map(int, row), strict=True)) for row in zip(*table.values(), strict=True)]
+    fitting = [row for row in rows if all(row.values()) and all(row.get(name, 1) == 1 for name in ones)]
+    return tuple(fitting[:: len(fitting) // SAMPLES + 1])
+
+
+def _moments(
+    variant: Variant, events: LiveSets, numbering: Numbering, samples: Iterable[Mapping[str, int]]
+) -> list[Moment]:
+    """Return live sets of a variant as moments."""
+    tables = [variant.evaluator.live_bytes(values) for values in samples]
+    return [
+        Moment(variant.tape, event, stage, number, numbering, tuple(int(table[event + 1]) for table in tables))
+        for (stage, number), event in events.items()
+    ]
+
+
+def _live_sets(variant: Variant, cell: Cell, numbering: Numbering, apart: bool) -> LiveSets:
+    """Return each distinct live set where bytes stop growing that occurs in a cell, of each stage where ``apart``."""
+    limits, numbers = prompt_limits(variant.tape), numbering.along(variant.evaluator)
+    found: dict[tuple[str, int], int] = {}
+    for event, stage in variant.evaluator.maxima:
+        if numbers[event + 1] and _occurs(limits.get(stage), cell):
+            found.setdefault((stage if apart else "", numbers[event + 1]), event)
+    return found
+
+
+def _occurs(max_length: int | None, cell: Cell) -> bool:
+    length = symbol("L")
+    return max_length is None or all(size != length or bound < max_length for size, bound in cell.above)
+
+
+def _covers(uppers: Sequence[Moment], lowers: Iterable[Moment]) -> bool:
+    return all(any(upper.covers(lower) for upper in uppers) for lower in lowers)
+
+
+def deviations(generic: Known, variants: Iterable[tuple[Cell, Variant]]) -> list[tuple[Cell, Known]]:
+    """Return the cells, in order, in which the peak is another function than in the nearest cell around them."""
+    known = [(Cell(), generic)]
+    for cell, variant in variants:
+        _, nearest = max((k for k in known if k[0].contains(cell)), key=lambda k: k[0].conditions_count)
+        if not nearest.same_peak(cell, variant):
+            known.append((cell, Known.of(variant, generic.apart)))
+    return known[1:]
+
+
+def exact_cases(derivation: Derivation, guidance: bool, apart: bool = False) -> tuple[Case, ...]:
+    """Return the cases of the exact peak, most special first: the first whose conditions hold applies.
+
+    Where stages are ``apart``, a case holds the points of each stage's own Max.
+    """
+    record, program = derivation.record(guidance), derivation.program(guidance)
+    stages = tuple(point for stage in record.stages.values() for point in stage.reduction.kept)
+    generic = Known(program.generic, stages if apart else record.pipeline.reduction.kept, apart)
+    special = deviations(generic, _variants(derivation, guidance))
+    ordered = sorted([(Cell(), generic), *special], key=lambda found: -found[0].conditions_count)
+    cases = [Case(cell.conditions(), known.kept) for cell, known in ordered]
+    found: dict[frozenset[Guard], Case] = {}
+    for split in (split for case in cases for split in _by_length(case)):
+        found.setdefault(frozenset(split.conditions), split)
+    return tuple(found.values())
+
+
+@lru_cache(maxsize=2)
+def _variants(derivation: Derivation, guidance: bool) -> list[tuple[Cell, Variant]]:
+    """Return the pipeline's variants in the cells where its peak may be another function."""
+    cells = _component_cells(derivation, guidance) + _own_cells(derivation, guidance)
+    program, sizes = derivation.program(guidance), generic_sizes(derivation)
+    return [(cell, program.regime(cell.values(sizes))) for cell in _intersections(cells)]
+
+
+def _component_cells(derivation: Derivation, guidance: bool) -> list[Cell]:
+    """Return the cells in which some component's peak is another function."""
+    found: list[Cell] = []
+    for name in derivation.calls:
+        (_, generic), *others = regimes(derivation.component(name, guidance), generic_sizes(derivation))
+        found += [cell for cell, _ in deviations(Known.of(generic), others)]
+    return found
+
+
+def _own_cells(derivation: Derivation, guidance: bool) -> list[Cell]:
+    """Return the cells that decisions which no component takes, only the pipeline, lead to."""
+    calls = (derivation.component(name, guidance) for name in derivation.calls)
+    inside = {key for call in calls for key in call.generic.tape.guards}
+    guards = derivation.program(guidance).generic.tape.guards
+    flips = (Cell().flipped(guard) for key, guard in guards.items() if key not in inside)
+    return [cell for cell in flips if cell is not None]
+
+
+def _intersections(cells: Iterable[Cell]) -> list[Cell]:
+    """Return the cells and all their non-empty intersections, the largest cells first."""
+    found: dict[Cell, None] = {}
+    for cell in cells:
+        joined = [both for other in found if (both := cell.joined(other)) is not None]
+        found |= dict.fromkeys([cell, *joined])
+    return sorted(found, key=lambda cell: cell.conditions_count)
+
+
+def _by_length(case: Case) -> tuple[Case, ...]:
+    """Split off the prompt lengths at which some points no longer occur."""
+    limits = {p.max_length for p in case.points if p.max_length is not None}
+    longer = [
+        Case(
+            (*case.conditions, Guard(symbol("L"), limit, answer=True)),
+            tuple(p for p in case.points if p.max_length is None or p.max_length > limit),
+        )
+        for limit in sorted(limits, reverse=True)
+    ]
+    return (*longer, case)

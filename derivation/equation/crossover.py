@@ -1,0 +1,224 @@
+"""Where the peak moves from one stage to another, solved symbolically, and what does not matter to it.
+
+Every headline polynomial depends on the image through its area A = H W, so stages cross at areas, or at
+prompt lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import combinations, pairwise
+from math import ceil, isqrt
+
+import sympy
+
+from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
+from derivation.peak.headline import B, H, L, Term, W
+from derivation.peak.liveness import Point, local_maxima
+from derivation.tape.symbols import Size, ceil512
+from derivation.tape.tiles import IN_PIXELS
+
+LiveSet = frozenset[tuple[Size, Size]]
+
+A = sympy.Symbol("A", integer=True, positive=True)
+# The size at which prompt lengths are compared: what Stable Diffusion 1.x was trained on.
+REFERENCE_SIDE = 512
+NEGLIGIBLE = 0.01
+# The longest history of the schedulers is 4 steps; further calls than these repeat.
+MOST_STEPS_TRIED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Crossover:
+    """The peak is ``before``'s up to ``axis`` = ``threshold``, and ``after``'s above.
+
+    ``axis`` is "area" (H W in pixels) or "length" (L in tokens); ``threshold`` is exact in the other symbols,
+    and ``at`` its value where they are ``given``.
+    """
+
+    before: str
+    after: str
+    axis: str
+    threshold: sympy.Expr
+    at: float
+    given: Mapping[str, int]
+
+    @property
+    def latex(self) -> str:
+        """``axis > threshold`` as LaTeX."""
+        axis = "H W" if self.axis == "area" else "L"
+        return f"{axis} > {sympy.latex(self.threshold)}"
+
+    @property
+    def sentence(self) -> str:
+        """What happens, in words."""
+        given = ", ".join(f"{name} = {number:,}" for name, number in self.given.items())
+        if self.axis == "area":
+            side = isqrt(int(self.at))
+            where = f"images of more than {int(self.at):,} pixels (about {side:,} x {side:,})"
+        else:
+            where = f"prompts of more than {int(self.at):,} tokens"
+        return f"At {given} the peak moves from {self.before} to {self.after} for {where}."
+
+
+@dataclass(frozen=True, slots=True)
+class Irrelevant:
+    """A quantity that does not matter to the peak, and why."""
+
+    quantity: str
+    sentence: str
+
+
+def in_area(expression: sympy.Expr) -> sympy.Expr | None:
+    """Return an expression with A for H W, or None where it depends on the sides otherwise.
+
+    >>> in_area(3 * B * H * W + L)
+    3*A*B + L
+    """
+    polynomial = sympy.Poly(expression, H, W)
+    if expression.free_symbols & set(IN_PIXELS.values()) or any(h != w for h, w in polynomial.monoms()):
+        return None
+    return sympy.Add(*(c * A**h for (h, _), c in polynomial.terms()))
+
+
+@lru_cache(maxsize=16)
+def crossovers(
+    derivation: Derivation,
+    guidance: bool = True,
+    prompt_length: int = DEFAULT_PROMPT_LENGTH,
+    batch_size: int = 1,
+    side: int = REFERENCE_SIDE,
+) -> tuple[Crossover, ...]:
+    """Return where the peak's stage changes with the area, and at ``side`` x ``side`` with the prompt length."""
+    terms = derivation.pipeline_stage(guidance).terms
+    forms = _forms(terms)
+    if any(term.expression.free_symbols & set(IN_PIXELS.values()) for term in terms):
+        return ()
+    area = _along(forms, A, {"L": prompt_length, "B": batch_size}, derivation.grid.unit**2)
+    length = _along(forms, L, {"H": side, "W": side, "B": batch_size}, 1)
+    return (*area, *length)
+
+
+def _forms(terms: Sequence[Term]) -> list[tuple[str, sympy.Expr]]:
+    forms = [(term.point.stage, in_area(term.expression)) for term in terms]
+    return [(stage, form) for stage, form in forms if form is not None]
+
+
+def _along(
+    forms: Sequence[tuple[str, sympy.Expr]], axis: sympy.Symbol, given: Mapping[str, int], start: int
+) -> list[Crossover]:
+    """Follow the upper envelope of the forms from ``start`` on."""
+    at = _substitution(given)
+    curves = [sympy.Poly(form.subs(at), axis, domain="QQ") for _, form in forms]
+    edges = [float(start), *_crossings(curves, start)]
+    probes = [(low + high) / 2 for low, high in pairwise(edges)] + [2 * edges[-1] + 1]
+    winners = [max(range(len(curves)), key=lambda i: curves[i].eval(sympy.Rational(probe))) for probe in probes]
+    found: list[Crossover] = []
+    for edge, (old, new) in zip(edges[1:], pairwise(winners), strict=True):
+        if forms[old][0] != forms[new][0]:
+            threshold = _threshold(forms[new][1] - forms[old][1], axis, at, edge)
+            name = "area" if axis == A else "length"
+            found.append(Crossover(forms[old][0], forms[new][0], name, threshold, edge, given))
+    return found
+
+
+def _substitution(given: Mapping[str, int]) -> dict[sympy.Symbol, int]:
+    values = {symbol: given[symbol.name] for symbol in (B, L) if symbol.name in given}
+    return values | ({A: given["H"] * given["W"]} if "H" in given else {})
+
+
+def _crossings(curves: Iterable[sympy.Poly], start: int) -> list[float]:
+    differences = {(p - q) for p, q in combinations(curves, 2)}
+    roots = {float(root) for d in differences if d.degree() > 0 for root in d.real_roots()}
+    return sorted(root for root in roots if root > start)
+
+
+def _threshold(
+    difference: sympy.Expr, axis: sympy.Symbol, at: Mapping[sympy.Symbol, int], edge: float
+) -> sympy.Expr:
+    """Return the exact root that is ``edge`` where the other symbols are ``at``."""
+    unknown = sympy.Symbol("x")
+    roots = sympy.solve(difference.subs(axis, unknown), unknown)
+    nearest = min(roots, key=lambda root: abs(complex(root.subs(at)) - edge))
+    return sympy.simplify(nearest.subs(A, H * W))
+
+
+@lru_cache(maxsize=16)
+def does_not_matter(derivation: Derivation, guidance: bool = True) -> tuple[Irrelevant, ...]:
+    """Return what the peak does not depend on, each with the threshold from which on or up to which that holds."""
+    found = [_orientation(derivation, guidance), _length(derivation, guidance), _steps(derivation, guidance)]
+    names = ", ".join(sorted(str(s) for s in derivation.peak_with(guidance).free_symbols))
+    values = Irrelevant(
+        "seed, prompt text, guidance scale above 1",
+        f"The peak depends on {names} alone: no tensor's size depends on what the tensors hold.",
+    )
+    return (*(x for x in found if x is not None), values)
+
+
+def _orientation(derivation: Derivation, guidance: bool) -> Irrelevant | None:
+    terms = derivation.pipeline_stage(guidance).terms
+    if len(_forms(terms)) < len(terms):
+        return None
+    unit = derivation.grid.unit
+    if not {H, W} & derivation.peak_with(guidance).free_symbols:
+        return Irrelevant("image size", "No tensor at the peak has a size that depends on the image's.")
+    return Irrelevant(
+        "aspect ratio",
+        f"Height and width count through their product only, for sides that are multiples of {unit} pixels.",
+    )
+
+
+def _length(derivation: Derivation, guidance: bool) -> Irrelevant | None:
+    at = {A: REFERENCE_SIDE**2, L: DEFAULT_PROMPT_LENGTH, B: 1}
+    forms = [form for _, form in _forms(derivation.pipeline_stage(guidance).terms)]
+    if len(forms) < len(derivation.pipeline_stage(guidance).terms):
+        return None
+    highest = max(forms, key=lambda form: form.subs(at))
+    per_token = int(sympy.diff(highest, L).subs(at))
+    share = per_token * DEFAULT_PROMPT_LENGTH / (derivation.weights_bytes + int(highest.subs(at)))
+    if share > NEGLIGIBLE:
+        return None
+    if per_token == 0:
+        sentence = f"At {REFERENCE_SIDE} x {REFERENCE_SIDE} and B = 1 the peak does not depend on it."
+        return Irrelevant("prompt length", sentence)
+    longer = [c for c in crossovers(derivation, guidance) if c.axis == "length" and c.at > DEFAULT_PROMPT_LENGTH]
+    most = f"{ceil(share * 1e4) / 1e4:.2%}"
+    limit = f" Only a prompt of more than {int(longer[0].at):,} tokens moves the peak." if longer else ""
+    return Irrelevant(
+        "prompt length",
+        f"At {REFERENCE_SIDE} x {REFERENCE_SIDE} and B = 1 a token adds {per_token:,} bytes, and "
+        f"{DEFAULT_PROMPT_LENGTH} tokens, to which the pipeline pads, less than {most} of the peak.{limit}",
+    )
+
+
+def _steps(derivation: Derivation, guidance: bool) -> Irrelevant | None:
+    """Find the fewest UNet calls that visit the same surviving live sets and no others, None if not among few."""
+    if not derivation.checkpoint.whole:
+        return None
+    reference = set(_live_sets(derivation, guidance))
+    kept = {(p.stage, _rounded(p)) for p in derivation.record(guidance).pipeline.reduction.kept}
+    for fewer in range(1, min(derivation.options.num_inference_steps, MOST_STEPS_TRIED + 1)):
+        options = replace(derivation.options, num_inference_steps=fewer, strength=1.0)
+        visited = set(_live_sets(Derivation(derivation.checkpoint, options, derivation.fixed), guidance))
+        if kept <= visited <= reference:
+            return Irrelevant(
+                "number of denoising steps, strength",
+                f"From {fewer} UNet calls on, every further one finds the same tensors alive as the one before.",
+            )
+    return None
+
+
+def _live_sets(derivation: Derivation, guidance: bool) -> Iterable[tuple[str, LiveSet]]:
+    tape = derivation.program(guidance).generic.tape
+    return ((point.stage, _rounded(point)) for point in local_maxima(tape))
+
+
+def _rounded(point: Point) -> LiveSet:
+    """Return how many storages of each size are alive, fixed sizes rounded as the allocator rounds them."""
+    found: dict[Size, Size] = {}
+    for nbytes, count in point.terms:
+        blocks = ceil512(nbytes) if isinstance(nbytes, int) else nbytes
+        found[blocks] = found.get(blocks, 0) + count
+    return frozenset(found.items())

@@ -1,0 +1,1 @@
+"""Facts about cards and their libraries, each with its source."""

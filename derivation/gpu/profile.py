@@ -1,0 +1,257 @@
+"""What a GPU and its libraries are, and the numbers that follow: who runs attention, how large a scratch is.
+
+Coefficients and their sources are in ``profiles.json``; PyTorch's own rules are functions here.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from derivation.errors import DerivationError
+from derivation.gpu.cards import Gpu, lookup
+
+PROFILES = Path(__file__).with_name("profiles.json")
+SCRATCH = ("expected", "upper", "none")
+Version = tuple[int, int]
+# dtype, whether in channels_last, kind
+WorkspaceKey = tuple[str, bool, str]
+# Oldest torch whose allocations these rules follow: scaled_dot_product_attention's math path of 2.5.
+OLDEST_TORCH: Version = (2, 5)
+DEFAULT_TORCH: Version = (2, 13)
+DEFAULT_DIFFUSERS: Version = (0, 42)
+
+
+class NearestProfile(UserWarning):
+    """A figure that nobody measured on this GPU was taken from the nearest documented one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """A convolution's workspace: these multiples of the bytes of its input, output and weight, and a constant."""
+
+    input: int
+    output: int
+    weight: int
+    constant: int = 0
+
+
+NO_WORKSPACE = Workspace(0, 0, 0)
+# Kinds of convolutions that a profile may tell apart; "spatial" is every other.
+POINTWISE, UNALIGNED, SPATIAL = "pointwise", "unaligned", "spatial"
+# cuDNN's tensor-core kernels read channels in eights.
+CHANNEL_ALIGNMENT = 8
+UPPER_WORKSPACE = Workspace(1, 1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """A GPU with its library versions; ``scratch`` is "expected" (the profile), "upper" or "none".
+
+    ``workspaces`` holds the profile's convolution workspace by (dtype, channels_last, kind). cuDNN's benchmark
+    mode is off, which is PyTorch's default.
+    """
+
+    compute_capability: tuple[int, int]
+    sm_count: int | None = None
+    torch: Version = DEFAULT_TORCH
+    diffusers: Version = DEFAULT_DIFFUSERS
+    scratch: str = "expected"
+    workspaces: tuple[tuple[WorkspaceKey, Workspace], ...] = ()
+
+    def convolution_workspace(
+        self, dtype: str, channels_last: bool, kernel: int = 3, in_channels: int = CHANNEL_ALIGNMENT
+    ) -> Workspace:
+        """Return the workspace of a convolution; raises DerivationError where the profile has none."""
+        if self.scratch != "expected":
+            return UPPER_WORKSPACE if self.scratch == "upper" else NO_WORKSPACE
+        kind = convolution_kind(kernel, in_channels)
+        for key, workspace in self.workspaces:
+            if key == (dtype, channels_last, kind):
+                return workspace
+        sm = "sm{}{}".format(*self.compute_capability)
+        raise DerivationError(f"{PROFILES.name}: no convolution workspace for {sm} {dtype}; use scratch upper or none")
+
+    def cublas_workspace_bytes(self) -> int:
+        """Bytes that the first use of a cuBLAS handle allocates for good (CublasHandlePool.cpp).
+
+        ``:4096:2:16:8``, or 32 MiB: Hopper always, Blackwell after PR 175344 (torch 2.12).
+        """
+        major = self.compute_capability[0]
+        large = major == 9 or (major in (10, 12) and self.torch >= (2, 12))
+        return 32 * 1024 * 1024 if large else (2 * 4096 + 8 * 16) * 1024
+
+    def cublaslt_workspace_bytes(self) -> int:
+        """Bytes of cuBLASLt's own workspace: 1 MiB up to torch 2.11, then cuBLAS's is shared (PR 168175, PR 175879).
+
+        torch 2.11.0 allocates it on an H200: evidence/gpu-history.json.
+        """
+        return 1024 * 1024 if self.torch < (2, 12) else 0
+
+    @property
+    def keeps_cublaslt_workspace(self) -> bool:
+        """Whether that workspace is kept once allocated (PR 156495), else it is one call's."""
+        return self.torch >= (2, 9)
+
+    @property
+    def flash_state_on_gpu(self) -> bool:
+        """Whether flash attention's random state and its unused twin are CUDA tensors."""
+        return self.torch >= (2, 7)
+
+    @property
+    def contiguous_shortcut(self) -> bool:
+        """Whether ResnetBlock2D runs ``conv_shortcut(input_tensor.contiguous())`` (diffusers 0.33 to 0.36)."""
+        return (0, 33) <= self.diffusers <= (0, 36)
+
+    def runs(self, backend: str, dtype: str, head_dim: int) -> bool:
+        """Return whether an SDPA backend runs without a mask (ATen/native/transformers/cuda/sdp_utils.cpp)."""
+        half = dtype != "float32"
+        if backend == "flash":
+            return half and head_dim <= 256 and self._fused_from((8, 0))
+        if backend == "cudnn":
+            # cuDNN 9.10 (wheels of torch 2.8 and later): head dims to 256 on Hopper
+            widest = 256 if self.compute_capability == (9, 0) and self.torch >= (2, 8) else 128
+            return half and head_dim % 8 == 0 and head_dim <= widest and self.compute_capability >= (8, 0)
+        alignment = self._efficient_alignment(half)
+        return head_dim % alignment == 0 and self._fused_from((8, 0) if dtype == "bfloat16" else (5, 0))
+
+    def _efficient_alignment(self, half: bool) -> int:
+        """minimum_gemm_alignment: elements in 128 bits where the kernel uses tensor cores."""
+        if self.compute_capability < ((7, 0) if half else (8, 0)):
+            return 1
+        return 8 if half else 4
+
+    def _fused_from(self, oldest: tuple[int, int]) -> bool:
+        """check_sm_version: Blackwell since PR 145602 (torch 2.7)."""
+        newest = (12, 1) if self.torch >= (2, 7) else (9, 0)
+        return oldest <= self.compute_capability <= newest
+
+    @property
+    def prefers_cudnn(self) -> bool:
+        """check_prefer_cudnn_attention(): torch 2.9, then again from 2.11 (cuDNN > 9.15 in its wheels)."""
+        major, minor = self.compute_capability
+        if self.torch == (2, 9):
+            return major in (9, 10) and minor == 0
+        return self.torch >= (2, 11) and major in (9, 10) and minor in (0, 3)
+
+    def num_splits(self, batch_heads: int, queries: int, keys: int, head_dim: int) -> int:
+        """Return flash attention's split-KV factor (flash_api.cpp: num_splits_heuristic); 1 without sm_count."""
+        if self.sm_count is None:
+            return 1
+        slots = 2 * self.sm_count
+        blocks = batch_heads * -(-queries // 64)
+        key_blocks = -(-keys // (256 if head_dim <= 64 else 128 if head_dim <= 128 else 64))
+        if blocks >= 0.8 * slots:
+            return 1
+        eligible = [n for n in range(1, min(128, slots, key_blocks) + 1) if _changes(key_blocks, n)]
+        efficiency = {n: _wave_efficiency(blocks * n, slots) for n in eligible}
+        best = max(efficiency.values())
+        return next(n for n in eligible if efficiency[n] >= 0.85 * best)
+
+    def split_head_dim(self, head_dim: int) -> int:
+        """Return the head dimension of the split-KV accumulator: a multiple of 32, newer of 64 above 128."""
+        unit = 64 if head_dim > 128 and self.torch >= (2, 7) else 32
+        return -(-head_dim // unit) * unit
+
+
+def convolution_kind(kernel: int, in_channels: int) -> str:
+    """Return the kind of a convolution with a square kernel.
+
+    >>> convolution_kind(1, 4), convolution_kind(3, 4), convolution_kind(3, 320)
+    ('pointwise', 'unaligned', 'spatial')
+    """
+    if kernel == 1:
+        return POINTWISE
+    return UNALIGNED if in_channels % CHANNEL_ALIGNMENT else SPATIAL
+
+
+def _changes(blocks: int, splits: int) -> bool:
+    return splits == 1 or -(-blocks // splits) != -(-blocks // (splits - 1))
+
+
+def _wave_efficiency(blocks: int, slots: int) -> float:
+    waves = blocks / slots
+    return waves / -(-blocks // slots)
+
+
+def hardware(
+    gpu: str, *, torch: str | None = None, diffusers: str | None = None, scratch: str = "expected"
+) -> Hardware:
+    """Describe ``gpu`` (a name or architecture of the GPU table) with library versions such as "2.8.0+cu126".
+
+    Warns NearestProfile where the profile of another architecture stands in; raises DerivationError for an
+    unknown GPU or version, or where no documented architecture is near enough.
+    """
+    if scratch not in SCRATCH:
+        raise DerivationError(f"scratch = {scratch!r} is not supported (supported: {', '.join(SCRATCH)})")
+    card = lookup(gpu)
+    version = DEFAULT_TORCH if torch is None else parse_version("torch", torch)
+    if version < OLDEST_TORCH:
+        warnings.warn(f"torch {torch}: the rules of torch 2.5 are used", NearestProfile, stacklevel=2)
+    return Hardware(
+        compute_capability=card.compute_capability,
+        sm_count=card.sm_count,
+        torch=max(version, OLDEST_TORCH),
+        diffusers=DEFAULT_DIFFUSERS if diffusers is None else parse_version("diffusers", diffusers),
+        scratch=scratch,
+        workspaces=_workspaces(card) if scratch == "expected" else (),
+    )
+
+
+def parse_version(library: str, text: str) -> Version:
+    """Return (major, minor) of a version.
+
+    >>> parse_version("torch", "2.8.0+cu126")
+    (2, 8)
+    """
+    parts = text.split(".")
+    if len(parts) < 2 or not all(part.isdecimal() for part in parts[:2]):
+        raise DerivationError(f"{library} = {text!r} is not a version (expected: major.minor)")
+    return int(parts[0]), int(parts[1])
+
+
+def _workspaces(card: Gpu) -> tuple[tuple[WorkspaceKey, Workspace], ...]:
+    """Return the convolution workspaces of a card's architecture, or of the nearest documented one."""
+    nearest = _profiles()["nearest"].get(card.architecture)
+    if nearest is None:
+        raise DerivationError(
+            f"{card.name} ({card.architecture}): no documented architecture is near enough; use scratch upper or none"
+        )
+    found: dict[WorkspaceKey, Workspace] = {}
+    for entry in _profiles()["convolution_workspace"]:
+        documented = card.architecture in entry["architectures"]
+        if not documented and nearest["architecture"] not in entry["architectures"]:
+            continue
+        for dtype, kind in product(entry["dtypes"], (SPATIAL, POINTWISE, UNALIGNED)):
+            coefficients = entry.get(kind, entry["coefficients"])
+            found[dtype, entry["memory_format"] == "channels_last", kind] = Workspace(**coefficients)
+    if nearest["architecture"] != card.architecture:
+        warnings.warn(
+            f"{card.name}: convolution workspace as measured on {nearest['architecture']} ({nearest['reason']})",
+            NearestProfile,
+            stacklevel=3,
+        )
+    return tuple(found.items())
+
+
+@cache
+def _profiles() -> Mapping[str, Any]:
+    profiles: dict[str, Any] = json.loads(PROFILES.read_text(encoding="utf-8"))
+    for entry in profiles["convolution_workspace"]:
+        if not all(entry.get(key) for key in ("source", "versions", "date")):
+            raise DerivationError(f"{PROFILES.name}: an entry of convolution_workspace has no source, versions or date")
+    return profiles
+
+
+def fitted_rows(dtype: str, channels_last: bool = False) -> tuple[str, ...]:
+    """Return the evidence rows that a convolution workspace's coefficients came from."""
+    for entry in _profiles()["convolution_workspace"]:
+        if dtype in entry["dtypes"] and channels_last == (entry["memory_format"] == "channels_last"):
+            return tuple(entry["fitted_on"])
+    return ()

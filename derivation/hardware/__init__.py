@@ -1,1 +1,0 @@
-"""What hardware and the allocator add to tensors: scratch profiles, allocator replay, GPU table."""

@@ -1,0 +1,43 @@
+"""What a live pipeline says of itself: the options that it runs with, read off its models without importing torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from derivation.errors import shown
+from derivation.options import Options, options_of
+from derivation.options.live import adapters, readers
+from derivation.options.live.modules import MODELS, READERS, Models, called, models_of, unsupported, up_blocks
+
+__all__ = ["FREEU", "MODELS", "adapters", "live_options", "readers"]
+
+# free_u: what enable_freeu sets on the up blocks of a UNet
+FREEU = ("s1", "s2", "b1", "b2")
+CLIP = ("text_encoder", "text_encoder_2", "image_encoder")
+
+
+def live_options(pipe: Any, **given: Any) -> Options:
+    """Return the options that ``pipe`` runs with, ``given`` ones as they are; raises DerivationError for others."""
+    models = models_of(pipe)
+    _refuse(pipe, models)
+    found = {name: read(pipe, models) for name, read in READERS.items() if name not in given}
+    return options_of({**found, **given})
+
+
+def _refuse(pipe: Any, models: Models) -> None:
+    """Raise for what changes the memory of a call and has no option."""
+    if any(getattr(block, name, None) is not None for block in up_blocks(models) for name in FREEU):
+        raise unsupported("enable_freeu", "on", "FreeU off, by pipe.disable_freeu()")
+    if (device_map := getattr(pipe, "hf_device_map", None)) is not None:
+        raise unsupported("device_map", shown(device_map), "none, by pipe.reset_device_map()")
+    for name, model in models.items():
+        if hooks := sorted({hook for module in called(model, "modules") for hook in _hooks(module)}):
+            raise unsupported(f"{name}'s hooks", ", ".join(hooks), "none of diffusers' own")
+        backend = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        if name in CLIP and backend not in (None, "sdpa"):
+            raise unsupported(f"{name}'s attn_implementation", shown(backend), "sdpa")
+
+
+def _hooks(module: Any) -> tuple[str, ...]:
+    """diffusers/hooks: the names of what group offload, layerwise casting and caches register on a module."""
+    return tuple(getattr(getattr(module, "_diffusers_hook", None), "hooks", ()))

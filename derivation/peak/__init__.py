@@ -1,0 +1,1 @@
+"""From a tape to its undominated peaks and their closed form."""

@@ -1,0 +1,136 @@
+"""The few program points that nothing else dominates, each drop proven (``derivation.peak.proof``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from derivation.peak.liveness import Point
+from derivation.peak.proof import margin, proven_nonnegative
+from derivation.tape.symbols import BLOCK_BYTES, MAX_LEVELS, SYMBOLS, Size, as_poly
+from derivation.tape.tiles import Tile
+
+Samples = NDArray[np.float64]
+# Points by index, each with its weight; mixtures with their bytes at the samples.
+Uppers = tuple[tuple[int, int], ...]
+Mixtures = tuple[Sequence[Uppers], Samples]
+
+# Convex combinations tried: weights in sixteenths, among the points that win most often.
+MIX, MIX_AMONG = 16, 5
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """The outcome: points kept, points proven dominated, and points kept only for want of a proof."""
+
+    kept: tuple[Point, ...]
+    candidates: int
+    dominated: int
+    unproven: int
+
+
+def sample_sizes(levels: int, tile: Tile | None = None) -> dict[str, Samples]:
+    """Return a grid of sizes from tiny to huge, square and narrow, as one array a symbol, with VAE tiles as given."""
+    sides: tuple[int, ...] = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 127, 256, 1024)
+    if tile is not None:  # cut tiles from short to long, many tiles along a side
+        sides += tuple(n * tile.step + tile.side + rest for n in (0, 3, 99) for rest in (1, tile.step // 2, -1))
+    grid = [
+        (b, length, h, w)
+        for b in (1, 2, 64)
+        for length in (1, 77, 1001, 100_001)
+        for h in sides
+        for w in (h, 1, 8, 65)
+    ]
+    columns = np.array(grid, dtype=np.float64).T
+    values = {"B": columns[0], "L": columns[1], "h0": columns[2], "w0": columns[3]}
+    for k in range(1, levels):
+        for side in "hw":
+            values[f"{side}{k}"] = np.ceil(values[f"{side}{k - 1}"] / 2)
+    if tile is not None:
+        tiles = [tile.sizes(h, w) for _, _, h, w in grid]
+        values |= {name: np.array([each[name] for each in tiles], dtype=np.float64) for name in tiles[0]}
+    return values
+
+
+def _bytes_at(points: Sequence[Point], values: Mapping[str, Samples]) -> Samples:
+    """Return bytes [points, samples] in floating point; 0 where a point does not occur."""
+    atoms: dict[tuple[Size, Size], int] = {}
+    columns = [[atoms.setdefault(term, len(atoms)) for term in p.terms] for p in points]
+    table = np.array([_atom(nbytes, values) * _poly(count, values) for nbytes, count in atoms])
+    incidence = np.zeros((len(points), len(atoms)))
+    for row, alive in enumerate(columns):
+        incidence[row, alive] = 1
+    result: Samples = incidence @ table
+    for row, point in enumerate(points):
+        if point.max_length is not None:
+            result[row, values["L"] > point.max_length] = 0
+        for name in point.cut:
+            result[row, values[name] == 0] = 0
+    return result
+
+
+def _atom(nbytes: Size, values: Mapping[str, Samples]) -> Samples:
+    blocks: Samples = np.ceil(_poly(nbytes, values) / BLOCK_BYTES)
+    return blocks * BLOCK_BYTES
+
+
+def _poly(size: Size, values: Mapping[str, Samples]) -> Samples:
+    total = np.zeros_like(values["B"])
+    for monomial, coefficient in as_poly(size).items():
+        term = np.full_like(total, int(coefficient))
+        for index, power in enumerate(monomial):
+            if power:
+                term = term * values[SYMBOLS[index].name] ** power
+        total = total + term
+    return total
+
+
+def reduce_points(points: Sequence[Point]) -> Reduction:
+    """Drop every point that others provably dominate at all sizes.
+
+    Points that win at some sample stay. Any other goes where one kept point, or a convex combination of
+    two, is proven to be at least as large: max(x, y) >= t x + (1 - t) y for 0 <= t <= 1.
+    """
+    table = _bytes_at(points, sample_sizes(MAX_LEVELS, points[0].tile))
+    occurring = table.max(axis=0) > 0
+    wins = np.bincount(np.argmax(table[:, occurring], axis=0), minlength=len(points))
+    winners = [int(i) for i in np.argsort(-wins, kind="stable") if wins[i]]
+    kept = list(winners)
+    mixed = _mixtures(table, kept[:MIX_AMONG])
+    # a point that dominates another is no smaller at any sample, so it comes first
+    shares = (table / np.maximum(table.max(axis=0), 1)).sum(axis=1)
+    for i in (int(i) for i in np.argsort(-shares, kind="stable") if not wins[i]):
+        if not _dominated(points, table, kept, mixed, i):
+            kept.append(i)
+            mixed = _mixtures(table, kept[:MIX_AMONG])
+    survivors = tuple(points[i] for i in kept)
+    return Reduction(survivors, len(points), len(points) - len(kept), len(kept) - len(winners))
+
+
+def _dominated(points: Sequence[Point], table: Samples, kept: Sequence[int], mixed: Mixtures, lower: int) -> bool:
+    """Check at the samples first, then prove."""
+    length = points[lower].max_length
+    return any(
+        all(points[k].max_length in (None, length) for k, _ in uppers)
+        and proven_nonnegative(margin([(points[k], w) for k, w in uppers], points[lower]), points[lower])
+        for uppers in _no_smaller(table, kept, mixed, lower)
+    )
+
+
+def _no_smaller(table: Samples, kept: Sequence[int], mixed: Mixtures, lower: int) -> Iterator[Uppers]:
+    """Yield each kept point, then each mixture, that is nowhere below ``lower`` at the samples."""
+    fits = (table[kept] >= table[lower]).all(axis=1)
+    yield from (((k, 1),) for k, fit in zip(kept, fits, strict=True) if fit)
+    fits = (mixed[1] >= MIX * table[lower]).all(axis=1)
+    yield from (uppers for uppers, fit in zip(mixed[0], fits, strict=True) if fit)
+
+
+def _mixtures(table: Samples, among: Sequence[int]) -> Mixtures:
+    """Return the convex combinations of two of some points, and MIX times their bytes [combinations, samples]."""
+    found = [((a, t), (b, MIX - t)) for a, b in combinations(among, 2) for t in range(1, MIX)]
+    rows = [t * table[a] + s * table[b] for (a, t), (b, s) in found]
+    return found, np.array(rows).reshape(len(rows), table.shape[1])

@@ -1,0 +1,1 @@
+"""Symbols, and the record of what a run allocates and frees."""

@@ -1,0 +1,1 @@
+"""The real modules on torch's meta device, their storages watched (needs the extra verify)."""

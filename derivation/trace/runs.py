@@ -1,0 +1,383 @@
+"""Run the calls of the exactness contract, and whole pipelines, under the tracer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+
+from derivation.trace.modules import (
+    Config,
+    Switches,
+    build_controlnet,
+    build_image_encoder,
+    build_pipeline,
+    build_safety_checker,
+    build_text_encoder,
+    build_unet,
+    build_vae,
+)
+from derivation.trace.offload import meta_as_gpu, offload_model
+from derivation.trace.sdpa import SdpaMode
+from derivation.trace.tracer import Trace, Tracer
+
+# A module, its inputs and the call to watch.
+Call = tuple[torch.nn.Module, dict[str, torch.Tensor], Callable[..., object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes of one run: pixels, images or prompts, tokens; what follows from them in tensors."""
+
+    height: int
+    width: int
+    batch_size: int
+    prompt_length: int
+    guidance: bool
+    dtype: str
+    switches: Switches = ()
+
+    @property
+    def unet_batch(self) -> int:
+        """Two rows an image with guidance, one without."""
+        return self.batch_size * (2 if self.guidance else 1)
+
+    def image(self, channels: int) -> torch.Tensor:
+        """Return an image batch [B, channels, height, width]."""
+        return self.empty(self.batch_size, channels, self.height, self.width)
+
+    def latents(self, batch_size: int, channels: int) -> torch.Tensor:
+        """Return latents [batch_size, channels, height // 8, width // 8]."""
+        return self.empty(batch_size, channels, self.height // 8, self.width // 8)
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Return a meta tensor in the run's dtype."""
+        return torch.empty(shape, dtype=getattr(torch, self.dtype), device="meta")
+
+
+def trace_component(
+    component: str,
+    config: Config,
+    *,
+    dtype: str = "float16",
+    attention: str = "efficient",
+    height: int = 512,
+    width: int = 512,
+    batch_size: int = 1,
+    prompt_length: int = 77,
+    guidance: bool = True,
+    switches: Switches = (),
+    paths: bool = True,
+) -> Trace:
+    """Trace one call of a component: ``text_encoder``, ``unet``, ``vae_decode`` and the other keys of ``_CALLS``.
+
+    ``config`` is the component's, the UNet's for ``controlnet``; ``height`` and ``width`` are the image's, and
+    the latents' are an eighth, rounded down. With guidance the UNet's batch is twice ``batch_size``. Parameters,
+    buffers and inputs are excluded; outputs are included, and alive at the trace's end. Under
+    ``attention="eager"`` CLIP's SDPA takes the math path. ``switches`` are options set on the model. Raises
+    ValueError for an unknown component.
+    """
+    if component not in _CALLS:
+        raise ValueError(f"component {component!r}: expected one of {', '.join(_CALLS)}")
+    sizes = Sizes(height, width, batch_size, prompt_length, guidance, dtype, switches)
+    module, inputs, call = _CALLS[component](config, attention, sizes)
+    tracer = Tracer({"": module}, inputs.values(), paths=paths, stage=component)
+    with torch.no_grad(), sdpa_mode(attention), meta_as_gpu(), tracer:
+        _output = call(**inputs)
+    return tracer.trace
+
+
+def trace_pipeline(
+    checkpoint_folder: str | Path,
+    pipeline: str = "img2img",
+    *,
+    dtype: str = "float16",
+    attention: str = "efficient",
+    height: int = 512,
+    width: int = 512,
+    batch_size: int = 1,
+    num_images_per_prompt: int = 1,
+    prompt_length: int = 77,
+    guidance_scale: float = 7.5,
+    num_inference_steps: int = 6,
+    strength: float | None = None,
+    safety_checker: bool = True,
+    scheduler: str | None = None,
+    negative_prompt: bool = False,
+    clip_skip: int | None = None,
+    switches: Switches = (),
+    paths: bool = True,
+) -> Trace:
+    """Trace the whole ``__call__`` of a real pipeline, every event marked with its stage.
+
+    Stages are contiguous, in this order, and each begins where the one before ends:
+
+    - ``text_encoder``: from the start until ``prepare_latents`` is called (encode_prompt and, in SD, the
+      concatenation for guidance)
+    - ``vae_encode`` (img2img; inpaint, with prepare_mask_latents) or ``prepare_latents`` (txt2img): that call, and
+      the preparation of control images before it
+    - ``unet``: the denoising loop, scheduler included, and the division by the scaling factor
+    - ``vae_decode``: the call of ``vae.decode``, in SDXL from ``upcast_vae`` on where it is called
+    - ``safety_checker``: until ``run_safety_checker`` returns; no events without one
+    - ``postprocess``: the rest
+
+    Image and mask inputs are float32 on the CPU, [batch_size, 3 or 1, height, width]; the output is PIL.
+    Prompts are ``batch_size`` strings, or embeddings given as (excluded) inputs where ``prompt_length`` is
+    over 77. ``strength`` None is the class's default. ``switches`` are options set on the models.
+    """
+    with _quiet():
+        pipe = build_pipeline(
+            checkpoint_folder,
+            pipeline,
+            dtype,
+            attention,
+            safety_checker=safety_checker,
+            prompt_length=min(prompt_length, 77),
+            scheduler=scheduler,
+            switches=switches,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    sizes = _doubled(pipe.unet.config, Sizes(height, width, batch_size, prompt_length, guidance_scale > 1, dtype))
+    inputs = _prompt(pipe, sizes, negative_prompt) | _image(pipeline, sizes, strength)
+    inputs |= control(pipe, pipeline, (batch_size, 3, height, width), dict(switches).get("controlnets", 0))
+    inputs |= ip_adapter_image(pipe)
+    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    tracer = Tracer(_modules(pipe), tensors, paths=paths, stage="text_encoder")
+    with _quiet(), sdpa_mode(attention), meta_as_gpu(), _stages(pipe, pipeline, tracer), tracer:
+        pipe(
+            **inputs,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            clip_skip=clip_skip,
+        )
+    return tracer.trace
+
+
+def sdpa_mode(attention: str) -> SdpaMode:
+    """Return the SDPA routing of an attention option: ``eager`` means the math path."""
+    return SdpaMode("math" if attention == "eager" else attention)
+
+
+def _placed(model: Any, sizes: Sizes) -> Any:
+    """Return the model with the hooks of sequential offload where it is on; model offload does nothing to one call."""
+    return offload_model(model) if dict(sizes.switches).get("offload") == "sequential" else model
+
+
+def _text_encoder(config: Config, attention: str, sizes: Sizes) -> Call:
+    module = _placed(build_text_encoder(config, sizes.dtype), sizes)
+    shape = (sizes.batch_size, sizes.prompt_length)
+    return module, {"input_ids": torch.empty(shape, dtype=torch.int64, device="meta")}, module
+
+
+def _vae_encode(config: Config, attention: str, sizes: Sizes) -> Call:
+    vae = _placed(build_vae(config, sizes.dtype, attention, sizes.switches), sizes)
+    return vae, {"x": sizes.image(vae.config.in_channels)}, lambda x: vae.encode(x).latent_dist.sample()
+
+
+def _unet(config: Config, attention: str, sizes: Sizes) -> Call:
+    unet = _placed(build_unet(config, sizes.dtype, attention, sizes.switches), sizes)
+    sizes = _doubled(config, sizes)
+    inputs = _latent_inputs(unet.config, sizes)
+    if (width := unet.config.time_cond_proj_dim) is not None:
+        inputs["timestep_cond"] = sizes.empty(sizes.unet_batch, width)
+    added = _added_conditions(unet.config, sizes) | _image_embeds(unet, sizes)
+
+    def call(**inputs: torch.Tensor) -> object:
+        return unet(**_grouped(inputs, added), return_dict=False)
+
+    return unet, inputs | added, call
+
+
+def _image_encoder(config: Config, attention: str, sizes: Sizes) -> Call:
+    module = build_image_encoder(config, sizes.dtype)
+    side = module.config.image_size
+    return module, {"pixel_values": sizes.empty(1, module.config.num_channels, side, side)}, module
+
+
+def _controlnet(config: Config, attention: str, sizes: Sizes) -> Call:
+    module = build_controlnet(config, sizes.dtype, attention, sizes.switches)
+    count = dict(sizes.switches)["controlnets"]
+    own = (module.nets[0] if count > 1 else module).config
+    sizes = _doubled(config, sizes)
+    inputs, added = _latent_inputs(own, sizes), _added_conditions(own, sizes)
+    image = {"controlnet_cond": sizes.empty(sizes.unet_batch, 3, 8 * (sizes.height // 8), 8 * (sizes.width // 8))}
+
+    def call(controlnet_cond: torch.Tensor, **inputs: torch.Tensor) -> object:
+        images, scales = (controlnet_cond, 1.0) if count == 1 else ([controlnet_cond] * count, [1.0] * count)
+        conditions = {"controlnet_cond": images, "conditioning_scale": scales}
+        return module(**_grouped(inputs, added), **conditions, return_dict=False)
+
+    return module, inputs | added | image, call
+
+
+def _doubled(config: Config, sizes: Sizes) -> Sizes:
+    """Return sizes without guidance for a UNet that takes the guidance scale as an input, as the pipelines do."""
+    return replace(sizes, guidance=sizes.guidance and config.get("time_cond_proj_dim") is None)
+
+
+def _latent_inputs(config: Any, sizes: Sizes) -> dict[str, torch.Tensor]:
+    return {
+        "sample": sizes.latents(sizes.unet_batch, config.in_channels),
+        "timestep": torch.empty(1, dtype=torch.int64, device="meta"),
+        "encoder_hidden_states": sizes.empty(sizes.unet_batch, sizes.prompt_length, config.cross_attention_dim),
+    }
+
+
+def _grouped(inputs: dict[str, torch.Tensor], added: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return ``inputs`` with those of ``added`` as added_cond_kwargs."""
+    named: dict[str, Any] = {name: inputs.pop(name) for name in list(inputs) if name in added}
+    if "image_embeds" in named:
+        named["image_embeds"] = [named["image_embeds"]]
+    return {**inputs, **({"added_cond_kwargs": named} if named else {})}
+
+
+def _vae_decode(config: Config, attention: str, sizes: Sizes) -> Call:
+    vae = _placed(build_vae(config, sizes.dtype, attention, sizes.switches), sizes)
+    latents = sizes.latents(sizes.batch_size, vae.config.latent_channels)
+    return vae, {"z": latents}, lambda z: vae.decode(z, return_dict=False)
+
+
+def _safety_checker(config: Config, attention: str, sizes: Sizes) -> Call:
+    module = build_safety_checker(config, sizes.dtype)
+    side = module.config.vision_config.image_size
+    inputs = {"clip_input": sizes.empty(sizes.batch_size, 3, side, side), "images": sizes.image(3)}
+    return module, inputs, module
+
+
+_CALLS: Mapping[str, Callable[[Config, str, Sizes], Call]] = {
+    "text_encoder": _text_encoder,
+    "image_encoder": _image_encoder,
+    "vae_encode": _vae_encode,
+    "controlnet": _controlnet,
+    "unet": _unet,
+    "vae_decode": _vae_decode,
+    "safety_checker": _safety_checker,
+}
+
+
+def _added_conditions(config: Any, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """Return SDXL's pooled embeddings [2B, width] and time ids: six, five with an aesthetic score."""
+    if config.addition_embed_type != "text_time":
+        return {}
+    inputs, side = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+    time_ids = 5 if inputs == config.cross_attention_dim + 5 * side else 6
+    return {
+        "text_embeds": sizes.empty(sizes.unet_batch, inputs - time_ids * side),
+        "time_ids": sizes.empty(sizes.unet_batch, time_ids),
+    }
+
+
+def _image_embeds(unet: Any, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """Return what an IP-Adapter projects: image embeddings [rows, 1, P]."""
+    if unet.config.encoder_hid_dim_type != "ip_image_proj":
+        return {}
+    (layer,) = unet.encoder_hid_proj.image_projection_layers
+    return {"image_embeds": sizes.empty(sizes.unet_batch, 1, layer.image_embeds.in_features)}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+
+
+def _modules(pipe: Any) -> dict[str, torch.nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def _prompt(pipe: Any, sizes: Sizes, negative_prompt: bool) -> dict[str, Any]:
+    signs = ["", "negative_"][: 2 if sizes.guidance else 1]
+    if sizes.prompt_length <= 77:
+        given = signs if negative_prompt else signs[:1]
+        return {f"{sign}prompt": [""] * sizes.batch_size for sign in given}
+    width = pipe.unet.config.cross_attention_dim
+    shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (sizes.batch_size, sizes.prompt_length, width)}
+    if (second := getattr(pipe, "text_encoder_2", None)) is not None:
+        shapes["pooled_prompt_embeds"] = (sizes.batch_size, second.config.projection_dim)
+    return {sign + name: sizes.empty(*shape) for sign in signs for name, shape in shapes.items()}
+
+
+def _image(pipeline: str, sizes: Sizes, strength: float | None) -> dict[str, Any]:
+    side = {"height": sizes.height, "width": sizes.width}
+    if pipeline == "txt2img":
+        return side
+    channels = {"image": 3} if pipeline == "img2img" else {"image": 3, "mask_image": 1}
+    tensors = {
+        name: torch.zeros(sizes.batch_size, count, sizes.height, sizes.width, device="cpu")
+        for name, count in channels.items()
+    }
+    chosen = {} if strength is None else {"strength": strength}
+    return tensors | chosen | ({} if pipeline == "img2img" else side)
+
+
+def ip_adapter_image(pipe: Any) -> dict[str, torch.Tensor]:
+    """Return one image as the feature extractor gives it, where the pipeline has an image encoder."""
+    if pipe.image_encoder is None:
+        return {}
+    side = pipe.image_encoder.config.image_size
+    return {"ip_adapter_image": torch.zeros(1, 3, side, side, device="cpu")}
+
+
+def control(pipe: Any, pipeline: str, shape: tuple[int, ...], count: int) -> dict[str, Any]:
+    """Return the control image [B, 3, H, W] on the CPU, a list of them for several ControlNets, and its size.
+
+    The default of SDXL's ``original_size``, a torch.Size, fails where an aesthetic score, a float, is appended.
+    """
+    if not count:
+        return {}
+    images = [torch.zeros(shape, device="cpu") for _ in range(count)]
+    sized = "original_size" in signature(pipe.__call__).parameters
+    name = "image" if pipeline == "txt2img" else "control_image"
+    return {name: images[0] if count == 1 else images} | ({"original_size": shape[2:]} if sized else {})
+
+
+@contextmanager
+def _stages(pipe: Any, pipeline: str, tracer: Tracer) -> Iterator[None]:
+    checked = getattr(pipe, "safety_checker", None) is not None
+    prepared = "prepare_latents" if pipeline == "txt2img" else "vae_encode"
+    marks = [
+        (pipe, "prepare_image", prepared, prepared),
+        (pipe, "prepare_control_image", prepared, prepared),
+        (pipe, "prepare_latents", prepared, "vae_encode" if pipeline == "inpaint" else "unet"),
+        (pipe, "prepare_mask_latents", "vae_encode", "unet"),
+        (pipe, "upcast_vae", "vae_decode", "vae_decode"),
+        (pipe.vae, "decode", "vae_decode", "safety_checker" if checked else "postprocess"),
+        *([(pipe, "run_safety_checker", "safety_checker", "postprocess")] if checked else []),
+    ]
+    with ExitStack() as scope:
+        for owner, name, during, after in marks:
+            if hasattr(owner, name):
+                scope.enter_context(_marked(owner, name, tracer, during, after))
+        yield
+
+
+@contextmanager
+def _marked(owner: Any, name: str, tracer: Tracer, during: str, after: str) -> Iterator[None]:
+    method = getattr(owner, name)
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        tracer.stage = during
+        output = method(*args, **kwargs)
+        del args, kwargs  # the arguments die inside the stage, as in the unwrapped call
+        tracer.stage = after
+        return output
+
+    setattr(owner, name, marked)
+    try:
+        yield
+    finally:
+        delattr(owner, name)

@@ -1,0 +1,1 @@
+"""The symbolic interpreter: operators, blocks, models, schedulers and pipelines."""

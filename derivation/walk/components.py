@@ -1,0 +1,189 @@
+"""The calls of the exactness contract, each on a tape of its own, and the parameters they touch.
+
+A call's inputs exist before it, its outputs are alive at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+
+from derivation.config import (
+    AutoencoderKLConfig,
+    Checkpoint,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ControlNetConfig,
+    UNet2DConditionConfig,
+    image_encoder,
+)
+from derivation.options import Options
+from derivation.tape.symbols import DTYPE_BYTES, Size, ceil512
+from derivation.tape.tape import SymTensor, Tape, tape
+from derivation.walk import models
+from derivation.walk.ops import given
+
+# SDXL's added time ids: original size, crop, target size (pipeline_stable_diffusion_xl.py)
+TIME_IDS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One call on the active tape; ``model`` is the pipeline attribute that holds its parameters."""
+
+    name: str
+    model: str
+    call: Callable[[Options, bool], object]
+
+
+def components(checkpoint: Checkpoint, options: Options) -> dict[str, Component]:
+    """Return the calls that ``checkpoint`` supports, in pipeline order."""
+    found: list[Component] = []
+    if (text := checkpoint.text_encoder) is not None:
+        found.append(Component("text_encoder", "text_encoder", lambda o, g: _text(text, "text_encoder")))
+    if (text_2 := checkpoint.text_encoder_2) is not None:
+        found.append(Component("text_encoder_2", "text_encoder_2", lambda o, g: _text(text_2, "text_encoder_2")))
+    if options.ip_adapter_tokens is not None:
+        found.append(Component("image_encoder", "image_encoder", lambda o, g: _encode_image(image_encoder())))
+    if (vae := checkpoint.vae) is not None:
+        found.append(Component("vae_encode", "vae", lambda o, g: _encode(vae)))
+    if (unet := checkpoint.unet) is not None:
+        pooled = None if checkpoint.text_encoder_2 is None else checkpoint.text_encoder_2.projection_dim
+        if options.controlnets:
+            found.append(Component("controlnet", "controlnet", lambda o, g: _controlnet(unet, o, g, pooled)))
+        found.append(Component("unet", "unet", lambda o, g: _unet(unet, o, g, pooled)))
+    if vae is not None:
+        found.append(Component("vae_decode", "vae", lambda o, g: _decode(vae, o)))
+    if checkpoint.safety_checker is not None and options.safety_checker:
+        checker = checkpoint.safety_checker
+        found.append(Component("safety_checker", "safety_checker", lambda o, g: _check(checker, o)))
+    return {component.name: component for component in found}
+
+
+def images(options: Options) -> Size:
+    """Return the images of one call: B prompts times num_images_per_prompt."""
+    return tape().size("B") * options.num_images_per_prompt
+
+
+def _input(*shape: Size) -> SymTensor:
+    return given(shape, tape().settings.dtype)
+
+
+def _text(config: CLIPTextConfig, name: str) -> object:
+    """``text_encoder(input_ids)``: input_ids [B, L]."""
+    input_ids = given((tape().size("B"), tape().size("L")), "int64")
+    model = models.CLIP_TEXT_MODELS[config.class_name]
+    return model(name, input_ids, config=config)
+
+
+def _encode_image(config: CLIPVisionConfig) -> object:
+    """``image_encoder(pixel_values)`` of one image."""
+    pixel_values = _input(1, config.num_channels, config.image_size, config.image_size)
+    return models.CLIPVisionModelWithProjection("image_encoder", pixel_values, config=config)
+
+
+def _encode(config: AutoencoderKLConfig) -> object:
+    """``vae.encode(x).latent_dist.sample()``: x [B, 3, H, W]."""
+    factor = config.scale_factor
+    x = _input(tape().size("B"), config.in_channels, factor * tape().size("h0"), factor * tape().size("w0"))
+    with tape().scope("vae"):
+        return models.encode(x, config).sample()
+
+
+def _decode(config: AutoencoderKLConfig, options: Options) -> object:
+    """``vae.decode(z, return_dict=False)``: z [images, C, h0, w0]."""
+    z = _input(images(options), config.latent_channels, tape().size("h0"), tape().size("w0"))
+    with tape().scope("vae"):
+        return models.decode(z, config)
+
+
+def _unet(config: UNet2DConditionConfig, options: Options, guidance: bool, pooled: int | None) -> object:
+    """``unet(sample, timestep, encoder_hidden_states, return_dict=False)``: two rows an image with guidance.
+
+    A UNet that takes the guidance scale as an embedding (``timestep_cond``) has one row an image.
+    """
+    sample, embeds, added = _latent_inputs(config, options, guidance, pooled)
+    image_embeds, timestep_cond, rows = None, None, sample.shape[0]
+    if options.ip_adapter_tokens is not None:
+        image_embeds = _input(rows, 1, image_encoder().projection_dim)
+    if config.time_cond_proj_dim is not None:
+        timestep_cond = _input(rows, config.time_cond_proj_dim)
+    return models.UNet2DConditionModel(
+        "unet",
+        sample,
+        given((1,), "int64"),
+        embeds,
+        added,
+        image_embeds=image_embeds,
+        timestep_cond=timestep_cond,
+        config=config,
+    )
+
+
+def _controlnet(unet: UNet2DConditionConfig, options: Options, guidance: bool, pooled: int | None) -> object:
+    """``controlnet(sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale, return_dict=False)``.
+
+    controlnet_cond [rows, 3, 8 h0, 8 w0], a list of them for MultiControlNetModel.
+    """
+    config = ControlNetConfig.from_unet(unet)
+    sample, embeds, added = _latent_inputs(config, options, guidance, pooled)
+    height, width = (config.conditioning_factor * tape().size(name) for name in ("h0", "w0"))
+    image = _input(sample.shape[0], config.conditioning_channels, height, width)
+    return models.controlnet(sample, given((1,), "int64"), embeds, [image] * options.controlnets, added, config=config)
+
+
+def _latent_inputs(
+    config: UNet2DConditionConfig, options: Options, guidance: bool, pooled: int | None
+) -> tuple[SymTensor, SymTensor, tuple[SymTensor, SymTensor] | None]:
+    """sample [rows, in_channels, h0, w0], encoder_hidden_states [rows, L, K], and SDXL's added conditions."""
+    rows = images(options) * (2 if config.doubled(guidance) else 1)
+    sample = _input(rows, config.in_channels, tape().size("h0"), tape().size("w0"))
+    embeds = _input(rows, tape().size("L"), config.cross_attention_dim[0])
+    added = _added_cond(config, rows, pooled) if config.addition_embed_type == "text_time" else None
+    return sample, embeds, added
+
+
+def _added_cond(config: UNet2DConditionConfig, rows: Size, pooled: int | None) -> tuple[SymTensor, SymTensor]:
+    """text_embeds [rows, P] and time_ids [rows, T]: P + T addition_time_embed_dim is what the projection takes."""
+    width, time = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+    assert width is not None
+    assert time is not None
+    pooled = width - TIME_IDS * time if pooled is None else pooled
+    return _input(rows, pooled), _input(rows, (width - pooled) // time)
+
+
+def _check(config: CLIPVisionConfig, options: Options) -> object:
+    """``safety_checker(clip_input, images)``: clip_input [images, 3, S, S]."""
+    side = config.image_size
+    clip_input = _input(images(options), config.num_channels, side, side)
+    return models.StableDiffusionSafetyChecker("safety_checker", clip_input, clip_input, config=config)
+
+
+@lru_cache(maxsize=64)
+def parameters(checkpoint: Checkpoint, options: Options) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
+    """Return the parameters and buffers of each model: path -> (shape, dtype)."""
+    found: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {}
+    for component in components(checkpoint, options).values():
+        whole = replace(options.settings(), attention="efficient", attention_slicing=None, vae_tiling=False)
+        recorded = Tape(replace(whole, offload=None))
+        with recorded.running():
+            component.call(options, False)
+        found.setdefault(component.model, {}).update(recorded.parameters)
+    return found
+
+
+def weights_bytes(entries: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
+    """Return the bytes of parameters and buffers, each in 512-byte blocks."""
+    return sum(ceil512(prod(shape) * DTYPE_BYTES[dtype]) for shape, dtype in entries.values())
+
+
+def is_buffer(entry: tuple[tuple[int, ...], str]) -> bool:
+    """Return whether (shape, dtype) is a buffer's: those alone are int64."""
+    return entry[1] == "int64"
+
+
+def parameter_count(entries: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
+    """Return the number of parameters, buffers aside."""
+    return sum(prod(entry[0]) for entry in entries.values() if not is_buffer(entry))

@@ -1,0 +1,212 @@
+"""The models of a pipeline: UNet2DConditionModel, AutoencoderKL, CLIPTextModel, the safety checker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from derivation.config import ControlNetConfig, UNet2DConditionConfig
+from derivation.tape.symbols import Size
+from derivation.tape.tape import SymTensor, block, tape
+from derivation.walk.blocks.activations import activation
+from derivation.walk.blocks.attention_processor import Conditions
+from derivation.walk.blocks.autoencoder_kl import decode, encode
+from derivation.walk.blocks.controlnet import ControlNetModel, MultiControlNetModel, Residuals
+from derivation.walk.blocks.embeddings import (
+    MultiIPAdapterImageProjection,
+    TimestepEmbedding,
+    get_timestep_embedding,
+    one_timestep,
+)
+from derivation.walk.blocks.modeling_clip import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+)
+from derivation.walk.blocks.safety_checker import StableDiffusionSafetyChecker
+from derivation.walk.blocks.unet_2d_blocks import (
+    CrossAttnDownBlock2D,
+    CrossAttnUpBlock2D,
+    DownBlock2D,
+    UNetMidBlock2D,
+    UNetMidBlock2DCrossAttn,
+    UpBlock2D,
+    down_spec,
+    mid_spec,
+    up_spec,
+)
+from derivation.walk.ops import Conv2d, GroupNorm, add, cat, to
+
+__all__ = [
+    "CLIP_TEXT_MODELS",
+    "CLIPTextModel",
+    "CLIPTextModelWithProjection",
+    "CLIPVisionModelWithProjection",
+    "Residuals",
+    "StableDiffusionSafetyChecker",
+    "UNet2DConditionModel",
+    "controlnet",
+    "decode",
+    "encode",
+]
+
+CLIP_TEXT_MODELS = {
+    "CLIPTextModel": CLIPTextModel,
+    "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
+}
+
+
+@block
+def UNet2DConditionModel(
+    sample: SymTensor,
+    timestep: SymTensor,
+    encoder_hidden_states: SymTensor,
+    added_cond: tuple[SymTensor, SymTensor] | None = None,
+    residuals: Residuals | None = None,
+    *,
+    image_embeds: SymTensor | None = None,
+    timestep_cond: SymTensor | None = None,
+    config: UNet2DConditionConfig,
+) -> SymTensor:
+    """sample [N, in_channels, h, w], encoder_hidden_states [N, L, K] -> [N, out_channels, h, w].
+
+    ``timestep`` [1], or a scalar on the CPU, which is copied inside; ``added_cond`` = text_embeds [N, P]
+    and time_ids [N, T] where addition_embed_type is text_time; ``residuals`` = down_block_additional_residuals
+    and mid_block_additional_residual of a ControlNet; ``image_embeds`` [N, 1, P] goes to an IP-Adapter;
+    ``timestep_cond`` [N, time_cond_proj_dim] is a guidance scale embedding.
+    """
+    t_emb = _time_embed(sample, timestep, config)
+    time_embed_dim = config.time_embedding_dim or 4 * config.block_out_channels[0]
+    emb = TimestepEmbedding(
+        "time_embedding", t_emb, timestep_cond, time_embed_dim=time_embed_dim, act_fn=config.act_fn
+    )
+    aug_emb = None
+    if added_cond is not None:
+        aug_emb = _aug_embed(emb, added_cond, config)
+    emb = add(emb, aug_emb) if aug_emb is not None else emb
+    conditions = _process_encoder_hidden_states(encoder_hidden_states, image_embeds, config)
+
+    sample = Conv2d(
+        "conv_in",
+        sample,
+        config.block_out_channels[0],
+        config.conv_in_kernel,
+        padding=(config.conv_in_kernel - 1) // 2,
+    )
+
+    down_block_res_samples: tuple[SymTensor, ...] = (sample,)
+    for i, down_block_type in enumerate(config.down_block_types):
+        spec = down_spec(config, i)
+        if down_block_type == "CrossAttnDownBlock2D":
+            sample, res_samples = CrossAttnDownBlock2D(
+                f"down_blocks.{i}", sample, emb, conditions, spec=spec
+            )
+        else:
+            sample, res_samples = DownBlock2D(f"down_blocks.{i}", sample, emb, spec=spec)
+        down_block_res_samples += res_samples
+
+    if residuals is not None:
+        new_down_block_res_samples: tuple[SymTensor, ...] = ()
+        for down_block_res_sample, additional_residual in zip(down_block_res_samples, residuals[0], strict=True):
+            down_block_res_sample = add(down_block_res_sample, additional_residual)
+            new_down_block_res_samples += (down_block_res_sample,)
+        down_block_res_samples = new_down_block_res_samples
+
+    if config.mid_block_type == "UNetMidBlock2DCrossAttn":
+        sample = UNetMidBlock2DCrossAttn("mid_block", sample, emb, conditions, spec=mid_spec(config))
+    elif config.mid_block_type == "UNetMidBlock2D":
+        sample = UNetMidBlock2D("mid_block", sample, emb, spec=mid_spec(config), attention=None)
+    if residuals is not None:
+        sample = add(sample, residuals[1])
+
+    for i, up_block_type in enumerate(config.up_block_types):
+        spec = up_spec(config, i)
+        res_samples = down_block_res_samples[-spec.layers :]
+        down_block_res_samples = down_block_res_samples[: -spec.layers]
+        upsample_size: tuple[Size, Size] | None = None
+        if spec.resample:
+            upsample_size = down_block_res_samples[-1].shape[2:]  # type: ignore[assignment]
+        if up_block_type == "CrossAttnUpBlock2D":
+            sample = CrossAttnUpBlock2D(
+                f"up_blocks.{i}", sample, res_samples, emb, upsample_size, conditions, spec=spec
+            )
+        else:
+            sample = UpBlock2D(f"up_blocks.{i}", sample, res_samples, emb, upsample_size, spec=spec)
+
+    sample = GroupNorm("conv_norm_out", sample, config.norm_num_groups)
+    sample = activation(sample, config.act_fn)
+    sample = Conv2d(
+        "conv_out",
+        sample,
+        config.out_channels,
+        config.conv_out_kernel,
+        padding=(config.conv_out_kernel - 1) // 2,
+    )
+    return sample
+
+
+def controlnet(
+    sample: SymTensor,
+    timestep: SymTensor,
+    encoder_hidden_states: SymTensor,
+    controlnet_cond: Sequence[SymTensor],
+    added_cond: tuple[SymTensor, SymTensor] | None = None,
+    *,
+    config: ControlNetConfig,
+) -> Residuals:
+    """A pipeline's ``controlnet``: ControlNetModel for one image, MultiControlNetModel for several.
+
+    What is set on the UNet alone does not reach it; set_attention_slice, which MultiControlNetModel lacks, reaches one.
+    """
+    off = {"channels_last": False, "lora_rank": None, "ip_adapter_tokens": None}
+    if len(controlnet_cond) == 1:
+        with tape().setting(**off):
+            return ControlNetModel(
+                "controlnet", sample, timestep, encoder_hidden_states, controlnet_cond[0], added_cond, config=config
+            )
+    with tape().setting(**off, attention_slicing=None):
+        return MultiControlNetModel(
+            "controlnet", sample, timestep, encoder_hidden_states, controlnet_cond, added_cond, config=config
+        )
+
+
+def _time_embed(sample: SymTensor, timestep: SymTensor, config: UNet2DConditionConfig) -> SymTensor:
+    timesteps = one_timestep(timestep).expand(sample.shape[0])
+    t_emb = get_timestep_embedding(
+        timesteps, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos
+    )
+    t_emb = to(t_emb, sample.dtype)
+    return t_emb
+
+
+def _aug_embed(
+    emb: SymTensor, added_cond: tuple[SymTensor, SymTensor], config: UNet2DConditionConfig
+) -> SymTensor:
+    """``get_aug_embed`` for addition_embed_type text_time."""
+    text_embeds, time_ids = added_cond
+    embed_dim, time_embed_dim = config.addition_time_embed_dim, emb.shape[-1]
+    assert isinstance(embed_dim, int)
+    assert isinstance(time_embed_dim, int)
+    batch, count = time_ids.shape
+    time_embeds = get_timestep_embedding(
+        time_ids.view(batch * count), embed_dim, flip_sin_to_cos=config.flip_sin_to_cos
+    )
+    time_embeds = time_embeds.view(batch, count * embed_dim)
+    add_embeds = cat([time_embeds, text_embeds], 1)
+    add_embeds = to(add_embeds, emb.dtype)
+    return TimestepEmbedding("add_embedding", add_embeds, time_embed_dim=time_embed_dim, act_fn=config.act_fn)
+
+
+def _process_encoder_hidden_states(
+    encoder_hidden_states: SymTensor, image_embeds: SymTensor | None, config: UNet2DConditionConfig
+) -> Conditions:
+    """``process_encoder_hidden_states``: with an IP-Adapter, a tuple with its tokens [N, 1, tokens, K]."""
+    tokens = tape().settings.ip_adapter_tokens
+    if image_embeds is None or tokens is None:
+        return encoder_hidden_states
+    image_embeds = MultiIPAdapterImageProjection(
+        "encoder_hid_proj",
+        image_embeds,
+        cross_attention_dim=config.cross_attention_dim[0],
+        num_image_text_embeds=tokens,
+    )
+    return encoder_hidden_states, image_embeds

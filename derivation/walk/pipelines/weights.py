@@ -1,0 +1,87 @@
+"""A model's parameters and buffers as storages: what ``model.to(...)`` allocates and frees, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+from derivation.tape.tape import Storage, tape
+
+# The order in which the models and their submodules register what they contain; Module._apply follows it.
+REGISTRATION = (
+    *("vision_model", "text_model", "embeddings", "pre_layrnorm", "encoder", "decoder", "post_layernorm"),
+    *("final_layer_norm", "quant_conv", "post_quant_conv", "text_projection", "visual_projection"),
+    *("concept_embeds", "special_care_embeds", "concept_embeds_weights", "special_care_embeds_weights"),
+    *("token_embedding", "patch_embedding", "position_embedding", "class_embedding", "position_ids", "layers"),
+    *("self_attn", "k_proj", "v_proj", "q_proj", "out_proj", "layer_norm1", "mlp", "fc1", "fc2", "layer_norm2"),
+    *("nets", "conv_in", "time_embedding", "add_embedding", "linear_1", "cond_proj", "linear_2", "blocks"),
+    *("controlnet_cond_embedding", "down_blocks", "controlnet_down_blocks", "controlnet_mid_block"),
+    *("up_blocks", "mid_block", "image_projection_layers", "image_embeds"),
+    *("attentions", "resnets", "downsamplers", "upsamplers", "norm", "proj_in", "transformer_blocks", "group_norm"),
+    *("norm1", "conv1", "attn1", "time_emb_proj", "norm2", "conv2", "attn2", "conv_shortcut", "norm3", "ff", "net"),
+    *("proj", "proj_out", "to_q", "to_k", "to_v", "to_out", "processor", "to_k_ip", "to_v_ip"),
+    *("conv_norm_out", "conv_out", "encoder_hid_proj", "conv", "base_layer", "lora_A", "lora_B", "default"),
+    *("weight", "bias"),
+)
+
+# path -> shape and dtype
+Entries = Mapping[str, tuple[tuple[int, ...], str]]
+
+
+class ModelWeights:
+    """The parameters and buffers of the model ``name``; ``on_gpu`` tells whether the run finds them there."""
+
+    def __init__(self, name: str, entries: Entries, dtype: str, on_gpu: bool) -> None:
+        self.name, self.dtype, self.on_gpu = name, dtype, on_gpu
+        self.entries = [(path, *entries[path]) for path in registered(entries)]
+        # None: not allocated in this run
+        self.storages: list[Storage | None] = [None] * len(self.entries)
+
+    def load(self) -> bool:
+        """``model.to("cuda")``; returns whether it was on the CPU."""
+        if self.on_gpu:
+            return False
+        self.storages = [tape().load(path, shape, dtype) for path, shape, dtype in self.entries]
+        self.on_gpu = True
+        return True
+
+    def offload(self) -> bool:
+        """``model.to("cpu")``; returns whether it was on the GPU."""
+        if not self.on_gpu:
+            return False
+        for i in range(len(self.entries)):
+            self._replace(i, None)
+        self.on_gpu = False
+        return True
+
+    def to(self, dtype: str) -> None:
+        """``model.to(dtype=dtype)``: each new parameter exists before the old one is freed."""
+        if dtype == self.dtype:
+            return
+        for i, (path, shape, _) in enumerate(self.entries):
+            if self.on_gpu:
+                self._replace(i, tape().load(path, shape, dtype))
+            self.entries[i] = (path, shape, dtype)
+        self.dtype = tape().dtypes[self.name] = dtype
+
+    def _replace(self, i: int, storage: Storage | None) -> None:
+        if self.storages[i] is None:
+            tape().unload(*self.entries[i])
+        self.storages[i] = storage
+
+    def outlive(self) -> None:
+        """Leave what is on the GPU allocated after the run."""
+        for storage in self.storages:
+            if storage is not None:
+                storage.disown()
+
+
+def registered(paths: Mapping[str, object]) -> list[str]:
+    """Return the paths, each below a model's name, in the order of ``Module._apply``."""
+    return sorted(paths, key=_place)
+
+
+@lru_cache(maxsize=65536)
+def _place(path: str) -> tuple[int, ...]:
+    _, *names = path.split(".")
+    return tuple(int(name) if name.isdigit() else REGISTRATION.index(name) for name in names)
