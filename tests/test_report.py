@@ -21,14 +21,15 @@ from derivation import DerivationError, derive
 from derivation.config.checkpoint import BUNDLED
 from derivation.equation.crossover import does_not_matter
 from derivation.export import export
+from derivation.files import write_files
 from derivation.peak.headline import B, H, L, W
 from derivation.report import build, calculator, content, pictures
 from derivation.report.answer import SIZES, answer, reference_side
 from derivation.report.assumptions import chips
 from derivation.report.reduction import reductions
-from derivation.report.render import write_files
-from derivation.report.text import grouped, tex
+from derivation.report.text import tex
 from derivation.report.walk import walks
+from derivation.text import grouped
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD_2_1, SDXL = "stabilityai/stable-diffusion-2-1", "stabilityai/stable-diffusion-xl-base-1.0"
@@ -200,7 +201,7 @@ def test_the_page_runs_the_exported_functions(report, derivation, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(DerivationError, match="cannot write") as caught:
+    with pytest.raises(DerivationError, match="cannot be written") as caught:
         write_files(tmp_path / "file" / "below", {"a.txt": "new"})
     assert "\n" not in str(caught.value)
     assert (tmp_path / "file").read_text() == "kept"

@@ -15,6 +15,7 @@ from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, compl
 from derivation.config import bundled, load
 from derivation.errors import DerivationError
 from derivation.options import Options
+from derivation.text import human
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 KNOWN = {"model", "guidance", "weights_bytes", "weights", "components", "stages", "peak_stage", "peak_tensor_bytes"}
@@ -54,7 +55,7 @@ def show_estimate(result: Mapping[str, Any], options: Options) -> None:
     _show_witness(result["witness"])
     _show_more({key: result[key] for key in result if key not in KNOWN | asked.keys() | _CALL})
     peak = result["peak_tensor_bytes"]
-    output.line(f"Peak: {output.human(peak)} ({peak:,} bytes) in {result['peak_stage']}", style="bold")
+    output.line(f"Peak: {human(peak)} ({peak:,} bytes) in {result['peak_stage']}", style="bold")
 
 
 MAIN = ("pipeline", "dtype", "attention", "guidance_scale")
@@ -71,7 +72,7 @@ def _show_witness(witness: Mapping[str, Any]) -> None:
 
 
 def _show_more(more: Mapping[str, Any]) -> None:
-    rows = [(key, output.human(value) if _is_bytes(value) else "", value) for key, value in more.items()]
+    rows = [(key, human(value) if _is_bytes(value) else "", value) for key, value in more.items()]
     if rows:
         output.table("On this GPU", ("figure", ">size", ">value"), rows)
 

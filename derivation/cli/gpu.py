@@ -16,6 +16,7 @@ from derivation.cli.parameters import Json, Model, Revision, expanded
 from derivation.config import load
 from derivation.errors import DerivationError
 from derivation.options import Options
+from derivation.text import human
 
 LIBRARIES = ("torch", "cuda", "cudnn", "diffusers", "transformers")
 
@@ -103,7 +104,7 @@ def _show_profile(result: Mapping[str, Any]) -> None:
             ", ".join([entry["gpu"], *entry["dtypes"], entry["memory_format"]]),
             *(f"{entry['fit']['coefficients'][name]:.3f}" for name in ("input", "output", "weight")),
             entry["fit"]["rows"],
-            output.human(round(entry["fit"]["residuals"]["rms_bytes"])),
+            human(round(entry["fit"]["residuals"]["rms_bytes"])),
             "" if entry["fit"]["separable"] else "shapes too alike to tell the terms apart",
         )
         for entry in islice(result["convolution_workspace"], 1000)

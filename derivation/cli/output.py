@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from derivation.errors import DerivationError, one_line, shown
+from derivation.text import human
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 140
 MAX_NUMBER = 2**31 - 1
-_UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
 def checked_number(key: str, value: int) -> int:
@@ -24,18 +24,6 @@ def checked_number(key: str, value: int) -> int:
     if abs(value) > MAX_NUMBER:
         raise DerivationError(f"{key} = {shown(value)} is not supported (supported: up to {MAX_NUMBER})")
     return value
-
-
-def human(nbytes: int) -> str:
-    """Return bytes in the largest binary unit that leaves at least 1.
-
-    >>> human(3_345_398_272), human(118_272), human(-512)
-    ('3.12 GiB', '115.50 KiB', '-512 B')
-    """
-    for unit, name in _UNITS:
-        if abs(nbytes) >= unit:
-            return f"{nbytes / unit:,.2f} {name}"
-    return f"{nbytes} B"
 
 
 def cell(value: object) -> str:

@@ -14,6 +14,7 @@ from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, derivation_of, expanded, sizes, value_of
 from derivation.errors import DerivationError, shown
 from derivation.options import Options
+from derivation.text import human
 
 Vram = Annotated[str | None, typer.Option("--vram", help="Memory for the pipeline, such as 8GiB or 7500MiB.")]
 
@@ -63,17 +64,17 @@ def _show_fit(result: Mapping[str, Any]) -> None:
             rows.append((names[key], "nothing fits", "", "", "", "", ""))
             continue
         numbers = (image[name] for name in ("peak_tensor_bytes", "headroom_bytes", "reserved_bytes"))
-        sizes = ("-" if number is None else output.human(number) for number in numbers)
+        sizes = ("-" if number is None else human(number) for number in numbers)
         size = f"{image['width']} x {image['height']}"
         rows.append((names[key], size, image["batch_size"], *sizes, image["peak_stage"]))
     budget = result["budget_bytes"]
     output.table(
-        f"{result['model']} in {output.human(budget)} ({budget:,} bytes)",
+        f"{result['model']} in {human(budget)} ({budget:,} bytes)",
         ("", "width x height", ">batch", ">peak", ">left", ">reserved", "stage"),
         rows,
     )
     weights = result["weights_bytes"]
-    output.line(f"weights that stay on the GPU: {output.human(weights)} ({weights:,} bytes)")
+    output.line(f"weights that stay on the GPU: {human(weights)} ({weights:,} bytes)")
     output.line(result["counted"])
 
 
@@ -105,7 +106,7 @@ def recommend(
 
 def _show_recommendation(result: Mapping[str, Any]) -> None:
     budget, asked = result["budget_bytes"], result["peak_tensor_bytes"]
-    output.line(f"as asked: {output.human(asked)} of {output.human(budget)}, {_fits(result['fits_as_asked'])}")
+    output.line(f"as asked: {human(asked)} of {human(budget)}, {_fits(result['fits_as_asked'])}")
     rows = [
         ("needed" if s["needed"] else "", s["name"], *(_size(s[key]) for key in SAVINGS), s["cost"])
         for s in result["steps"]
@@ -116,7 +117,7 @@ def _show_recommendation(result: Mapping[str, Any]) -> None:
     for step in (step for step in result["steps"] if step["needed"]):
         output.line(f"{step['name']}: {step['call']}")
     if not result["fits_as_asked"]:
-        final = output.human(result["final_peak_tensor_bytes"])
+        final = human(result["final_peak_tensor_bytes"])
         output.line(f"with what is needed: {final}, {_fits(result['fits'])}")
     output.line(result["counted"])
 
@@ -125,7 +126,7 @@ SAVINGS = ("saves_bytes", "adds_bytes", "peak_tensor_bytes")
 
 
 def _size(nbytes: int | None) -> str:
-    return "" if nbytes is None else output.human(nbytes)
+    return "" if nbytes is None else human(nbytes)
 
 
 def _fits(fits: bool) -> str:
@@ -214,11 +215,11 @@ def _budget(vram: str | None, options: Options) -> tuple[int, str]:
     card = lookup(options.gpu)
     if card.total_memory_bytes is None:
         raise DerivationError(f"gpu = {options.gpu!r} has no known memory size (supported: a card, or --vram as well)")
-    said = f"{card.name}: {output.human(card.total_memory_bytes)}"
+    said = f"{card.name}: {human(card.total_memory_bytes)}"
     if (context := card.nearest_context()) is None:
         return card.total_memory_bytes, f"{said}, CUDA context not known and not taken off"
     nbytes, source = context
-    taken = f"CUDA context of {output.human(nbytes)} taken off, as on {source.name}"
+    taken = f"CUDA context of {human(nbytes)} taken off, as on {source.name}"
     return card.total_memory_bytes - nbytes, f"{said}, {taken}"
 
 

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from derivation.export.document import document
 from derivation.export.javascript import javascript
 from derivation.export.latex import latex
 from derivation.export.python import python
+from derivation.files import write_files
 
 __all__ = ["CHECKED_IN", "TARGETS", "CheckedIn", "compiled", "export", "generate", "write", "write_formulas"]
 
@@ -98,7 +98,7 @@ def write(derivation: Derivation, targets: Iterable[str], directory: str | os.Pa
     Raises DerivationError for an unknown target or a directory that cannot be written.
     """
     texts = {_one_of(target, TARGETS).file: export(derivation, target) for target in targets}
-    return _write_all(texts, Path(directory))
+    return write_files(Path(directory), texts)
 
 
 def generate(models: Iterable[str] | None = None) -> dict[str, str]:
@@ -115,7 +115,7 @@ def generate(models: Iterable[str] | None = None) -> dict[str, str]:
 
 def write_formulas(root: str | os.PathLike[str], texts: Mapping[str, str]) -> list[Path]:
     """Write what ``generate`` returned below ``root``/formulas and return the paths; raises DerivationError."""
-    return _write_all(texts, Path(root) / "formulas")
+    return write_files(Path(root) / "formulas", texts)
 
 
 def _function(derivation: Derivation) -> Function:
@@ -128,27 +128,3 @@ def _one_of(target: str, supported: Mapping[str, Any]) -> Any:
     if target not in supported:
         raise DerivationError(f"target = {target!r} is not supported (supported: {', '.join(supported)})")
     return supported[target]
-
-
-def _write_all(texts: Mapping[str, str], folder: Path) -> list[Path]:
-    paths = [folder / name for name in texts]
-    try:
-        for path, text in zip(paths, texts.values(), strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, text)
-    except OSError as error:
-        raise DerivationError(f"{folder} cannot be written: {error.strerror or error}") from None
-    return paths
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a temporary file beside ``path`` and rename it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -12,10 +12,10 @@ from derivation.equation.function import Function
 from derivation.export.render import Facts, facts, render
 from derivation.peak.headline import B, H, L, Term, W
 from derivation.tape.tiles import IN_PIXELS
+from derivation.text import human
 
 SPECIAL = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}"}
 GUIDANCE = {True: "with classifier-free guidance", False: "without guidance"}
-UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def latex(function: Function) -> str:
@@ -95,10 +95,8 @@ def readable_bytes(value: int) -> str:
     >>> print(readable_bytes(3 * 2**29))
     1.50\,\mathrm{GiB}
     """
-    for unit, factor in UNITS:
-        if value >= factor:
-            return f"{value / factor:.2f}\\,\\mathrm{{{unit}}}"
-    return f"{value}\\,\\mathrm{{B}}"
+    number, unit = human(value).split()
+    return f"{number}\\,\\mathrm{{{unit}}}"
 
 
 def _comment(header: Facts) -> list[str]:

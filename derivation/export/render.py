@@ -1,20 +1,15 @@
-"""Templates own layout; this module finds them, and says what every generated file says about itself."""
+"""What every generated file says about itself, and its text."""
 
 from __future__ import annotations
 
 import re
-import sysconfig
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import derivation as package
 from derivation.api import Derivation
 from derivation.equation.function import Function
-from derivation.errors import DerivationError
+from derivation.export.templates import environment
 from derivation.options import Options
 
 # The versions whose allocations the derivation follows, as in pyproject.toml's "verify" extra.
@@ -102,31 +97,9 @@ def printable(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9 ._/,=-]", "_", text)
 
 
-def template_folder() -> Path:
-    """Return the folder of templates: beside the package in a checkout, else where the wheel put it.
-
-    Raises DerivationError where there is none.
-    """
-    beside = Path(__file__).resolve().parents[2] / "templates"
-    installed = Path(sysconfig.get_path("data")) / "share" / "diffusion-vram-derivation" / "templates"
-    for folder in (beside, installed):
-        if (folder / "formulas").is_dir():
-            return folder
-    raise DerivationError(f"no templates in {beside} or {installed}")
-
-
-@lru_cache(maxsize=1)
-def environment() -> Environment:
-    """Return the jinja environment: an undefined name is an error."""
-    loader = FileSystemLoader(template_folder() / "formulas")
-    return Environment(
-        loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-
-
 def render(template: str, function: Function, **values: Any) -> str:
     """Return a template's text, given the function, its facts and ``values``."""
-    return environment().get_template(template).render(function=function, facts=facts(function), **values)
+    return environment().get_template(f"formulas/{template}").render(function=function, facts=facts(function), **values)
 
 
 def example(derivation: Derivation) -> tuple[int, int, int]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from derivation.config.checkpoint import read_json
 from derivation.errors import DerivationError, shown
+from derivation.files import write_file
 
 FORMAT = "derivation-measurements-1"
 # A point that failed for another reason than memory is measured again on resuming.
@@ -60,17 +60,4 @@ def described(versions: Mapping[str, Any], *names: str) -> str:
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON to ``path`` in one step; raises DerivationError where that is not possible."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` through a temporary file; raises DerivationError where that is not possible."""
-    temporary = path.with_name(f".{path.name[:64]}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        with suppress(OSError, ValueError):
-            temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or error
-        raise DerivationError(f"output = {shown(str(path))}: cannot be written ({reason})") from None
+    write_file(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -17,7 +17,7 @@ from derivation.export import export
 from derivation.gpu.cards import known, lookup
 from derivation.options import DTYPES, Options
 from derivation.report.answer import PROMPT_LENGTH, STAGE_TITLES, square_peaks, stage_title
-from derivation.report.text import GIB, NARROW_SPACE
+from derivation.text import GIB, NARROW_SPACE
 from derivation.walk.attention import BACKENDS, EAGER
 
 BACKENDS_SHOWN = (EAGER, "math", "efficient", "flash")

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from derivation.errors import DerivationError
+from derivation.files import check_folder, write_files
 from derivation.options import Options
 from derivation.report.content import Content, content
-from derivation.report.render import check_folder, render, write_files
+from derivation.report.render import render
 
 Progress = Callable[[str], None]
 

@@ -10,7 +10,8 @@ from fractions import Fraction
 import sympy
 from markupsafe import Markup, escape
 
-from derivation.report.text import NARROW_SPACE, VARIABLES, PixelTerms, Powers, grouped, value_at
+from derivation.report.text import VARIABLES, PixelTerms, Powers, value_at
+from derivation.text import NARROW_SPACE, grouped
 
 # Terms are printed in the order of their value at this image size and at these tiles, largest first.
 TILES_AT = {"E": 1, "T": 512, "N": 2, "R": 384, "Q": 128, "C": 384}

@@ -25,7 +25,8 @@ from derivation.report.answer import (
     square_peaks,
 )
 from derivation.report.diagram import stage_diagram, unet_diagram
-from derivation.report.text import GIB, human, values_at
+from derivation.report.text import human, values_at
+from derivation.text import GIB
 
 SIDE_STEP = 64
 LARGEST_SIDE = 4096

@@ -1,38 +1,27 @@
-"""Templates filled with a report's content, and files written whole or not at all."""
+"""Templates filled with a report's content."""
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup, escape
 
-from derivation.errors import DerivationError
+from derivation.export import templates
 from derivation.report.answer import PolynomialRow
 from derivation.report.content import Content
 from derivation.report.mathml import inline, maximum_mathml, sum_latex, sum_mathml, terms_latex, terms_mathml
 from derivation.report.offload import OffloadRow
-from derivation.report.text import SUBSCRIPTS, PixelTerms, grouped, human, markdown, tex
-
-TEMPLATES = Path(__file__).parent.parent.parent / "templates"
+from derivation.report.text import SUBSCRIPTS, PixelTerms, human, markdown, tex
+from derivation.text import grouped
 
 
 @cache
 def environment() -> Environment:
-    """Return the template environment: undefined names raise, HTML is escaped."""
-    env = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        autoescape=lambda name: name is not None and ".html" in name,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    """Return the template environment with the report's filters."""
+    env = templates.environment()
     env.filters |= {
         "human": human,
         "grouped": grouped,
@@ -65,49 +54,3 @@ def _unnamed(row: OffloadRow) -> list[tuple[PixelTerms, str]]:
 def render(template: str, content: Content) -> str:
     """Fill a template."""
     return environment().get_template(template).render(c=content)
-
-
-def check_folder(folder: Path) -> None:
-    """Raise DerivationError where files cannot be written below ``folder``, as far as that shows beforehand."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise DerivationError(f"cannot write {folder}: {existing} is not a folder that can be written")
-
-
-def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
-    """Write files below ``folder``: all are complete beside their targets before the first one is replaced.
-
-    Raises DerivationError where the folder cannot be written.
-    """
-    staged: list[tuple[Path, Path]] = []
-    try:
-        for name, data in files.items():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            staged.append((_stage(target, data), target))
-        while staged:
-            source, target = staged[0]
-            source.replace(target)
-            staged.pop(0)
-    except OSError as error:
-        where = error.filename or folder
-        raise DerivationError(f"cannot write {where}: {error.strerror or error}") from None
-    finally:
-        for source, _ in staged:
-            source.unlink(missing_ok=True)
-
-
-def _stage(target: Path, data: str | bytes) -> Path:
-    """Write ``data`` to a temporary file in the target's folder, with an ordinary file's permissions."""
-    raw = data.encode() if isinstance(data, str) else data
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(raw)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return Path(name)

@@ -12,12 +12,12 @@ from typing import TypeAlias
 
 import sympy
 
+from derivation import text
 from derivation.peak.headline import B, Grid, H, L, W
 from derivation.tape.symbols import SYMBOLS, Size, as_poly
 from derivation.tape.tiles import IN_PIXELS
+from derivation.text import NARROW_SPACE
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-NARROW_SPACE = "\N{NARROW NO-BREAK SPACE}"
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 TEX_SPECIALS = {
@@ -47,26 +47,9 @@ Powers: TypeAlias = tuple[int, ...]
 PixelTerms: TypeAlias = dict[Powers, Fraction]
 
 
-def grouped(number: int) -> str:
-    """Return an integer with its digits in groups of three.
-
-    >>> grouped(1234567).split(NARROW_SPACE)
-    ['1', '234', '567']
-    """
-    return f"{number:,}".replace(",", NARROW_SPACE)
-
-
 def human(nbytes: int) -> str:
-    """Return bytes in the binary unit that gives one to four digits before the point.
-
-    >>> human(402685952).split(NARROW_SPACE)
-    ['384.0', 'MiB']
-    """
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if abs(nbytes) >= unit:
-            digits = 2 if unit == GIB else 1
-            return f"{nbytes / unit:.{digits}f}{NARROW_SPACE}{name}"
-    return f"{nbytes}{NARROW_SPACE}B"
+    """Return bytes in the largest binary unit that leaves at least 1, with a space that does not break."""
+    return text.human(nbytes, NARROW_SPACE)
 
 
 def slug(model: str) -> str:

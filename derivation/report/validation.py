@@ -19,7 +19,7 @@ from derivation.options import Options
 from derivation.report import figures
 from derivation.report.figures import Measured
 from derivation.report.pictures import Picture, picture
-from derivation.report.text import GIB, MIB, grouped
+from derivation.text import GIB, MIB, grouped
 
 EVIDENCE = Path(__file__).parent.parent / "evidence"
 RECORD = EVIDENCE / "verification.json"
