@@ -9,6 +9,6 @@
 from derivation.api import Derivation, derive
 from derivation.errors import DerivationError
 from derivation.options import Options
+from derivation.version import __version__
 
-__all__ = ["Derivation", "DerivationError", "Options", "derive"]
-__version__ = "0.1.0"
+__all__ = ["Derivation", "DerivationError", "Options", "__version__", "derive"]

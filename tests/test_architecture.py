@@ -11,9 +11,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "derivation"
-CHAIN = ["tape", "walk", "peak"]
-HEAVY = ("torch", "diffusers", "transformers")
+# every package and top-level module, each below those that may import it; __init__ is the package's public face
+PARTS = """
+    version errors registry text files call gpu config options tape walk trace peak equation allocator verdict export
+    api ask guard __init__ verify evidence measure report cli __main__
+"""
+ORDER = PARTS.split()
+UP_TODAY = {
+    ("equation", "api"), ("export", "api"), ("options", "tape"), ("options", "walk"),
+    ("tape", "peak"), ("trace", "api"), ("trace", "peak"),
+}  # fmt: skip
+LOOSE = {"__init__", "__main__", "version", "errors", "registry", "text", "files", "call", "verdict", "api", "guard"}
+HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate")
 ALLOWED_HEAVY = ("trace", "verify", "measure")
+MOST_FILE_LINES, MOST_FUNCTION_LINES, MOST_FOLDERS = 350, 25, 16
+LONG_TODAY = {"api.py", "allocator/allocator.py", "tape/tape.py", "trace/runs.py", "walk/ops.py"}
 
 BLOCKER = """
 import sys
@@ -24,39 +36,107 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 """
 
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
+
+
+def module(path: Path) -> str:
+    """``derivation.tape.symbols``; a package's ``__init__`` has the package's name."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module(path): path for path in SOURCES}
+
 
 def imports(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text())
+    """Every module that the file names in an import: in functions and under TYPE_CHECKING, too."""
     names: set[str] = set()
-    for node in ast.walk(tree):
+    package = module(path).split(".") if path.name == "__init__.py" else module(path).split(".")[:-1]
+    for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add("derivation." + node.module if node.level else node.module)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) + 1 - node.level] if node.level else []
+            home = ".".join([*parents, *filter(None, [node.module])])
+            inside = {f"{home}.{alias.name}" for alias in node.names}
+            names |= inside & MODULES.keys()
+            names |= {home} if inside - MODULES.keys() else set()
     return names
 
 
-def part(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def part(name: str) -> str:
+    return [*name.split("."), "__init__"][1]
 
 
-SOURCES = sorted(PACKAGE.rglob("*.py"))
+USED = {name: {used for used in imports(path) if used in MODULES} for name, path in MODULES.items()}
+ARROWS = {(part(name), part(used)) for name, all_used in USED.items() for used in all_used if part(name) != part(used)}
+
+
+def known(arrow: tuple[str, str]):
+    marks = [pytest.mark.xfail(strict=False, reason="to be turned")] if arrow in UP_TODAY else []
+    return pytest.param(arrow, marks=marks, id="-".join(arrow))
+
+
+def test_every_part_has_its_place_in_the_order():
+    assert len(set(ORDER)) == len(ORDER)
+    assert {part(name) for name in MODULES} <= set(ORDER)
+
+
+@pytest.mark.parametrize("arrow", map(known, sorted(ARROWS | UP_TODAY)))
+def test_no_arrow_runs_up(arrow):
+    above, below = arrow
+    if ORDER.index(above) < ORDER.index(below):
+        found = sorted(
+            f"{name} imports {used}"
+            for name, all_used in USED.items()
+            for used in all_used
+            if (part(name), part(used)) == arrow
+        )
+        assert not found
+
+
+def reached(name: str) -> set[str]:
+    """Every module that importing ``name`` imports."""
+    found: set[str] = set()
+    new = USED[name]
+    while new:
+        found |= new
+        new = {used for other in new for used in USED[other]} - found
+    return found
+
+
+@pytest.mark.xfail(strict=False, reason="goes with the arrows that run up")
+def test_no_circle_of_modules():
+    assert not [name for name in USED if name in reached(name)]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_go_one_way(path):
-    here = part(path)
-    if here not in CHAIN:
-        return
-    later = set(CHAIN[CHAIN.index(here) + 1 :])
-    used = {name.split(".")[1] for name in imports(path) if name.startswith("derivation.")}
-    assert not used & later
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_only_the_oracle_and_measure_import_torch(path):
-    if part(path) not in ALLOWED_HEAVY:
+def test_only_trace_verify_and_measure_import_torch(path):
+    if part(module(path)) not in ALLOWED_HEAVY:
         assert not {name.split(".")[0] for name in imports(path)} & set(HEAVY)
+
+
+def test_the_tree_is_the_stages():
+    folders = [path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]
+    assert len(folders) <= MOST_FOLDERS
+    assert {path.stem for path in PACKAGE.glob("*.py")} <= LOOSE
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_file_is_short(path):
+    if str(path.relative_to(PACKAGE)) not in LONG_TODAY:
+        assert len(path.read_text().splitlines()) <= MOST_FILE_LINES
+
+
+def test_nine_functions_of_ten_are_short():
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    lines = sorted(
+        node.end_lineno - node.lineno + 1
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, functions)
+    )
+    assert lines[len(lines) * 9 // 10] <= MOST_FUNCTION_LINES, lines[-20:]
 
 
 def test_deriving_works_where_torch_cannot_be_imported():

@@ -9,9 +9,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from derivation import __version__
 from derivation.cli import derived, gpu, planning
 from derivation.errors import DerivationError, one_line
+from derivation.version import __version__
 
 DEBUG = "DERIVATION_DEBUG"
 MAX_MESSAGE = 1000

@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import derivation as package
 from derivation.api import Derivation
 from derivation.equation.function import Function
 from derivation.export.templates import environment
 from derivation.options import Options
+from derivation.version import __version__
 
 # The versions whose allocations the derivation follows, as in pyproject.toml's "verify" extra.
 VERSIONS = {"torch": "2.13.0", "diffusers": "0.42.1", "transformers": "5.23.0"}
@@ -60,7 +60,7 @@ def facts(function: Function) -> Facts:
     scratch = () if d.options.gpu else (LIBRARY_SCRATCH,)
     return Facts(
         title=f"Peak GPU memory of {printable(d.checkpoint.name)} ({d.options.pipeline}), in bytes.",
-        generator=f"diffusion-vram-derivation {package.__version__}, from the checkpoint's config files",
+        generator=f"diffusion-vram-derivation {__version__}, from the checkpoint's config files",
         options=tuple(f"{key}={printable(str(value))}" for key, value in d.options.as_dict().items()),
         versions=tuple(f"{name} {getattr(d.options, name, None) or version}" for name, version in VERSIONS.items()),
         assumptions=assumptions(d.options),
