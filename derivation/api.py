@@ -22,7 +22,7 @@ from derivation.peak.headline import Grid, Term, maximum
 from derivation.peak.record import Record, StageRecord, derive_record
 from derivation.peak.witness import Witness, witness_at
 from derivation.tape.program import Program, Variant
-from derivation.tape.tape import Settings, tape
+from derivation.tape.tape import Memory, Settings, tape
 from derivation.tape.tiles import Tiling
 from derivation.walk.components import Component, components, parameter_count, parameters, weights_bytes
 from derivation.walk.pipelines import Pipeline
@@ -67,6 +67,7 @@ class Derivation:
         self._pipelines: dict[bool, Program] = {}
         self._components: dict[tuple[str, bool], Program] = {}
         self._records: dict[bool, Record] = {}
+        self._memory: Memory = {}
 
     def __repr__(self) -> str:
         o = self.options
@@ -155,7 +156,7 @@ class Derivation:
         if guidance not in self._pipelines:
             pipeline = Pipeline(self.checkpoint, self.options, guidance)
             run = pipeline.__call__ if self.checkpoint.whole else lambda: self._call_each(guidance)
-            self._pipelines[guidance] = Program(run, self.settings, self.fixed)
+            self._pipelines[guidance] = Program(run, self.settings, self.fixed, self._memory)
         return self._pipelines[guidance]
 
     def _call_each(self, guidance: bool) -> None:
@@ -174,7 +175,9 @@ class Derivation:
         key = (name, guidance)
         if key not in self._components:
             call = self.calls[name].call
-            self._components[key] = Program(lambda: call(self.options, guidance), self.settings, self.fixed)
+            self._components[key] = Program(
+                lambda: call(self.options, guidance), self.settings, self.fixed, self._memory
+            )
         return self._components[key]
 
     def record(self, guidance: bool = True) -> Record:

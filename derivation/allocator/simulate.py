@@ -25,8 +25,8 @@ def replay(tape: Tape, values: Mapping[str, int], weights: Mapping[str, int] | N
         for allocation, count in zip(tape.allocations, counts, strict=True)
         for nbytes in [evaluate(allocation.nbytes, values)] * count
     ]
-    loaded = {first[a.index]: weights[a.path] for a in tape.allocations if a.loaded and a.path in weights}
-    staying = {a.index for a in tape.allocations if a.loaded and a.path not in weights}
+    loaded = {first[i]: weights[a.path] for i, a in enumerate(tape.allocations) if a.loaded and a.path in weights}
+    staying = {i for i, a in enumerate(tape.allocations) if a.loaded and a.path not in weights}
     emptied = Counter(tape.emptied)
     events = [0] * emptied[0]
     position = [len(events)]

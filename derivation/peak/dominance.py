@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from derivation.peak.liveness import Point
+from derivation.peak.margins import Margins
 from derivation.peak.proof import margin, proven_nonnegative
 from derivation.tape.symbols import BLOCK_BYTES, MAX_LEVELS, SYMBOLS, Size, as_poly
 from derivation.tape.tiles import Tile
@@ -103,12 +104,23 @@ def reduce_points(points: Sequence[Point]) -> Reduction:
     mixed = _mixtures(table, kept[:MIX_AMONG])
     # a point that dominates another is no smaller at any sample, so it comes first
     shares = (table / np.maximum(table.max(axis=0), 1)).sum(axis=1)
-    for i in (int(i) for i in np.argsort(-shares, kind="stable") if not wins[i]):
+    others = [int(i) for i in np.argsort(-shares, kind="stable") if not wins[i]]
+    for i in _unproven(points, table, winners, others):
         if not _dominated(points, table, kept, mixed, i):
             kept.append(i)
             mixed = _mixtures(table, kept[:MIX_AMONG])
     survivors = tuple(points[i] for i in kept)
     return Reduction(survivors, len(points), len(points) - len(kept), len(kept) - len(winners))
+
+
+def _unproven(points: Sequence[Point], table: Samples, uppers: Sequence[int], lowers: Sequence[int]) -> list[int]:
+    """Return those of ``lowers`` that none of ``uppers`` is proven to dominate by margins alone."""
+    margins = Margins(points)
+    for upper in uppers:
+        fits = [i for i, fit in zip(lowers, (table[upper] >= table[lowers]).all(axis=1), strict=True) if fit]
+        proven = {i for i, proof in zip(fits, margins.proven(upper, fits), strict=True) if proof}
+        lowers = [i for i in lowers if i not in proven]
+    return list(lowers)
 
 
 def _dominated(points: Sequence[Point], table: Samples, kept: Sequence[int], mixed: Mixtures, lower: int) -> bool:

@@ -7,7 +7,7 @@ raw(B - A) - sum over A's surplus of count * (512 - g) >= 0 for all sizes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain, combinations
 from math import gcd
@@ -100,7 +100,7 @@ def proven_nonnegative(size: Size, where: Point | None = None) -> bool:
     tile, cut = (None, frozenset[str]()) if where is None else (where.tile, where.cut)
     if tile is not None:
         polynomial = _second_cut(polynomial, tile, cut)
-    return any(_bounded_below(polynomial, base, tile, cut) for base in sorted(_levels(polynomial)))
+    return any(_bounded_below(polynomial, base, tile, cut) for base in sorted(levels(polynomial) or {0}))
 
 
 def _second_cut(polynomial: PolyElement, tile: Tile, cut: frozenset[str]) -> PolyElement:
@@ -119,14 +119,14 @@ def _longest(polynomial: PolyElement, max_length: int) -> PolyElement:
     return result
 
 
-def _levels(polynomial: PolyElement) -> set[int]:
-    found = {
+def levels(monomials: Iterable[Monomial]) -> set[int]:
+    """Return the levels of the sides in some monomials."""
+    return {
         int(SYMBOLS[i].name[1:])
-        for monomial in polynomial
+        for monomial in monomials
         for i, power in enumerate(monomial)
         if power and SYMBOLS[i].name[0] in "hw"
     }
-    return found or {0}
 
 
 def _bounded_below(polynomial: PolyElement, base: int, tile: Tile | None, cut: frozenset[str]) -> bool:
@@ -155,7 +155,7 @@ def _shifted(polynomial: PolyElement, base: int, cut: frozenset[str], bounded: s
     """Return a lower bound of ``polynomial`` in the shifts; cut VAE tiles are ``bounded`` along these axes."""
     total: Coefficients = {}
     for monomial, coefficient in polynomial.items():
-        for shifted, factor in _bound(tuple(monomial), base, coefficient > 0, cut, bounded):
+        for shifted, factor in bound(tuple(monomial), base, coefficient > 0, cut, bounded):
             total[shifted] = total.get(shifted, 0) + int(coefficient) * factor
     return total
 
@@ -176,7 +176,7 @@ def _at_most(polynomial: Coefficients, axes: Mapping[int, int | None], most: int
 
 
 @lru_cache(maxsize=65536)
-def _bound(
+def bound(
     monomial: Monomial, base: int, lower: bool, cut: frozenset[str], bounded: str
 ) -> tuple[tuple[Monomial, int], ...]:
     """Return the lower or upper bound of a monomial in the shifts, times 2^(SCALE * 4) in all.

@@ -74,7 +74,7 @@ def _walk(d: Derivation, name: str) -> Walk:
         if entry in passing and event != peak:
             continue
         allocation = variant.tape.allocations[entry - 1]
-        line = _line(allocation, alive, int(live[event + 1]), values, is_peak=event == peak)
+        line = _line(entry, allocation, alive, int(live[event + 1]), values, is_peak=event == peak)
         lines.setdefault(_block_path(allocation.path or name), []).append(line)
     blocks = tuple(_block(path, found) for path, found in lines.items())
     return Walk(name, blocks, int(live.max()), len(variant.tape.allocations))
@@ -86,9 +86,9 @@ def _passing(tape: Tape) -> set[int]:
     return {-entry for span in spans for entry in span if entry < 0 and -entry in span}
 
 
-def _line(a: Allocation, alive: dict[int, None], live: int, values: dict[str, int], is_peak: bool) -> Line:
+def _line(number: int, a: Allocation, alive: dict[int, None], live: int, values: dict[str, int], is_peak: bool) -> Line:
     return Line(
-        number=a.index + 1,
+        number=number,
         module=a.path,
         op=a.op,
         shape=shape_text(a.shape) + ("" if a.count == 1 else f" ({size_text(a.count)} of them)"),

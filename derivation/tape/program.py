@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from derivation.peak.liveness import Evaluator
-from derivation.tape.tape import Settings, Tape
+from derivation.tape.tape import Memory, Settings, Tape
 
 MAX_VARIANTS = 256
 
@@ -31,14 +31,22 @@ def decides_alike(tape: Tape, values: Mapping[str, int]) -> bool:
 
 
 class Program:
-    """Records ``run`` symbolically, ``fixed`` symbols as numbers, and again for sizes at which it decides otherwise."""
+    """Records ``run`` symbolically, ``fixed`` symbols as numbers, and again for sizes at which it decides otherwise.
+
+    What modules recorded is kept in ``memory``, which programs may share.
+    """
 
     def __init__(
-        self, run: Callable[[], object], settings: Settings, fixed: Mapping[str, int] | None = None
+        self,
+        run: Callable[[], object],
+        settings: Settings,
+        fixed: Mapping[str, int] | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._run = run
         self._settings = settings
         self._fixed = dict(fixed or {})
+        self._memory: Memory = {} if memory is None else memory
         self._variants: list[Variant] = []
         self._walked: list[Variant] = []
 
@@ -47,7 +55,7 @@ class Program:
         """The variant for sizes where every symbol is above 1 and below every threshold."""
         if self._variants:
             return self._variants[0]
-        return self._record(Tape(self._settings, fixed=self._fixed), self._variants)
+        return self._record(self._tape(), self._variants)
 
     def at(self, values: Mapping[str, int]) -> Variant:
         """Return the variant that holds at ``values``, every VAE tile walked, recording it first if there is none.
@@ -66,7 +74,10 @@ class Program:
         if (variant := self._holding(values, [self.generic, *self._variants[1:]])) is not None:
             return variant
         ones = frozenset(name for name, value in values.items() if value == 1)
-        return self._record(Tape(self._settings, hint=dict(values), ones=ones, fixed=self._fixed), self._variants)
+        return self._record(self._tape(hint=dict(values), ones=ones), self._variants)
+
+    def _tape(self, hint: Mapping[str, int] | None = None, ones: frozenset[str] = frozenset()) -> Tape:
+        return Tape(self._settings, hint=hint, ones=ones, fixed=self._fixed, memory=self._memory)
 
     @staticmethod
     def _holding(values: Mapping[str, int], variants: Iterable[Variant]) -> Variant | None:

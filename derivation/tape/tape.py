@@ -6,19 +6,16 @@ that keeps its local variables as diffusers' ``forward()`` does has diffusers' m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import lru_cache, wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from functools import lru_cache
+from typing import Any
 
 from derivation.gpu.profile import Hardware
 from derivation.tape.symbols import DTYPE_BYTES, Size, as_whole_tile, evaluate, nonnegative_from_one, product, symbol
 from derivation.tape.tiles import TILE_OVERLAP_FACTOR, Tile
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 # _exclude_from_cpu_offload of diffusers' pipelines
 EXCLUDED_FROM_CPU_OFFLOAD = ("safety_checker",)
@@ -43,7 +40,6 @@ class Allocation:
     bytes, so that "weights + live bytes" stays the memory in use.
     """
 
-    index: int
     path: str
     op: str
     shape: tuple[Size, ...]
@@ -53,10 +49,10 @@ class Allocation:
     count: Size = 1
     loaded: bool = False
 
-    def as_number(self, index: int) -> Allocation:
-        """Return the same allocation with another index."""
+    def moved(self, path: str) -> Allocation:
+        """Return the same allocation at another module path."""
         a = self
-        return Allocation(index, a.path, a.op, a.shape, a.dtype, a.nbytes, a.category, a.count, a.loaded)
+        return Allocation(path, a.op, a.shape, a.dtype, a.nbytes, a.category, a.count, a.loaded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +89,10 @@ class Guard:
         """Return True if the same decision would be taken at ``values``."""
         return (evaluate(self.size, values) > self.bound) == self.answer
 
+    def holds_on(self, tape: Tape) -> bool:
+        """Return True if ``tape`` answers alike."""
+        return tape.decides(self)
+
 
 @dataclass(slots=True)
 class Mark:
@@ -103,17 +103,20 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """A recorded call that may be copied: its events, its first allocation, and its results without storage.
+class Sized:
+    """What ``size`` answered for a symbol."""
 
-    ``left`` holds each result's allocation, counted from the first.
-    """
+    name: str
+    answer: Size
 
-    start: int
-    end: int
-    allocation: int
-    outputs: tuple[SymTensor, ...]
-    left: tuple[int, ...]
+    def holds_on(self, tape: Tape) -> bool:
+        """Return True if ``tape`` answers alike."""
+        return tape.size(self.name) == self.answer
+
+
+Question = Guard | Sized
+# What modules have recorded, by all that it follows from but the answers of a tape (derivation.tape.block).
+Memory = dict[Hashable, list[Any]]
 
 
 @dataclass(slots=True)
@@ -128,7 +131,8 @@ class Tape:
     was changed; ``leaves`` holds, for each open scope, the parameters that are on the GPU until it is left;
     ``tile`` is set where the run stands for every number of VAE tiles, and ``cut`` holds event ranges (start, end,
     symbols) that belong to cut tiles: they do not occur where a symbol is 0; ``emptied`` holds how many events
-    precede each torch.cuda.empty_cache().
+    precede each torch.cuda.empty_cache(); ``asked`` holds the answers that decide what a module does, in order, and
+    ``memory`` what modules have recorded, on this tape or others (``derivation.tape.block``), None for no memory.
     """
 
     settings: Settings
@@ -144,12 +148,13 @@ class Tape:
     path: list[str] = field(default_factory=list)
     kept: set[str] = field(default_factory=set)
     alive: set[int] = field(default_factory=set)
-    runs: dict[Hashable, Run] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     leaves: list[list[Storage | None]] = field(default_factory=list)
     tile: Tile | None = None
     cut: list[tuple[int, int, frozenset[str]]] = field(default_factory=list)
     emptied: list[int] = field(default_factory=list)
+    asked: list[Question] = field(default_factory=list)
+    memory: Memory | None = None
 
     def exceeds(self, size: Size, bound: int) -> bool:
         """Return whether ``size`` > ``bound``, recording the decision where it depends on a symbol.
@@ -162,14 +167,30 @@ class Tape:
             return True
         if isinstance(size, int):
             return False
-        if (size, bound) not in self.guards:
-            answer = bound == 1 if self.hint is None else evaluate(size, self.hint) > bound
-            self.guards[size, bound] = Guard(size, bound, answer)
-        return self.guards[size, bound].answer
+        guard = self.guards.get((size, bound)) or Guard(size, bound, self._answer(size, bound))
+        self.ask([guard])
+        return guard.answer
+
+    def _answer(self, size: Size, bound: int) -> bool:
+        return bound == 1 if self.hint is None else evaluate(size, self.hint) > bound
+
+    def decides(self, guard: Guard) -> bool:
+        """Return whether this run answers as ``guard`` says."""
+        known = self.guards.get((guard.size, guard.bound))
+        return guard.answer == (self._answer(guard.size, guard.bound) if known is None else known.answer)
+
+    def ask(self, questions: Iterable[Question]) -> None:
+        """Record answers."""
+        for question in questions:
+            self.asked.append(question)
+            if isinstance(question, Guard):
+                self.guards.setdefault((question.size, question.bound), question)
 
     def size(self, name: str) -> Size:
         """Return the symbol called ``name``, or its value where this run specialises it."""
-        return 1 if name in self.ones else self.fixed.get(name, symbol(name))
+        found = 1 if name in self.ones else self.fixed.get(name, symbol(name))
+        self.asked.append(Sized(name, found))
+        return found
 
     def allocate(
         self, shape: tuple[Size, ...], dtype: str, op: str, category: Category, count: Size = 1
@@ -200,7 +221,7 @@ class Tape:
         if nbytes == 0 or count == 0:
             return None
         index = len(self.allocations)
-        self.allocations.append(Allocation(index, path, op, shape, dtype, nbytes, category, count))
+        self.allocations.append(Allocation(path, op, shape, dtype, nbytes, category, count))
         self.alive.add(index)
         self.events.append(index + 1)
         return Storage(self, index)
@@ -218,43 +239,13 @@ class Tape:
         """Record the death of a weight that existed before the run."""
         nbytes = product((DTYPE_BYTES[dtype], *shape))
         index = len(self.allocations)
-        self.allocations.append(Allocation(index, path, "load", shape, dtype, nbytes, Category.WEIGHT, loaded=True))
+        self.allocations.append(Allocation(path, "load", shape, dtype, nbytes, Category.WEIGHT, loaded=True))
         self.release(index)
 
     def release(self, index: int) -> None:
         """Record the death of allocation ``index``."""
         self.alive.discard(index)
         self.events.append(-index - 1)
-
-    def repeated(self, key: Hashable, run: Callable[[], tuple[SymTensor, ...]]) -> tuple[SymTensor, ...]:
-        """Return ``run()``, copying its events where a run with the same ``key`` is on the tape already.
-
-        ``key`` must determine every event of ``run``, which frees nothing that was alive before it and leaves
-        its results alone alive, each in a storage of its own.
-        """
-        key = (key, frozenset(self.kept))
-        if key in self.runs:
-            return self._copy(self.runs[key])
-        event, allocation = len(self.events), len(self.allocations)
-        outputs = run()
-        left = tuple(output.storage.index - allocation for output in outputs if output.storage is not None)
-        bare = tuple(output.without_storage() for output in outputs)
-        self.runs[key] = Run(event, len(self.events), allocation, bare, left)
-        return outputs
-
-    def _copy(self, run: Run) -> tuple[SymTensor, ...]:
-        first = len(self.allocations)
-        shift = first - run.allocation
-        later = len(self.events) - run.start
-        self.emptied += [done + later for done in self.emptied if run.start < done <= run.end]
-        born = [event for event in self.events[run.start : run.end] if event > 0]
-        self.allocations += [self.allocations[e - 1].as_number(e - 1 + shift) for e in born]
-        self.events += [e + shift if e > 0 else e - shift for e in self.events[run.start : run.end]]
-        self.alive.update(first + index for index in run.left)
-        return tuple(
-            SymTensor(Storage(self, first + index), output.shape, output.dtype, output.strides)
-            for index, output in zip(run.left, run.outputs, strict=True)
-        )
 
     def mark(self, stage: str) -> None:
         """Begin the stage called ``stage`` at this event."""
@@ -367,9 +358,19 @@ class SymTensor:
         """Number of dimensions."""
         return len(self.shape)
 
-    def without_storage(self) -> SymTensor:
-        """Return a tensor of the same layout that keeps no memory alive."""
-        return SymTensor(None, self.shape, self.dtype, self._strides)
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether this is a scalar whose storage is not the call's."""
+        return not self.shape and self.storage is None
+
+    @property
+    def form(self) -> tuple[str, tuple[Size, ...], tuple[Size, ...] | None, bool]:
+        """All that operators read: dtype, shape, strides (None: row-major by definition), ``is_on_cpu``."""
+        return self.dtype, self.shape, self._strides, self.is_on_cpu
+
+    def over(self, storage: Storage | None) -> SymTensor:
+        """Return a tensor of the same layout over another storage, None for one that keeps no memory alive."""
+        return SymTensor(storage, self.shape, self.dtype, self._strides)
 
     def numel(self) -> Size:
         """Number of elements."""
@@ -500,16 +501,3 @@ def _strided_blocks(shape: Sequence[Size], strides: Sequence[Size]) -> list[tupl
         elif is_many(dim):
             blocks.append((dim, stride))
     return blocks
-
-
-def block(forward: Callable[P, R]) -> Callable[Concatenate[str, P], R]:
-    """Make ``forward`` a module: the first argument of a call is its name, and, as in ``nn.Module.__call__``,
-    the caller's arguments stay referenced until it returns.
-    """
-
-    @wraps(forward)
-    def call(name: str, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with tape().scope(name):
-            return forward(*args, **kwargs)
-
-    return call

@@ -201,17 +201,17 @@ def record(trace: Trace, sizes: SymbolicSizes, root: str = "") -> None:
     tape, first = sizes.tape, len(sizes.tape.allocations) - 1
     for event in trace.events:
         if isinstance(event, Alloc):
-            tape.allocations.append(_allocation(event, first + event.id, sizes, root))
+            tape.allocations.append(_allocation(event, sizes, root))
             tape.events.append(first + event.id + 1)
         else:
             tape.events.append(-(first + event.id) - 1)
     tape.guards.update({(guard.size, guard.bound): guard for guard in sizes.decisions()})
 
 
-def _allocation(event: Alloc, index: int, sizes: SymbolicSizes, root: str) -> Allocation:
+def _allocation(event: Alloc, sizes: SymbolicSizes, root: str) -> Allocation:
     shape = tuple(sizes.polynomial(dim) for dim in event.shape)
     path, op = ".".join(filter(None, (root, event.path))), event.op.split(".")[1]
-    return Allocation(index, path, op, shape, event.dtype, sizes.polynomial(event.nbytes), category(op, shape))
+    return Allocation(path, op, shape, event.dtype, sizes.polynomial(event.nbytes), category(op, shape))
 
 
 def category(op: str, shape: tuple[Size, ...]) -> Category:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from derivation.config import ControlNetConfig, UNet2DConditionConfig
+from derivation.tape.block import block
 from derivation.tape.symbols import Size
-from derivation.tape.tape import SymTensor, block, tape
+from derivation.tape.tape import SymTensor, tape
 from derivation.walk.blocks.activations import activation
 from derivation.walk.blocks.attention_processor import Conditions
 from derivation.walk.blocks.autoencoder_kl import decode, encode
@@ -165,7 +166,7 @@ def controlnet(
             )
     with tape().setting(**off, attention_slicing=None):
         return MultiControlNetModel(
-            "controlnet", sample, timestep, encoder_hidden_states, controlnet_cond, added_cond, config=config
+            "controlnet", sample, timestep, encoder_hidden_states, tuple(controlnet_cond), added_cond, config=config
         )
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from derivation.errors import DerivationError
+from derivation.tape.block import leaf
 from derivation.tape.symbols import SYMBOLS, Size, floor_div, nonnegative_from_one
-from derivation.tape.tape import EXCLUDED_FROM_CPU_OFFLOAD, Category, SymTensor, block, packed_strides, tape
+from derivation.tape.tape import EXCLUDED_FROM_CPU_OFFLOAD, Category, SymTensor, packed_strides, tape
 from derivation.walk import scratch as kernels
 
 # the models that the option channels_last converts
@@ -235,7 +236,7 @@ def pad_last(x: SymTensor, right: int) -> SymTensor:
     return empty((*x.shape[:-1], x.shape[-1] + right), x.dtype, "constant_pad_nd")
 
 
-@block
+@leaf
 def Conv2d(
     x: SymTensor, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0, bias: bool = True
 ) -> SymTensor:
@@ -280,7 +281,7 @@ def _in_format(x: SymTensor, channels_last: bool) -> SymTensor:
     return empty(x.shape, x.dtype, "clone", strides=format_strides(x.shape, True))
 
 
-@block
+@leaf
 def Linear(x: SymTensor, out_features: int, *, bias: bool = True, frozen: bool = False) -> SymTensor:
     """``torch.nn.Linear``: [*, C] -> [*, out_features].
 
@@ -314,7 +315,7 @@ def _folds(x: SymTensor) -> bool:
     return all(x.strides[i] == x.strides[i + 1] * x.shape[i + 1] for i in range(x.ndim - 2))
 
 
-@block
+@leaf
 def LoraLinear(x: SymTensor, out_features: int, *, bias: bool, rank: int) -> SymTensor:
     """peft's ``lora.Linear`` (tuners/lora/layer.py): base_layer(x) + lora_B(lora_A(x)) * scaling, no dropout.
 
@@ -340,7 +341,7 @@ def _matrix(x: SymTensor, rows: Size, columns: int, op: str) -> SymTensor:
     return out
 
 
-@block
+@leaf
 def GroupNorm(x: SymTensor, groups: int) -> SymTensor:
     """``torch.nn.GroupNorm``: a row-major copy where needed, the result, mean and rstd [N, groups]."""
     channels = x.shape[1]
@@ -357,7 +358,7 @@ def GroupNorm(x: SymTensor, groups: int) -> SymTensor:
     return out
 
 
-@block
+@leaf
 def LayerNorm(x: SymTensor) -> SymTensor:
     """``torch.nn.LayerNorm`` over the last dimension: the result, mean and rstd float32 [*, 1]."""
     channels = x.shape[-1]
@@ -373,7 +374,7 @@ def LayerNorm(x: SymTensor) -> SymTensor:
     return out
 
 
-@block
+@leaf
 def Embedding(indices: SymTensor, entries: int, dim: int) -> SymTensor:
     """``torch.nn.Embedding``: [*] -> [*, dim]."""
     weight = parameter("weight", (entries, dim))

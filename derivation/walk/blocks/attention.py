@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from derivation.errors import DerivationError
-from derivation.tape.tape import SymTensor, block, tape
+from derivation.tape.block import block
+from derivation.tape.tape import SymTensor, tape
 from derivation.walk.blocks.activations import GEGLU
 from derivation.walk.blocks.attention_processor import Attention, AttentionSpec, Conditions
 from derivation.walk.ops import LayerNorm, Linear, add

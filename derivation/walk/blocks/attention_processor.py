@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from derivation.tape.block import block
 from derivation.tape.symbols import Size, floor_div
-from derivation.tape.tape import SymTensor, block, tape
+from derivation.tape.tape import SymTensor, tape
 from derivation.walk.attention import EAGER, attention_scores, scaled_dot_product_attention
 from derivation.walk.ops import GroupNorm, Linear, LoraLinear, add, bmm, div, empty, mul, reshape
 

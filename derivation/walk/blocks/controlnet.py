@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from derivation.config import ControlNetConfig
-from derivation.tape.tape import SymTensor, block
+from derivation.tape.block import block
+from derivation.tape.tape import SymTensor
 from derivation.walk.blocks.embeddings import TimestepEmbedding, get_timestep_embedding, one_timestep
 from derivation.walk.blocks.unet_2d_blocks import (
     CrossAttnDownBlock2D,
@@ -19,7 +19,7 @@ from derivation.walk.blocks.unet_2d_blocks import (
 from derivation.walk.ops import Conv2d, add, cat, elementwise, mul, to
 
 # down_block_res_samples and mid_block_res_sample
-Residuals = tuple[list[SymTensor], SymTensor]
+Residuals = tuple[tuple[SymTensor, ...], SymTensor]
 
 
 @block
@@ -74,7 +74,7 @@ def ControlNetModel(
     controlnet_cond = ControlNetConditioningEmbedding("controlnet_cond_embedding", controlnet_cond, config=config)
     sample = add(sample, controlnet_cond)
 
-    down_block_res_samples: Sequence[SymTensor] = (sample,)
+    down_block_res_samples: tuple[SymTensor, ...] = (sample,)
     for i, down_block_type in enumerate(config.down_block_types):
         name, spec = f"down_blocks.{i}", down_spec(config, i)
         if down_block_type == "CrossAttnDownBlock2D":
@@ -95,7 +95,7 @@ def ControlNetModel(
     down_block_res_samples = controlnet_down_block_res_samples
     mid_block_res_sample = zero_conv("controlnet_mid_block", sample)
 
-    down_block_res_samples = [mul(sample) for sample in down_block_res_samples]
+    down_block_res_samples = tuple(mul(sample) for sample in down_block_res_samples)
     mid_block_res_sample = mul(mid_block_res_sample)
     return down_block_res_samples, mid_block_res_sample
 
@@ -112,7 +112,7 @@ def MultiControlNetModel(
     sample: SymTensor,
     timestep: SymTensor,
     encoder_hidden_states: SymTensor,
-    controlnet_cond: Sequence[SymTensor],
+    controlnet_cond: tuple[SymTensor, ...],
     added_cond: tuple[SymTensor, SymTensor] | None = None,
     *,
     config: ControlNetConfig,
@@ -125,8 +125,8 @@ def MultiControlNetModel(
         if i == 0:
             down_block_res_samples, mid_block_res_sample = down_samples, mid_sample
         else:
-            down_block_res_samples = [
+            down_block_res_samples = tuple(
                 add(samples_prev, samples_curr)
                 for samples_prev, samples_curr in zip(down_block_res_samples, down_samples, strict=True)
-            ]
+            )
     return down_block_res_samples, mid_block_res_sample

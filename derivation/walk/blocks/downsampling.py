@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from derivation.tape.tape import SymTensor, block
+from derivation.tape.block import block
+from derivation.tape.tape import SymTensor
 from derivation.walk.ops import Conv2d, pad
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from derivation.tape.tape import Category, SymTensor, block
+from derivation.tape.block import block
+from derivation.tape.tape import Category, SymTensor
 from derivation.walk.blocks.activations import activation
 from derivation.walk.ops import LayerNorm, Linear, add, cat, div, elementwise, empty, mul, to
 
@@ -11,7 +12,7 @@ def one_timestep(timestep: SymTensor) -> SymTensor:
     """Return a model's ``timestep`` as [1]: a scalar that is an input is on the CPU, and copied."""
     if timestep.ndim:
         return timestep
-    if timestep.storage is None:
+    if timestep.is_on_cpu:
         return empty((1,), timestep.dtype, "_to_copy", Category.PIPELINE)
     return timestep.unsqueeze(0)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from derivation.config import CLIPTextConfig, CLIPVisionConfig
-from derivation.tape.tape import SymTensor, block, is_many
+from derivation.tape.block import block
+from derivation.tape.tape import SymTensor, is_many
 from derivation.walk.attention import scaled_dot_product_attention
 from derivation.walk.blocks.activations import activation, quick_gelu
 from derivation.walk.ops import (

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from derivation.config import UNet2DConditionConfig
+from derivation.tape.block import block
 from derivation.tape.symbols import Size
-from derivation.tape.tape import SymTensor, block, tape
+from derivation.tape.tape import SymTensor, tape
 from derivation.walk.blocks.attention_processor import Attention, AttentionSpec, Conditions
 from derivation.walk.blocks.downsampling import Downsample2D
 from derivation.walk.blocks.resnet import ResnetBlock2D

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from derivation.config import ControlNetConfig
 from derivation.errors import DerivationError
-from derivation.tape.tape import Category, SymTensor, tape
+from derivation.tape.tape import Category, SymTensor
 from derivation.walk.models import Residuals, controlnet
 from derivation.walk.ops import cat, empty
 from derivation.walk.pipelines.base import Pipeline
@@ -27,7 +27,7 @@ class Control:
         self.txt2img = pipeline.options.pipeline == "txt2img"
         self.images = [prepare_control_image(pipeline) for _ in range(pipeline.options.controlnets)]
         self.control_model_input: SymTensor | None = None
-        self.down_block_res_samples: list[SymTensor] = []
+        self.down_block_res_samples: tuple[SymTensor, ...] = ()
         self.mid_block_res_sample: SymTensor | None = None
 
     def __call__(
@@ -37,17 +37,10 @@ class Control:
         prompt_embeds: SymTensor,
         added_cond: tuple[SymTensor, SymTensor] | None,
     ) -> Residuals:
-        """The ControlNets on the step's input; calls on the same layout are the same events."""
+        """The ControlNets on the step's input."""
         self.control_model_input = latent_model_input
-
-        def run() -> tuple[SymTensor, ...]:
-            down_block_res_samples, mid_block_res_sample = controlnet(
-                latent_model_input, timestep, prompt_embeds, self.images, added_cond, config=self.config
-            )
-            return (*down_block_res_samples, mid_block_res_sample)
-
-        *self.down_block_res_samples, self.mid_block_res_sample = tape().repeated(
-            ("controlnet", latent_model_input.layout, timestep.storage is None), run
+        self.down_block_res_samples, self.mid_block_res_sample = controlnet(
+            latent_model_input, timestep, prompt_embeds, self.images, added_cond, config=self.config
         )
         return self.down_block_res_samples, self.mid_block_res_sample
 

@@ -64,28 +64,20 @@ class Denoising:
         added_cond: tuple[SymTensor, SymTensor] | None,
         residuals: Residuals | None,
     ) -> SymTensor:
-        """The UNet on the step's input ``sample``; calls on the same layouts are the same events."""
+        """The UNet on the step's input ``sample``."""
         config = self.pipeline.unet
         moved = self.pipeline.models.pre_forward("unet")
-        down, mid = residuals or ((), None)
-        key = ("unet", moved, sample.layout, *(x.layout for x in (*down, mid) if x is not None))
-        [noise_pred] = tape().repeated(
-            key,
-            lambda: (
-                UNet2DConditionModel(
-                    "unet",
-                    sample,
-                    self.timestep(moved),
-                    prompt_embeds,
-                    added_cond,
-                    residuals,
-                    image_embeds=self.image_embeds,
-                    timestep_cond=self.timestep_cond,
-                    config=config,
-                ),
-            ),
+        return UNet2DConditionModel(
+            "unet",
+            sample,
+            self.timestep(moved),
+            prompt_embeds,
+            added_cond,
+            residuals,
+            image_embeds=self.image_embeds,
+            timestep_cond=self.timestep_cond,
+            config=config,
         )
-        return noise_pred
 
     def timestep(self, moved: bool) -> SymTensor:
         """Return the step's entry of ``timesteps``: a view on a GPU, else a scalar on the CPU unless ``moved``."""
