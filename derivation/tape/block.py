@@ -170,8 +170,8 @@ def _result(left: object, storages: Mapping[int, Storage], inputs: Sequence[SymT
 
 def _made(like: tuple[object, ...], entries: Iterable[object]) -> tuple[object, ...]:
     """Return a tuple, or a named one, of the same class."""
-    made: tuple[object, ...] = type(like)(*entries) if hasattr(like, "_fields") else tuple(entries)
-    return made
+    make: Callable[[Iterable[object]], tuple[object, ...]] = getattr(like, "_make", tuple)
+    return make(entries)
 
 
 def _flat(value: object) -> Iterator[Left]:
