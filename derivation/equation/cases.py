@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from derivation.api import Derivation
-from derivation.equation.numbering import Numbering, at
+from derivation.equation.numbering import Numbering, at, live_sets
 from derivation.errors import DerivationError
 from derivation.peak.dominance import reduce_points, sample_sizes
 from derivation.peak.liveness import Point, cut_at, local_maxima, prompt_limits
@@ -31,7 +31,7 @@ SAMPLES = 6
 
 Threshold = tuple[Size, int]
 # Live sets: (the stage where stages are told apart, the number) -> the first event.
-LiveSets = Mapping[tuple[str, int], int]
+Events = Mapping[tuple[str, bytes], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,29 +131,31 @@ def _check_finite(cell: Cell) -> None:
         raise DerivationError(f"no closed form: the pipeline takes ever more decisions on {size}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Known:
     """One variant, and its live sets that dominate them all, or those of each stage where stages are ``apart``."""
 
     variant: Variant
-    kept: tuple[Point, ...]
     apart: bool = False
 
-    @classmethod
-    def of(cls, variant: Variant, apart: bool = False) -> Known:
-        """Reduce each stage of a variant, then the survivors unless stages are ``apart``."""
-        survivors = _survivors(variant)
-        return cls(variant, survivors if apart else reduce_points(survivors).kept, apart)
+    @cached_property
+    def kept(self) -> tuple[Point, ...]:
+        """Each stage of the variant reduced, then the survivors unless stages are ``apart``."""
+        survivors = _survivors(self.variant)
+        return survivors if self.apart else reduce_points(survivors).kept
 
     def same_peak(self, cell: Cell, variant: Variant) -> bool:
         """Return True if the Max over the points of ``variant`` is proven equal to this Max in ``cell``."""
-        numbering = Numbering(cell.ones)
+        sizes = (*self.variant.evaluator.sizes, *variant.evaluator.sizes)
+        numbering = Numbering(cell.ones, sizes)
+        before, after = (_live_sets(v, cell, numbering, self.apart) for v in (self.variant, variant))
+        if before.keys() == after.keys():
+            return True
         kept = {
             (p.stage if self.apart else "", numbering.number(p.terms)): p.event
             for p in self.kept
             if _occurs(p.max_length, cell)
         }
-        before, after = (_live_sets(v, cell, numbering, self.apart) for v in (self.variant, variant))
         new, gone = after.keys() - before.keys(), kept.keys() - after.keys()
         if not new and not gone:
             return True
@@ -179,7 +181,7 @@ class Moment:
     tape: Tape
     event: int
     stage: str
-    number: int
+    number: bytes
     numbering: Numbering
     samples: tuple[int, ...]
 
@@ -206,7 +208,7 @@ def _samples(ones: frozenset[str], tile: Tile | None) -> tuple[dict[str, int], .
 
 
 def _moments(
-    variant: Variant, events: LiveSets, numbering: Numbering, samples: Iterable[Mapping[str, int]]
+    variant: Variant, events: Events, numbering: Numbering, samples: Iterable[Mapping[str, int]]
 ) -> list[Moment]:
     """Return live sets of a variant as moments."""
     tables = [variant.evaluator.live_bytes(values) for values in samples]
@@ -216,13 +218,13 @@ def _moments(
     ]
 
 
-def _live_sets(variant: Variant, cell: Cell, numbering: Numbering, apart: bool) -> LiveSets:
+def _live_sets(variant: Variant, cell: Cell, numbering: Numbering, apart: bool) -> Events:
     """Return each distinct live set where bytes stop growing that occurs in a cell, of each stage where ``apart``."""
-    limits, numbers = prompt_limits(variant.tape), numbering.along(variant.evaluator)
-    found: dict[tuple[str, int], int] = {}
-    for event, stage in variant.evaluator.maxima:
-        if numbers[event + 1] and _occurs(limits.get(stage), cell):
-            found.setdefault((stage if apart else "", numbers[event + 1]), event)
+    limits, sets = prompt_limits(variant.tape), live_sets(variant.evaluator)
+    found: dict[tuple[str, bytes], int] = {}
+    for (event, stage), number in zip(sets.places, numbering.numbers(sets), strict=True):
+        if _occurs(limits.get(stage), cell):
+            found.setdefault((stage if apart else "", number), event)
     return found
 
 
@@ -241,7 +243,7 @@ def deviations(generic: Known, variants: Iterable[tuple[Cell, Variant]]) -> list
     for cell, variant in variants:
         _, nearest = max((k for k in known if k[0].contains(cell)), key=lambda k: k[0].conditions_count)
         if not nearest.same_peak(cell, variant):
-            known.append((cell, Known.of(variant, generic.apart)))
+            known.append((cell, Known(variant, generic.apart)))
     return known[1:]
 
 
@@ -250,9 +252,7 @@ def exact_cases(derivation: Derivation, guidance: bool, apart: bool = False) -> 
 
     Where stages are ``apart``, a case holds the points of each stage's own Max.
     """
-    record, program = derivation.record(guidance), derivation.program(guidance)
-    stages = tuple(point for stage in record.stages.values() for point in stage.reduction.kept)
-    generic = Known(program.generic, stages if apart else record.pipeline.reduction.kept, apart)
+    generic = Known(derivation.program(guidance).generic, apart)
     special = deviations(generic, _variants(derivation, guidance))
     ordered = sorted([(Cell(), generic), *special], key=lambda found: -found[0].conditions_count)
     cases = [Case(cell.conditions(), known.kept) for cell, known in ordered]
@@ -275,7 +275,7 @@ def _component_cells(derivation: Derivation, guidance: bool) -> list[Cell]:
     found: list[Cell] = []
     for name in derivation.calls:
         (_, generic), *others = regimes(derivation.component(name, guidance), generic_sizes(derivation))
-        found += [cell for cell, _ in deviations(Known.of(generic), others)]
+        found += [cell for cell, _ in deviations(Known(generic), others)]
     return found
 
 

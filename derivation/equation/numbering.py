@@ -1,18 +1,18 @@
-"""Live sets as integers, so that comparing the thousands of two tapes takes no polynomial arithmetic."""
+"""Live sets as rows of integers, so that comparing the thousands of two tapes takes no polynomial arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
 
-from derivation.peak.liveness import Evaluator, Terms, born_and_dead
+import numpy as np
+from numpy.typing import NDArray
+
+from derivation.peak.liveness import Evaluator, Terms
 from derivation.peak.proof import Monomial
-from derivation.tape.symbols import RING, Size, free_names, symbol
+from derivation.tape.symbols import INDEX, RING, Size, free_names
 
-# Fewer than 2^(DIGIT - 1) storages of one size are alive.
-DIGIT = 32
-HALF = 1 << (DIGIT - 1)
+Counts = NDArray[np.int32]
 
 
 @lru_cache(maxsize=65536)
@@ -20,45 +20,80 @@ def at(size: Size, ones: frozenset[str]) -> Size:
     """Return ``size`` with ``ones`` put to 1."""
     if isinstance(size, int) or not free_names(size) & ones:
         return size
-    moved = size.compose([(symbol(name), size.ring(1)) for name in sorted(ones)])
+    gone = {INDEX[name] for name in ones}
+    total: dict[Monomial, int] = {}
+    for monomial, coefficient in size.items():
+        left = tuple(0 if i in gone else power for i, power in enumerate(monomial))
+        total[left] = total.get(left, 0) + coefficient
+    moved = RING(total)
     return int(moved.LC) if moved.is_ground else moved
 
 
-class Numbering:
-    """Numbers live sets with ``ones`` put to 1: equal numbers are equal live sets.
+class LiveSets:
+    """The distinct live sets of a tape where bytes stop growing: ``counts`` [kinds, live sets] of ``sizes``.
 
-    Theorem: the sum of count * 2^(DIGIT place), one place for each size and monomial of its count, is injective
-    where every |count| < HALF.
+    ``places`` holds the first event and the stage of each.
     """
 
-    def __init__(self, ones: frozenset[str]) -> None:
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.sizes = evaluator.sizes
+        events = np.array([event for event, _ in evaluator.maxima], dtype=np.int64)
+        steps = evaluator.steps[: int(events.max(initial=-1)) + 1]
+        kinds, signs = np.where(steps < 0, ~steps, steps), np.where(steps < 0, -1, 1)
+        changes = np.zeros((len(events), len(self.sizes)), dtype=np.int32)
+        np.add.at(changes, (np.searchsorted(events, np.arange(len(steps))), kinds), signs)
+        counts = np.cumsum(changes, axis=0, dtype=np.int32)
+        first: dict[tuple[str, bytes], int] = {}
+        for row, (_, stage) in enumerate(evaluator.maxima):
+            first.setdefault((stage, counts[row].tobytes()), row)
+        rows = [row for row in first.values() if counts[row].any()]
+        self.places = [evaluator.maxima[row] for row in rows]
+        self.counts: Counts = np.ascontiguousarray(counts[rows].T)
+
+
+@lru_cache(maxsize=64)
+def live_sets(evaluator: Evaluator) -> LiveSets:
+    """Return the live sets of an evaluator's tape."""
+    return LiveSets(evaluator)
+
+
+class Numbering:
+    """Numbers live sets of some ``sizes`` with ``ones`` put to 1: equal numbers are equal live sets.
+
+    A number is a row of counts, one for each size and monomial of its count.
+    """
+
+    def __init__(self, ones: frozenset[str], sizes: Iterable[tuple[Size, Size]]) -> None:
         self._ones = ones
         self._places: dict[tuple[Size, Monomial | None], int] = {}
+        self._parts = {kind: list(self._parted(*kind)) for kind in dict.fromkeys(sizes)}
 
-    def number(self, terms: Terms) -> int:
-        """Return the number of a live set."""
-        return sum(self._number(nbytes, count) for nbytes, count in terms)
-
-    def _number(self, nbytes: Size, count: Size) -> int:
+    def _parted(self, nbytes: Size, count: Size) -> Iterator[tuple[int, int]]:
         size, times = at(nbytes, self._ones), at(count, self._ones)
-        parts = ((None, times),) if isinstance(times, int) else times.items()
-        return sum(int(c) << DIGIT * self._places.setdefault((size, m), len(self._places)) for m, c in parts)
+        for monomial, c in ((None, times),) if isinstance(times, int) else times.items():
+            yield self._places.setdefault((size, monomial), len(self._places)), int(c)
 
-    def terms(self, number: int) -> Terms:
+    def number(self, terms: Terms) -> bytes:
+        """Return the number of a live set."""
+        row = np.zeros(len(self._places), dtype=np.int32)
+        for nbytes, count in terms:
+            for place, c in self._parted(nbytes, count):
+                row[place] += c
+        return row.tobytes()
+
+    def numbers(self, sets: LiveSets) -> list[bytes]:
+        """Return the number of each live set."""
+        rows = np.zeros((len(self._places), sets.counts.shape[1]), dtype=np.int32)
+        for kind, counts in zip(sets.sizes, sets.counts, strict=True):
+            for place, c in self._parts[kind]:
+                rows[place] += c * counts
+        return [row.tobytes() for row in np.ascontiguousarray(rows.T)]
+
+    def terms(self, number: bytes) -> Terms:
         """Return the live set that has a number."""
         found: dict[Size, Size] = {}
-        for (size, monomial), count in zip(self._places, self._digits(number), strict=False):
+        counts: Sequence[int] = np.frombuffer(number, dtype=np.int32).tolist()
+        for (size, monomial), count in zip(self._places, counts, strict=True):
             if count:
                 found[size] = found.get(size, 0) + (count if monomial is None else RING({monomial: count}))
         return tuple(found.items())
-
-    def _digits(self, number: int) -> Iterator[int]:
-        places = len(self._places)
-        shifted = number + sum(HALF << DIGIT * place for place in range(places))
-        data = shifted.to_bytes(places * DIGIT // 8, "little")
-        return (value - HALF for value in memoryview(data).cast("I"))
-
-    def along(self, evaluator: Evaluator) -> list[int]:
-        """Return the number of the live set before the first event and after each one."""
-        steps = born_and_dead([self._number(nbytes, count) for nbytes, count in evaluator.sizes])
-        return list(accumulate(map(steps.__getitem__, evaluator.steps.tolist()), initial=0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from derivation.peak.liveness import Point
 from derivation.peak.margins import Margins
 from derivation.peak.proof import margin, proven_nonnegative
-from derivation.tape.symbols import BLOCK_BYTES, MAX_LEVELS, SYMBOLS, Size, as_poly
+from derivation.tape.symbols import BLOCK_BYTES, MAX_LEVELS, SYMBOLS, Size, as_poly, ceil512
 from derivation.tape.tiles import Tile
 
 Samples = NDArray[np.float64]
@@ -75,6 +76,8 @@ def _bytes_at(points: Sequence[Point], values: Mapping[str, Samples]) -> Samples
 
 
 def _atom(nbytes: Size, values: Mapping[str, Samples]) -> Samples:
+    if isinstance(nbytes, int):
+        return np.full_like(values["B"], ceil512(nbytes))
     blocks: Samples = np.ceil(_poly(nbytes, values) / BLOCK_BYTES)
     return blocks * BLOCK_BYTES
 
@@ -96,6 +99,33 @@ def reduce_points(points: Sequence[Point]) -> Reduction:
     Points that win at some sample stay. Any other goes where one kept point, or a convex combination of
     two, is proven to be at least as large: max(x, y) >= t x + (1 - t) y for 0 <= t <= 1.
     """
+    _, kept, winners = _remembered(_Points(tuple(points)))
+    survivors = tuple(points[i] for i in kept)
+    return Reduction(survivors, len(points), len(points) - len(kept), len(kept) - winners)
+
+
+class _Points:
+    """Points by what their bytes follow from: their sizes, each one object, and where they occur."""
+
+    def __init__(self, points: tuple[Point, ...]) -> None:
+        self.points = points
+        self._key = tuple(
+            (p.max_length, p.tile, p.cut, *(x for nbytes, count in p.terms for x in (id(nbytes), count)))
+            for p in points
+        )
+        self._hash = hash(self._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Points) and self._key == other._key
+
+
+@lru_cache(maxsize=128)
+def _remembered(given: _Points) -> tuple[_Points, tuple[int, ...], int]:
+    """Return the points, whose sizes' identities are the key, those that are kept, and how many of them win."""
+    points = given.points
     table = _bytes_at(points, sample_sizes(MAX_LEVELS, points[0].tile))
     occurring = table.max(axis=0) > 0
     wins = np.bincount(np.argmax(table[:, occurring], axis=0), minlength=len(points))
@@ -109,8 +139,7 @@ def reduce_points(points: Sequence[Point]) -> Reduction:
         if not _dominated(points, table, kept, mixed, i):
             kept.append(i)
             mixed = _mixtures(table, kept[:MIX_AMONG])
-    survivors = tuple(points[i] for i in kept)
-    return Reduction(survivors, len(points), len(points) - len(kept), len(kept) - len(winners))
+    return given, tuple(kept), len(winners)
 
 
 def _unproven(points: Sequence[Point], table: Samples, uppers: Sequence[int], lowers: Sequence[int]) -> list[int]:
