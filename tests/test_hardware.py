@@ -16,7 +16,8 @@ from derivation.evidence.bench import Bench
 from derivation.gpu.profile import Hardware, NearestProfile, hardware, parse_version
 from derivation.options import Options
 from derivation.peak.headline import Grid
-from derivation.peak.liveness import Evaluator, alive_at
+from derivation.peak.liveness import alive_at
+from derivation.tape.evaluate import Evaluator
 from derivation.tape.symbols import evaluate
 from derivation.tape.tape import Category, Settings, SymTensor, Tape, tape
 from derivation.walk import ops

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from derivation.api import Derivation
-from derivation.equation.numbering import Numbering, at, live_sets
+from derivation.equation.numbering import Numbering, at
 from derivation.errors import DerivationError
 from derivation.peak.dominance import reduce_points, sample_sizes
 from derivation.peak.liveness import Point, cut_at, local_maxima, prompt_limits
@@ -169,7 +169,7 @@ class Known:
 
 @lru_cache(maxsize=64)
 def _survivors(variant: Variant) -> tuple[Point, ...]:
-    points = local_maxima(variant.tape)
+    points = local_maxima(variant.tape, variant.evaluator)
     stages = {name: [p for p in points if p.stage == name] for name in dict.fromkeys(p.stage for p in points)}
     return tuple(p for stage in stages.values() for p in reduce_points(stage).kept)
 
@@ -220,7 +220,7 @@ def _moments(
 
 def _live_sets(variant: Variant, cell: Cell, numbering: Numbering, apart: bool) -> Events:
     """Return each distinct live set where bytes stop growing that occurs in a cell, of each stage where ``apart``."""
-    limits, sets = prompt_limits(variant.tape), live_sets(variant.evaluator)
+    limits, sets = prompt_limits(variant.tape), variant.evaluator.live_sets
     found: dict[tuple[str, bytes], int] = {}
     for (event, stage), number in zip(sets.places, numbering.numbers(sets), strict=True):
         if _occurs(limits.get(stage), cell):

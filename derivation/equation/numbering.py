@@ -6,13 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
-from derivation.peak.liveness import Evaluator, Terms
+from derivation.peak.liveness import Terms
 from derivation.peak.proof import Monomial
+from derivation.tape.evaluate import LiveSets
 from derivation.tape.symbols import INDEX, RING, Size, free_names
-
-Counts = NDArray[np.int32]
 
 
 @lru_cache(maxsize=65536)
@@ -27,34 +25,6 @@ def at(size: Size, ones: frozenset[str]) -> Size:
         total[left] = total.get(left, 0) + coefficient
     moved = RING(total)
     return int(moved.LC) if moved.is_ground else moved
-
-
-class LiveSets:
-    """The distinct live sets of a tape where bytes stop growing: ``counts`` [kinds, live sets] of ``sizes``.
-
-    ``places`` holds the first event and the stage of each.
-    """
-
-    def __init__(self, evaluator: Evaluator) -> None:
-        self.sizes = evaluator.sizes
-        events = np.array([event for event, _ in evaluator.maxima], dtype=np.int64)
-        steps = evaluator.steps[: int(events.max(initial=-1)) + 1]
-        kinds, signs = np.where(steps < 0, ~steps, steps), np.where(steps < 0, -1, 1)
-        changes = np.zeros((len(events), len(self.sizes)), dtype=np.int32)
-        np.add.at(changes, (np.searchsorted(events, np.arange(len(steps))), kinds), signs)
-        counts = np.cumsum(changes, axis=0, dtype=np.int32)
-        first: dict[tuple[str, bytes], int] = {}
-        for row, (_, stage) in enumerate(evaluator.maxima):
-            first.setdefault((stage, counts[row].tobytes()), row)
-        rows = [row for row in first.values() if counts[row].any()]
-        self.places = [evaluator.maxima[row] for row in rows]
-        self.counts: Counts = np.ascontiguousarray(counts[rows].T)
-
-
-@lru_cache(maxsize=64)
-def live_sets(evaluator: Evaluator) -> LiveSets:
-    """Return the live sets of an evaluator's tape."""
-    return LiveSets(evaluator)
 
 
 class Numbering:

@@ -1,20 +1,13 @@
-"""From a tape to its live bytes: symbolically at every local maximum, numerically at every event."""
+"""From a tape to its live sets: the bytes alive at every local maximum, as polynomials."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from derivation.tape.symbols import RING, Size, as_poly, ceil512, evaluate, free_names, symbol
+from derivation.tape.evaluate import Evaluator
+from derivation.tape.symbols import RING, Size, as_poly, free_names, symbol
 from derivation.tape.tape import Allocation, Tape
 from derivation.tape.tiles import Tile
-
-MAX_INT64 = 2**63 - 1
 
 # A live set: how many storages of each size in bytes are alive.
 Terms = tuple[tuple[Size, Size], ...]
@@ -40,41 +33,27 @@ class Point:
         return sum((as_poly(nbytes) * count for nbytes, count in self.terms), start=RING(0))
 
 
-def stages(tape: Tape) -> list[tuple[str, int, int]]:
-    """Return (stage, first event, end event) of each stage of ``tape``, in order; "" without marks."""
-    starts = [(mark.stage, mark.event) for mark in tape.marks] or [("", 0)]
-    ends = [event for _, event in starts[1:]] + [len(tape.events)]
-    return [(stage, start, end) for (stage, start), end in zip(starts, ends, strict=True)]
+def local_maxima(tape: Tape, evaluator: Evaluator | None = None) -> list[Point]:
+    """Return each distinct live set that a stage starts with, or that a storage's death follows, or the last.
 
-
-def maxima(tape: Tape) -> list[tuple[int, str]]:
-    """Return (event, stage) where a stage starts, where a storage's death follows a birth, and at a last birth."""
-    events = tape.events
-    return [
-        (index, stage)
-        for stage, start, end in stages(tape)
-        for index in range(start - 1, end)
-        if (index < start or events[index] > 0) and (index + 1 == end or events[index + 1] < 0)
-    ]
-
-
-def local_maxima(tape: Tape) -> list[Point]:
-    """Return each distinct live set that a stage starts with, or that a storage's death follows, or the last."""
+    Its sizes stand in the order in which they appeared.
+    """
+    evaluator = evaluator or Evaluator(tape)
     places: dict[Size, int] = {}
-    kinds = [places.setdefault(a.nbytes, len(places)) for a in tape.allocations]
-    sizes = list(places)
+    kinds = [(places.setdefault(nbytes, len(places)), count) for nbytes, count in evaluator.sizes]
+    steps, sizes = evaluator.steps.tolist(), list(places)
     alive: dict[int, Size] = {}
     points: dict[tuple[str, frozenset[tuple[int, Size]]], Point] = {}
     limits = prompt_limits(tape)
     done = 0
-    for index, stage in maxima(tape):
-        for event in tape.events[done : index + 1]:
-            _apply(alive, kinds[abs(event) - 1], tape.allocations[abs(event) - 1].count, 1 if event > 0 else -1)
+    for index, stage in evaluator.live_sets.places:
+        for step in steps[done : index + 1]:
+            kind, count = kinds[max(step, ~step)]
+            _apply(alive, kind, count if step >= 0 else -count)
         done = max(done, index + 1)
-        key = (stage, frozenset(alive.items()))
-        if alive and key not in points:
-            terms = tuple((sizes[kind], count) for kind, count in alive.items())
-            points[key] = Point(index, stage, terms, limits.get(stage), tape.tile, cut_at(tape, index))
+        terms = tuple((sizes[kind], count) for kind, count in alive.items())
+        point = Point(index, stage, terms, limits.get(stage), tape.tile, cut_at(tape, index))
+        points.setdefault((stage, frozenset(alive.items())), point)
     return list(points.values())
 
 
@@ -92,8 +71,8 @@ def prompt_limits(tape: Tape) -> dict[str, int]:
     return {"text_encoder": bounds[0]} if bounds and not tape.guards[symbol("L"), bounds[0]].answer else {}
 
 
-def _apply(alive: dict[int, Size], kind: int, count: Size, sign: int) -> None:
-    total = alive.get(kind, 0) + sign * count
+def _apply(alive: dict[int, Size], kind: int, change: Size) -> None:
+    total = alive.get(kind, 0) + change
     if total == 0:
         del alive[kind]
     else:
@@ -113,50 +92,3 @@ def alive_at(tape: Tape, event: int) -> list[Allocation]:
         elif alive.pop(-entry, None) is None:
             unloaded.append(replace(tape.allocations[-entry - 1], count=-1))
     return [*unloaded, *alive.values()]
-
-
-def born_and_dead(values: Sequence[int]) -> list[int]:
-    """Return a list with values[i] at i and -values[i] at ~i.
-
-    >>> born_and_dead([3, 5])
-    [3, 5, -5, -3]
-    """
-    return [*values, *(-value for value in reversed(values))]
-
-
-class Evaluator:
-    """Evaluates the live bytes of one tape at sizes.
-
-    ``sizes`` holds each (nbytes, count) once; ``steps`` has one entry an event: i where sizes[i] appears, ~i where
-    it dies.
-    """
-
-    def __init__(self, tape: Tape) -> None:
-        places: dict[tuple[Size, Size], int] = {}
-        kinds = [places.setdefault((a.nbytes, a.count), len(places)) for a in tape.allocations]
-        steps = [kinds[event - 1] if event > 0 else ~kinds[-event - 1] for event in tape.events]
-        self.sizes = list(places)
-        self.steps = np.array(steps, dtype=np.int64)
-        self._tape = tape
-        self._stages = stages(tape)
-
-    @cached_property
-    def maxima(self) -> list[tuple[int, str]]:
-        """The tape's maxima."""
-        return maxima(self._tape)
-
-    def live_bytes(self, values: Mapping[str, int]) -> NDArray[Any]:
-        """Return the live bytes in 512-byte blocks before the first event and after each one."""
-        sizes = [ceil512(evaluate(n, values)) * evaluate(count, values) for n, count in self.sizes]
-        exact = np.int64 if max(sizes, default=0) * len(self.steps) < MAX_INT64 else object
-        steps = np.array(born_and_dead(sizes), dtype=exact)[self.steps]
-        return np.concatenate([np.zeros(1, dtype=exact), np.cumsum(steps)])
-
-    def peaks(self, values: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-        """Return, by stage, (peak bytes, the event that first reaches it; -1 before the first event)."""
-        live = self.live_bytes(values)
-        found: dict[str, tuple[int, int]] = {}
-        for stage, start, end in self._stages:
-            event = start + int(np.argmax(live[start : end + 1]))
-            found[stage] = (int(live[event]), event - 1)
-        return found

@@ -80,7 +80,10 @@ class _Bounds:
     def fits(self, margins: Integers) -> Flags:
         """Return where the margin has a side of the base level, or none at all for level 0."""
         fits: Flags = (margins[:, self._on_level] != 0).any(axis=1)
-        return fits if self._base else np.array(fits | (margins[:, self._on_any] == 0).all(axis=1))
+        sideless: Flags = (margins[:, self._on_any] == 0).all(axis=1)
+        if self._base == 0:
+            fits[sideless] = True
+        return fits
 
     def no_negative(self, margins: Integers) -> Flags:
         """Return where the margin's lower bound has no negative coefficient."""

@@ -32,14 +32,14 @@ class Record:
 
 def derive_record(program: Program, grid: Grid) -> Record:
     """Return the symbolic peaks of ``program``, stage by stage and over all of them."""
-    tape = program.generic.tape  # [configs] -> [alloc and free events]
-    points = local_maxima(tape)  # [events] -> [live sets: bytes polynomial -> count]
+    variant = program.generic  # [configs] -> [alloc and free events]
+    points = local_maxima(variant.tape, variant.evaluator)  # [events] -> [live sets: bytes polynomial -> count]
     names = dict.fromkeys(point.stage for point in points)
     stages = {  # [live sets] -> [undominated live sets] -> [polynomials in H, W, L, B]
         name: _stage(name, [point for point in points if point.stage == name], grid) for name in names
     }
     survivors = [point for stage in stages.values() for point in stage.reduction.kept]
-    return Record(tape, len(points), stages, _stage("pipeline", survivors, grid))
+    return Record(variant.tape, len(points), stages, _stage("pipeline", survivors, grid))
 
 
 def _stage(name: str, points: list[Point], grid: Grid) -> StageRecord:

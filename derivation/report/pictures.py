@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from derivation.api import Derivation
-from derivation.peak.liveness import stages
 from derivation.report import figures
 from derivation.report.answer import (
     PROMPT_LENGTH,
@@ -26,6 +25,7 @@ from derivation.report.answer import (
 )
 from derivation.report.diagram import stage_diagram, unet_diagram
 from derivation.report.text import human, values_at
+from derivation.tape.evaluate import stages
 from derivation.text import GIB
 
 SIDE_STEP = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from derivation.peak.liveness import Evaluator
+from derivation.tape.evaluate import Evaluator
 from derivation.tape.tape import Memory, Settings, Tape
 
 MAX_VARIANTS = 256

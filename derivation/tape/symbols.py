@@ -126,13 +126,20 @@ def evaluate(size: Size, values: Mapping[str, int]) -> int:
     if isinstance(size, int):
         return size
     total = 0
-    for monomial, coefficient in size.items():
-        term = int(coefficient)
-        for index, power in enumerate(monomial):
-            if power:
-                term *= values[SYMBOLS[index].name] ** power
-        total += term
+    for coefficient, names in _factors(size):
+        for name in names:
+            coefficient *= values[name]
+        total += coefficient
     return total
+
+
+@lru_cache(maxsize=65536)
+def _factors(size: PolyElement) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """Return each coefficient with the symbols that it is multiplied by."""
+    return tuple(
+        (int(coefficient), tuple(SYMBOLS[i].name for i, power in enumerate(monomial) for _ in range(power)))
+        for monomial, coefficient in size.items()
+    )
 
 
 def free_names(size: Size) -> frozenset[str]:
