@@ -87,7 +87,7 @@ class _Bounds:
 
     def no_negative(self, margins: Integers) -> Flags:
         """Return where the margin's lower bound has no negative coefficient."""
-        total = np.maximum(margins, 0) @ self._lower + np.minimum(margins, 0) @ self._upper
+        total: Integers = np.maximum(margins, 0) @ self._lower + np.minimum(margins, 0) @ self._upper
         found: Flags = (total >= 0).all(axis=1)
         return found
 
