@@ -87,9 +87,8 @@ class _Bounds:
 
     def no_negative(self, margins: Integers) -> Flags:
         """Return where the margin's lower bound has no negative coefficient."""
-        total: Integers = np.maximum(margins, 0) @ self._lower + np.minimum(margins, 0) @ self._upper
-        found: Flags = (total >= 0).all(axis=1)
-        return found
+        total = np.maximum(margins, 0) @ self._lower + np.minimum(margins, 0) @ self._upper
+        return np.logical_not((total < 0).any(axis=1))
 
 
 def _is_plain(point: Point) -> bool:
