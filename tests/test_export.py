@@ -15,7 +15,7 @@ import tomllib
 import types
 from dataclasses import replace
 from itertools import product
-from math import prod
+from math import log2, prod
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,8 @@ from jsonschema import Draft202012Validator
 from derivation import Derivation, DerivationError, derive
 from derivation.equation.cases import generic_sizes, regimes
 from derivation.equation.crossover import crossovers, does_not_matter
+from derivation.equation.function import function
+from derivation.equation.limits import limits
 from derivation.export import CHECKED_IN, TARGETS, compiled, export, generate, write, write_formulas
 from derivation.export.render import VERSIONS, assumptions, exclusions
 from derivation.peak.headline import B, H, L, W
@@ -120,6 +122,20 @@ def test_python_equals_the_replayed_tape_where_sizes_are_one(d, module, guidance
     for height, width, length, batch in rng.sample(cells, 24):
         case = (height, width, length, batch, guidance)
         assert module.peak_vram(*case) == truth(d, *case), case
+
+
+@pytest.mark.parametrize("options", [{}, {"gpu": "t4", "attention": "sdpa"}], ids=str)
+def test_python_equals_the_replayed_tape_up_to_its_limits(options):
+    # Upsample2D copies its input from 2^31 elements on, which each upsampler reaches at another size
+    d = derive("stabilityai/stable-diffusion-2-1", **options)
+    peak_vram, largest, rng = d.lambdify(), limits(function(d)), random.Random(SEED)
+    drawn = [
+        tuple(int(2 ** rng.uniform(3, log2(most))) for most in (largest.side, largest.side, 5000, largest.batch_size))
+        for _ in range(60)
+    ]
+    found = [(2976, 2653, 77, 4), (3777, 3031, 77, 8), (2144, 3511, 77, 8), (1050, 2971, 77, 17)]
+    for case in [(*sizes, guidance) for sizes in [*found, *drawn] for guidance in (True, False)]:
+        assert peak_vram(*case) == truth(d, *case), case
 
 
 def test_branches_equal_the_replayed_tape():

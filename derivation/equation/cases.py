@@ -8,6 +8,7 @@ peak is the same function under two combinations, so is the pipeline's.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from derivation.peak.dominance import reduce_points, sample_sizes
 from derivation.peak.liveness import Point, cut_at, local_maxima, prompt_limits
 from derivation.peak.proof import margin, proven_nonnegative
 from derivation.tape.program import Program, Variant
-from derivation.tape.symbols import MAX_LEVELS, Size, free_names, symbol
+from derivation.tape.symbols import MAX_LEVELS, Size, evaluate, free_names, nonnegative_from_one, symbol
 from derivation.tape.tape import Guard, Tape
 from derivation.tape.tiles import Tile
 
@@ -48,9 +49,10 @@ class Cell:
 
     def contains(self, other: Cell) -> bool:
         """Return whether every size of ``other`` is one of this cell's."""
-        return self.ones <= other.ones and {at(size, self.ones) for size, _ in self.above} <= {
-            at(size, self.ones) for size, _ in other.above
-        }
+        return self.ones <= other.ones and all(
+            any(_implies((at(size, self.ones), bound), (at(own, self.ones), least)) for size, bound in other.above)
+            for own, least in self.above
+        )
 
     def joined(self, other: Cell) -> Cell | None:
         """Return the sizes of both cells, or None where there are none."""
@@ -58,7 +60,9 @@ class Cell:
         above = {(at(size, ones), bound) for size, bound in self.above | other.above}
         if any(isinstance(size, int) and size <= bound for size, bound in above):
             return None
-        return Cell(ones, frozenset((size, bound) for size, bound in above if not isinstance(size, int)))
+        above = {threshold for threshold in above if not isinstance(threshold[0], int)}
+        implied = {t for t in above for other in above if t != other and _implies(other, t)}
+        return Cell(ones, frozenset(above - implied))
 
     def flipped(self, guard: Guard) -> Cell | None:
         """Return the part of this cell where ``guard`` is answered the other way, or None if there is none."""
@@ -69,12 +73,13 @@ class Cell:
         return None
 
     def values(self, generic: Mapping[str, int]) -> dict[str, int]:
-        """Return sizes in this cell: the ``generic`` ones, but for those that it names."""
+        """Return sizes in this cell: the ``generic`` ones, those that it names as small as its thresholds let them be.
+
+        Of thresholds of one shape the least passed alone is passed, so that each has a region of its own.
+        """
         values = {name: 1 if name in self.ones else size for name, size in generic.items()}
-        for size, bound in self.above:
-            names = free_names(size)
-            for name in {name for name in names if name[0] in "hwT"} or names:
-                values[name] = max(values[name], bound + 1)
+        for threshold in self.above:
+            values = _just_above(threshold, values)
         return values
 
     def conditions(self) -> tuple[Guard, ...]:
@@ -91,6 +96,23 @@ class Case:
 
     conditions: tuple[Guard, ...]
     points: tuple[Point, ...]
+
+
+def _just_above(threshold: Threshold, values: Mapping[str, int]) -> dict[str, int]:
+    """Return ``values`` with sides, else whatever the size depends on, raised until it is above its bound."""
+    size, bound = threshold
+    names = free_names(size)
+    raised = {name for name in names if name[0] in "hwT"} or names
+
+    def at_least(n: int) -> dict[str, int]:
+        return {**values, **{name: max(values[name], n) for name in raised}}
+
+    return at_least(bisect_left(range(bound + 1), True, key=lambda n: evaluate(size, at_least(n)) > bound))
+
+
+def _implies(threshold: Threshold, other: Threshold) -> bool:
+    """Return whether a size above the one threshold is proven to be above the other."""
+    return threshold[1] >= other[1] and nonnegative_from_one(other[0] - threshold[0])
 
 
 def _with_deeper(names: Iterable[str]) -> frozenset[str]:
@@ -254,7 +276,10 @@ def exact_cases(derivation: Derivation, guidance: bool, apart: bool = False) -> 
     """
     generic = Known(derivation.program(guidance).generic, apart)
     special = deviations(generic, _variants(derivation, guidance))
-    ordered = sorted([(Cell(), generic), *special], key=lambda found: -found[0].conditions_count)
+    listed = [(Cell(), generic), *special]
+    ordered = sorted(
+        listed, key=lambda found: (-found[0].conditions_count, -sum(cell.contains(found[0]) for cell, _ in listed))
+    )
     cases = [Case(cell.conditions(), known.kept) for cell, known in ordered]
     found: dict[frozenset[Guard], Case] = {}
     for split in (split for case in cases for split in _by_length(case)):
