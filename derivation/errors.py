@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterable
+from typing import Any, get_args
 
 
 class DerivationError(ValueError):
@@ -47,3 +49,36 @@ def shown(value: object) -> str:
     "[1, [2, 'x'], <integer of 16610 bits>]"
     """
     return _REPR.repr(value)
+
+
+def unsupported(key: str, value: object, supported: str) -> DerivationError:
+    """Return the error that says which value is not supported, and what is.
+
+    >>> print(unsupported("dtype", "int4", "float16, float32"))
+    dtype = 'int4' is not supported (supported: float16, float32)
+    """
+    return DerivationError(f"{key} = {shown(value)} is not supported (supported: {supported})")
+
+
+def one_of(key: str, value: object, supported: Iterable[str]) -> None:
+    """Raise DerivationError unless ``value`` is one of ``supported``."""
+    listed = tuple(supported)
+    if value not in listed:
+        raise unsupported(key, value, ", ".join(listed))
+
+
+def positive(key: str, value: object, most: int | None = None) -> int:
+    """Return ``value``; raises DerivationError unless it is an integer >= 1, and at most ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+        raise unsupported(key, value, "integers from 1" + ("" if most is None else f" to {most}"))
+    return value
+
+
+def typed(key: str, value: object, hint: Any) -> None:
+    """Raise DerivationError unless ``value`` is of a type that ``hint`` names; an integer is a number, too."""
+    kinds = get_args(hint) or (hint,)
+    if type(value) not in kinds and not (float in kinds and type(value) is int):
+        raise unsupported(key, value, " or ".join(_KINDS[kind] for kind in kinds))
+
+
+_KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "text", type(None): "None"}

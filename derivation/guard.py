@@ -15,20 +15,21 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
+from derivation.api import Derivation
 from derivation.ask.fit import fit, peak_tensor_bytes
-from derivation.ask.recommend import Call, recommend
+from derivation.ask.recommend import recommend
+from derivation.call import DEFAULT_PROMPT_LENGTH, Call
 from derivation.config import load
 from derivation.errors import DerivationError
 from derivation.options.live import FREEU, live_options
 from derivation.options.live.modules import MODELS, attentions, first_parameter, models_of, tuners, up_blocks
+from derivation.walk.subject import WalkedSubject
 
 # What a pipeline can set on its VAE
 VAE_SWITCHES = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_overlap_factor")
 
-# (height, width, prompt_length, batch_size, guidance) -> bytes, weights included
-Sizes = tuple[int, int, int, int, bool]
-Peak = Callable[[int, int, int, int, bool], int]
+# A call -> bytes, weights included
+Peak = Callable[[Call], int]
 Watch = Callable[[Any], tuple[object, ...]]
 
 
@@ -56,7 +57,7 @@ class _Known:
     parameters: Mapping[str, Callable[[], Any]]
     derivation: Derivation
     peak: Peak
-    answers: dict[Sizes, int]
+    answers: dict[Call, int]
 
     def resident_bytes(self) -> int:
         """Return the bytes of the weights that are on the GPU already."""
@@ -87,13 +88,13 @@ def will_fit(
     not supported, or without CUDA and ``free_bytes``.
     """
     known = _known(pipe, compiled, options)
-    sizes = (height, width, prompt_length, batch_size, guidance)
-    if (peak := known.answers.get(sizes)) is None:
-        known.derivation.sizes(height, width, batch_size, prompt_length)
-        peak = known.answers[sizes] = known.peak(*sizes)
+    call = Call(height, width, batch_size, prompt_length, guidance)
+    if (peak := known.answers.get(call)) is None:
+        known.derivation.sizes(call)
+        peak = known.answers[call] = known.peak(call)
     free = cuda_free_bytes() if free_bytes is None else free_bytes
     needed = peak - known.resident_bytes()
-    return Verdict(needed <= free, needed, free, lambda: _advice(known.derivation, peak - needed + free, sizes))
+    return Verdict(needed <= free, needed, free, lambda: _advice(known.derivation, peak - needed + free, call))
 
 
 def _known(pipe: Any, compiled: bool, options: dict[str, Any]) -> _Known:
@@ -104,7 +105,7 @@ def _known(pipe: Any, compiled: bool, options: dict[str, Any]) -> _Known:
         models = models_of(pipe)
         parameters = {name: first_parameter(model) for name, model in models.items()}
         watched = _watch(models, parameters)
-        derivation = Derivation(load(pipe), live_options(pipe, **options))
+        derivation = Derivation(WalkedSubject(load(pipe), live_options(pipe, **options)))
         known = _Known((given, watched(pipe)), watched, parameters, derivation, _peak(derivation, compiled), {})
         _KNOWN[pipe] = known
     return known
@@ -124,21 +125,19 @@ def cuda_free_bytes() -> int:
 def _peak(derivation: Derivation, compiled: bool) -> Peak:
     """Return the exact peak as a function of the sizes: from the tape, or as generated code."""
     if compiled:
-        generated: Peak = derivation.lambdify("math")
-        return generated
-    return lambda height, width, length, batch, guided: peak_tensor_bytes(
-        derivation, height, width, batch, length, guided
-    )[1]
+        generated = derivation.lambdify("math")
+        return lambda call: int(generated(**call.as_dict()))
+    return lambda call: peak_tensor_bytes(derivation, call)[1]
 
 
-def _advice(derivation: Derivation, budget: int, sizes: Sizes) -> tuple[str, ...]:
-    height, width, length, batch, guidance = sizes
+def _advice(derivation: Derivation, budget: int, call: Call) -> tuple[str, ...]:
     if budget < 1:
         return ("free some GPU memory: not even the weights fit",)
-    found = recommend(derivation, budget, Call(height, width, batch, length, guidance))
+    found = recommend(derivation, budget, call)
     lines = [f"{step.name} saves {step.adds_bytes:,} bytes: {step.call}" for step in found.needed]
     if not found.fits:
-        largest = fit(derivation, budget, (width, height), batch, length, guidance).image
+        shape, rest = (call.width, call.height), (call.batch_size, call.prompt_length, call.guidance)
+        largest = fit(derivation, budget, shape, *rest).image
         where = f"{largest.width}x{largest.height}" if largest else "none"
         lines.append(f"not enough even so; the largest image of this shape that fits as it is: {where}")
     return tuple(lines)

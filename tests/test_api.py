@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
 from dataclasses import fields
@@ -9,10 +10,33 @@ from dataclasses import fields
 import pytest
 
 from derivation import Derivation, DerivationError, derive
+from derivation.call import Call
 from derivation.config import bundled
 from derivation.options import Options, options_of
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def test_a_gpu_that_nobody_knows_is_refused_at_once():
+    for options in ({"gpu": "unknown"}, {"gpu": "t4", "torch": "x"}, {"gpu": "t4", "scratch": "most"}):
+        with pytest.raises(DerivationError):
+            derive(SD15, **options)
+
+
+def test_a_compiled_function_can_be_pickled():
+    peak_vram = derive(SD15).lambdify()
+    assert pickle.loads(pickle.dumps(peak_vram))(512, 768) == peak_vram(512, 768)
+
+
+def test_a_call_is_taken_whole_or_by_its_arguments():
+    d, call = derive(SD15), Call(512, 768, 2)
+    assert d.stage_peaks(call) == d.stage_peaks(512, 768, 2) == d.stage_peaks(call=call)
+    assert list(inspect.signature(d.stage_peaks).parameters) == list(call.as_dict())
+    for given, wrong in (((0, 8), "height = 0"), ((8, 8, True), "batch_size = True"), ((8, 8, 1, 1, 7.5), "guidance")):
+        with pytest.raises(DerivationError, match=wrong):
+            d.stage_peaks(*given)
+    with pytest.raises(TypeError, match=r"stage_peaks\(\)"):
+        d.stage_peaks(512)
 
 
 @pytest.mark.parametrize("name", bundled())
@@ -37,7 +61,7 @@ def test_fixed_sizes_leave_fewer_symbols():
     whole = derivation.at(height=512, width=768, batch_size=1, prompt_length=77)
     exact = derivation.estimate(height=512, width=768)["peak_tensor_bytes"]
     assert not whole.peak.free_symbols
-    assert 0 <= exact - int(whole.peak) <= max(t.rounding_bytes for t in whole.pipeline_stage().terms)
+    assert 0 <= exact - int(whole.peak) <= max(t.rounding_bytes for t in whole.equation.pipeline_stage().terms)
     assert {str(s) for s in derivation.at(batch_size=1, prompt_length=77).peak.free_symbols} == {"H", "W"}
 
 

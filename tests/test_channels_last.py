@@ -14,7 +14,6 @@ from test_pipelines import small_xl
 
 from derivation import derive
 from derivation.export import compiled
-from derivation.options import Options
 from derivation.tape.tape import Tape
 from derivation.verify import build_unet
 from derivation.verify.compare import (
@@ -63,7 +62,7 @@ def test_layouts_equal_those_of_the_cpu(shape, kernel, weight_last, input_last):
     """ATen decides formats by the same rule for oneDNN and cuDNN, and once for cat, pad, upsample and add."""
     x = torch.zeros(shape)
     x = x.to(memory_format=torch.channels_last) if input_last else x
-    tape = Tape(Options(gpu="t4", channels_last=weight_last).settings(derive(SD15, gpu="t4").settings.hardware))
+    tape = Tape(derive(SD15, gpu="t4", channels_last=weight_last).subject.settings)
     with tape.running(), tape.scope("unet"):
         ours = given(shape, "float32").view_as(shape, tuple(x.stride()))
         out, real = Conv2d("conv", ours, 6, kernel, padding=kernel // 2), real_convolution(x, kernel, weight_last)
@@ -94,7 +93,7 @@ def test_on_a_gpu_inputs_are_copied_and_weights_are_not():
 
 def test_the_exported_function_equals_the_stages():
     derivation, rng = derive(SD15, channels_last=True), random.Random(3)
-    peak_vram = compiled(derivation)
+    peak_vram = compiled(derivation.equation)
     for _ in range(3):
         height, width, length, batch = (rng.randint(*bounds) for bounds in ((8, 1400), (8, 1400), (1, 77), (1, 5)))
         stages = derivation.stage_peaks(height, width, batch, length)

@@ -19,8 +19,9 @@ from derivation import Options, derive
 from derivation.api import Derivation
 from derivation.config import load, unet_config, vae_config
 from derivation.errors import DerivationError
-from derivation.peak.headline import Grid
+from derivation.tape.grid import Grid
 from derivation.verify.compare import compare_component, compare_pipeline
+from derivation.walk.subject import WalkedSubject
 
 BASE = load("stable-diffusion-v1-5/stable-diffusion-v1-5")
 DOWN, CROSS_DOWN, UP, CROSS_UP = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
@@ -67,7 +68,7 @@ UNETS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", UNETS)
 def test_unets_equal_the_trace(name: str, height: int, width: int, guidance: bool) -> None:
     config = UNETS[name]
-    derivation = Derivation(replace(BASE, unet=unet_config(config)), Options())
+    derivation = Derivation(WalkedSubject(replace(BASE, unet=unet_config(config)), Options()))
     sides = Grid(1, len(config["block_out_channels"])).sizes(height, width)
     comparison = compare_component(derivation, "unet", config, {**sides, "B": 2, "L": 77}, guidance)
     assert comparison.match, comparison
@@ -83,7 +84,7 @@ VAES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("call", ["vae_encode", "vae_decode"])
 @pytest.mark.parametrize("name", VAES)
 def test_vaes_equal_the_trace(name: str, call: str) -> None:
-    derivation = Derivation(replace(BASE, vae=vae_config(VAES[name])), Options())
+    derivation = Derivation(WalkedSubject(replace(BASE, vae=vae_config(VAES[name])), Options()))
     values = {**Grid(1, 4).sizes(9, 13), "B": 2, "L": 77}
     comparison = compare_component(derivation, call, VAES[name], values, True)
     assert comparison.match, comparison

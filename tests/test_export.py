@@ -23,13 +23,12 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from derivation import Derivation, DerivationError, derive
-from derivation.equation.cases import generic_sizes, regimes
+from derivation.equation.cases import regimes
 from derivation.equation.crossover import crossovers, does_not_matter
-from derivation.equation.function import function
-from derivation.equation.limits import limits
 from derivation.export import CHECKED_IN, TARGETS, compiled, export, generate, write, write_formulas
 from derivation.export.render import VERSIONS, assumptions, exclusions
-from derivation.peak.headline import B, H, L, W
+from derivation.tape.grid import B, H, L, W
+from derivation.walk.subject import WalkedSubject
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMULAS = ROOT / "formulas"
@@ -52,7 +51,7 @@ def d():
 
 @pytest.fixture(scope="module")
 def texts(d):
-    return {target: export(d, target) for target in TARGETS}
+    return {target: export(d.equation, target) for target in TARGETS}
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +127,7 @@ def test_python_equals_the_replayed_tape_where_sizes_are_one(d, module, guidance
 def test_python_equals_the_replayed_tape_up_to_its_limits(options):
     # Upsample2D copies its input from 2^31 elements on, which each upsampler reaches at another size
     d = derive("stabilityai/stable-diffusion-2-1", **options)
-    peak_vram, largest, rng = d.lambdify(), limits(function(d)), random.Random(SEED)
+    peak_vram, largest, rng = d.lambdify(), d.equation.limits, random.Random(SEED)
     drawn = [
         tuple(int(2 ** rng.uniform(3, log2(most))) for most in (largest.side, largest.side, 5000, largest.batch_size))
         for _ in range(60)
@@ -141,7 +140,7 @@ def test_python_equals_the_replayed_tape_up_to_its_limits(options):
 def test_branches_equal_the_replayed_tape():
     """Without guidance, eager attention on a batch of one skips copies that larger batches make."""
     d = derive(MODEL, attention="eager")
-    peak_vram = compiled(d, "math")
+    peak_vram = compiled(d.equation, "math")
     long_prompts = [(h, w, n, 1, g) for h, w in ((8, 8), (64, 512)) for n in (1, 20_000) for g in (True, False)]
     for case in [*long_prompts, *sizes(16)]:
         assert peak_vram(*case) == truth(d, *case), case
@@ -150,7 +149,7 @@ def test_branches_equal_the_replayed_tape():
 def test_regimes_reach_every_decision(d):
     """A component's variants cover all combinations of sizes that are 1 and of thresholds."""
     for name in ("unet", "vae_decode"):
-        variants = [variant for _, variant in regimes(d.component(name, False), generic_sizes(d))]
+        variants = [variant for _, variant in regimes(d.component(name, False), d.equation)]
         for height, width, length, batch in product((1, 2, 3, 5, 9), (1, 2, 3, 5, 9), (1, 2), (1, 2, 64)):
             values = {"B": batch, "L": length, **d.grid.sizes(8 * height, 8 * width)}
             assert any(v.holds(values) for v in variants), (name, values)
@@ -165,7 +164,7 @@ def test_exporting_leaves_the_derivation_usable(d, texts):
 
 def test_fixed_sizes():
     d = derive(MODEL).at(batch_size=1, prompt_length=77)
-    peak_vram = compiled(d, "math")
+    peak_vram = compiled(d.equation, "math")
     assert peak_vram(512, 768) == truth(d, 512, 768, 77, 1, True)
     with pytest.raises(ValueError, match="batch_size = 1"):
         peak_vram(512, 768, batch_size=2)
@@ -189,7 +188,7 @@ def test_arrays_agree(d, expected, library):
         import torch
 
         height, width, length, batch, guidance = map(torch.tensor, (height, width, length, batch, guidance))
-    peaks = compiled(d, library)(height, width, length, batch, guidance)
+    peaks = compiled(d.equation, library)(height, width, length, batch, guidance)
     assert peaks.tolist() == expected
 
 
@@ -255,7 +254,7 @@ def test_json_fits_the_schema(texts):
 
 def test_json_defines_the_symbols_of_tiles():
     d = derive(MODEL, pipeline="txt2img", vae_tiling=True)
-    document = json.loads(export(d, "json"))
+    document = json.loads(export(d.equation, "json"))
     Draft202012Validator(json.loads((ROOT / "derivation/export/schema.json").read_text())).validate(document)
     for headline in document["headline"].values():
         known = {"H", "W"}
@@ -318,7 +317,8 @@ def test_javascript_knows_every_stage(options, tmp_path):
         (8 * rng.choice((1, 2, 3, 7, 64, 129)), 8 * rng.choice((1, 2, 5, 65, 100)), *rest, rng.random() < 0.5)
         for rest in product((1, 77, 78, 231), (1, 3))
     ]
-    for (h, w, n, b, g), (peak, stages, weights) in zip(calls, node_says(export(d, "javascript"), calls, tmp_path)):
+    said = node_says(export(d.equation, "javascript"), calls, tmp_path)
+    for (h, w, n, b, g), (peak, stages, weights) in zip(calls, said):
         assert stages == d.stage_peaks(h, w, b, n, g), (h, w, n, b, g)
         assert (peak, weights) == (weights + max(stages.values()), d.weights_bytes)
 
@@ -368,25 +368,25 @@ def test_every_export_of_other_options_equals_the_replayed_tape(variant, tmp_pat
     rng, multiple = random.Random(SEED), 8 if variant.options.pipeline == "txt2img" else 1
     cases = [(h - h % multiple, w - w % multiple, *rest) for h, w, *rest in sizes(6, seed=rng.random())]
     wanted = [truth(variant, *case) for case in cases]
-    peak_vram = compiled(variant, "math")
+    peak_vram = compiled(variant.equation, "math")
     assert [peak_vram(*case) for case in cases] == wanted
     if multiple == 8:
         with pytest.raises(ValueError, match="multiples of 8"):
             peak_vram(512, 519)
     columns = [np.array(column) for column in zip(*cases, strict=True)]
-    assert compiled(variant, "numpy")(*columns).tolist() == wanted
-    document = json.loads(export(variant, "json"))
+    assert compiled(variant.equation, "numpy")(*columns).tolist() == wanted
+    document = json.loads(export(variant.equation, "json"))
     names = [{"height": h, "width": w, "L": n, "B": b} for h, w, n, b, _ in cases]
     assert [peak_of(document, n, case[4]) for n, case in zip(names, cases, strict=True)] == wanted
     schema = json.loads((ROOT / "derivation/export/schema.json").read_text())
     Draft202012Validator(schema).validate(document)
     if (node := shutil.which("node")) is not None:
-        (tmp_path / "peak_vram.mjs").write_text(export(variant, "javascript"))
+        (tmp_path / "peak_vram.mjs").write_text(export(variant.equation, "javascript"))
         script = f"import {{ peak_vram }} from './peak_vram.mjs'; console.log(JSON.stringify({json.dumps(cases)}"
         (tmp_path / "main.mjs").write_text(f"{script}.map((x) => peak_vram(...x))));")
         assert json.loads(run([node, str(tmp_path / "main.mjs")])) == wanted
     if (compiler := shutil.which("gcc") or shutil.which("clang")) is not None:
-        assert c_peaks(compiler, export(variant, "c"), cases, tmp_path) == wanted
+        assert c_peaks(compiler, export(variant.equation, "c"), cases, tmp_path) == wanted
 
 
 def c_peaks(compiler, header, cases, folder):
@@ -438,12 +438,12 @@ NASTY = '<script>alert(1)</script> */ \\end{document} """ $x^2$ %d \'; `x` ${1} 
 
 @pytest.fixture(scope="module")
 def hostile(d):
-    return Derivation(replace(d.checkpoint, name=NASTY), d.options)
+    return Derivation(WalkedSubject(replace(d.checkpoint, name=NASTY), d.options))
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_hostile_name_stays_a_name(target, hostile, d, tmp_path):
-    text = export(hostile, target)
+    text = export(hostile.equation, target)
     assert text.isascii()
     for forbidden in ("<script", "\\end{document}", '*/ \\', "${1}", "\u2028"):
         assert forbidden not in text
@@ -554,19 +554,20 @@ def test_latex_compiles(texts, tmp_path):
 
 
 def test_write(d, tmp_path):
-    [path] = write(d, ["python"], tmp_path / "new" / "folder")
-    assert path.read_text() == export(d, "python")
+    [path] = write(d.equation, ["python"], tmp_path / "new" / "folder")
+    assert path.read_text() == export(d.equation, "python")
     assert [p.name for p in path.parent.iterdir()] == ["peak_vram.py"]
 
 
 def test_unwritable_directory(d, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DerivationError, match="cannot be written"):
-        write(d, ["python"], tmp_path / "file")
+        write(d.equation, ["python"], tmp_path / "file")
 
 
 def test_unknown_target(d):
-    for call in (lambda: export(d, "fortran"), lambda: compiled(d, "latex"), lambda: write(d, ["x"], ".")):
+    e = d.equation
+    for call in (lambda: export(e, "fortran"), lambda: compiled(e, "latex"), lambda: write(e, ["x"], ".")):
         with pytest.raises(DerivationError, match="is not supported"):
             call()
 
@@ -581,22 +582,22 @@ def test_checked_in_folders_are_distinct():
 @pytest.mark.parametrize("attention", ["efficient", "eager"])
 def test_area_crossovers_are_where_the_winner_changes(attention):
     d = derive(MODEL, attention=attention)
-    terms = d.pipeline_stage().terms
-    for c in (c for c in crossovers(d) if c.axis == "area"):
+    terms = d.equation.pipeline_stage().terms
+    for c in (c for c in crossovers(d.equation) if c.axis == "area"):
         for area, stage in ((int(c.at), c.before), (int(c.at) + 1, c.after)):
             at = {H: area, W: 1, L: c.given["L"], B: c.given["B"]}
             assert max(terms, key=lambda term: term.expression.subs(at)).point.stage == stage
 
 
 def test_length_crossover_is_symbolic(d):
-    [crossing] = [c for c in crossovers(d) if c.axis == "length"]
+    [crossing] = [c for c in crossovers(d.equation) if c.axis == "length"]
     assert (crossing.before, crossing.after) == ("vae_decode", "unet")
     assert {H, W} <= crossing.threshold.free_symbols
     assert int(crossing.at) == 35_679
 
 
 def test_does_not_matter(d):
-    found = {item.quantity: item.sentence for item in does_not_matter(d)}
+    found = {item.quantity: item.sentence for item in does_not_matter(d.equation)}
     assert "35,679 tokens" in found["prompt length"]
     assert "From 5 UNet calls on" in found["number of denoising steps, strength"]
 

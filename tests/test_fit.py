@@ -22,7 +22,8 @@ from derivation.ask.fit import (
     parse_bytes,
     sides,
 )
-from derivation.ask.recommend import REMEDIES, Call, recommend
+from derivation.ask.recommend import REMEDIES, recommend
+from derivation.call import Call
 from derivation.gpu.cards import lookup
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -83,9 +84,9 @@ def test_the_closed_form_starts_within_a_step_so_that_few_evaluations_do(monkeyp
     evaluations = itertools.count()
     exact = Request.image
 
-    def counted(self: Request, height: int, width: int, batch_size: int) -> Image:
+    def counted(self: Request, call: Call) -> Image:
         next(evaluations)
-        return exact(self, height, width, batch_size)
+        return exact(self, call)
 
     monkeypatch.setattr(Request, "image", counted)
     found = fit(derived(), 8 * GIB)

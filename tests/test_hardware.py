@@ -18,8 +18,11 @@ from derivation.options import Options
 from derivation.peak.headline import Grid
 from derivation.peak.liveness import alive_at
 from derivation.tape.evaluate import Evaluator
+from derivation.tape.events import Category
+from derivation.tape.settings import Settings
 from derivation.tape.symbols import evaluate
-from derivation.tape.tape import Category, Settings, SymTensor, Tape, tape
+from derivation.tape.tape import Tape, tape
+from derivation.tape.tensor import SymTensor
 from derivation.walk import ops
 from derivation.walk.attention import names, scaled_dot_product_attention
 from derivation.walk.models import decode, encode

@@ -22,13 +22,13 @@ from derivation.config.checkpoint import BUNDLED
 from derivation.equation.crossover import does_not_matter
 from derivation.export import export
 from derivation.files import write_files
-from derivation.peak.headline import B, H, L, W
 from derivation.report import build, calculator, content, pictures
 from derivation.report.answer import SIZES, answer, reference_side
 from derivation.report.assumptions import chips
 from derivation.report.reduction import reductions
 from derivation.report.text import tex
 from derivation.report.walk import walks
+from derivation.tape.grid import B, H, L, W
 from derivation.text import grouped
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -179,7 +179,7 @@ def test_the_calculator_s_script_cannot_end_early():
 
 def test_the_page_runs_the_exported_functions(report, derivation, tmp_path):
     text = report.read_text()
-    _, code = export(derivation, "javascript").split("*/\n\n", 1)
+    _, code = export(derivation.equation, "javascript").split("*/\n\n", 1)
     assert re.sub("^export ", "", code, flags=re.MULTILINE) in text
     if (node := shutil.which("node")) is None:
         pytest.skip("node is not installed")
@@ -275,7 +275,7 @@ def test_half_types_that_share_a_program_have_the_same_bytes(model):
 def test_a_gpu_is_told_and_its_steps_are_solved(small):
     d = derive(MODEL, gpu="t4", attention="eager")
     assert "scratch of t4" in chips(d)
-    assert any("UNet calls on" in fact.sentence for fact in does_not_matter(d))
+    assert any("UNet calls on" in fact.sentence for fact in does_not_matter(d.equation))
 
 
 def test_every_simplification_step_has_the_same_value(derivation):
@@ -421,7 +421,7 @@ def test_a_tiled_report_defines_the_symbols_of_its_equation(tiled, tmp_path, sma
     for side in SIZES:
         assert grouped(tiled.weights_bytes + max(tiled.stage_peaks(side, side).values())) in text
     notes = [page.with_suffix(ending).read_text() for ending in (".md", ".tex")]
-    for symbol in tiled.grid.defined(term.expression for term in tiled.pipeline_stage().terms):
+    for symbol in tiled.grid.defined(term.expression for term in tiled.equation.pipeline_stage().terms):
         letter, axis = str(symbol)[0], str(symbol)[3]
         assert f"<math><mrow><msub><mi>{letter}</mi><mi>{axis}</mi></msub><mo>=</mo>" in text
         assert all(f"${symbol} = " in note for note in notes)

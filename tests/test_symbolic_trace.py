@@ -12,19 +12,24 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+import numpy
 import sympy
 from torch.utils._sympy.functions import FloorDiv, IntTrueDiv, Mod
 
 from derivation import Derivation, DerivationError, Options, derive
+from derivation.call import Call
 from derivation.config import load
 from derivation.config.checkpoint import BUNDLED
+from derivation.export import export
+from derivation.tape.settings import Settings
 from derivation.tape.symbols import evaluate, symbol
-from derivation.tape.tape import Settings, Tape
-from derivation.trace.derive import trace_derivation
+from derivation.tape.tape import Tape
 from derivation.trace.polynomials import RELATIONS, Decision, Translation, compared, floor_div
+from derivation.trace.subject import TracedTransformer
 from derivation.trace.symbolic import GENERIC, SymbolicSizes, symbolic_trace, with_levels
 from derivation.verify.agree import agree
 from derivation.verify.fuzz import READERS, random_case
+from derivation.walk.subject import WalkedSubject
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -94,7 +99,7 @@ def test_random_configs_agree_as_expressions(seed):
     field, read = READERS[component]
     checkpoint = replace(load(SD15), **{field: read(case.config)})
     chosen = {"dtype": case.options.dtype, "attention": case.options.attention}
-    derived = Derivation(checkpoint, Options(**chosen)).component(component, case.guidance).generic.tape
+    derived = Derivation(WalkedSubject(checkpoint, Options(**chosen))).component(component, case.guidance).generic.tape
     agreement = agree(derived, symbolic_trace(component, case.config, guidance=case.guidance, **chosen))
     assert agreement.match, f"{agreement.parting}\nreproduce: {case}"
 
@@ -149,6 +154,10 @@ def test_floor_division_equals_integers():
     assert found > 1000
 
 
+def traced(config, options=None):
+    return Derivation(TracedTransformer.read(config, options))
+
+
 def test_expressions_without_a_polynomial_raise():
     h0 = sympy.Symbol("s1", integer=True, positive=True)
     translation = Translation({})
@@ -178,20 +187,39 @@ def test_guards_say_the_relation(relation):
 def test_traced_transformers_equal_the_numeric_trace(config, attention):
     if attention == "eager" and config is not PIXART:
         with pytest.raises(DerivationError, match="eager"):
-            trace_derivation(config, Options(attention=attention))
+            traced(config, Options(attention=attention))
         return
-    derivation = trace_derivation(config, Options(attention=attention))
+    derivation = traced(config, Options(attention=attention))
     peak_vram = derivation.lambdify()
     for height, width, batch_size, prompt_length, guidance in CALLS:
-        numeric = derivation.measure(height, width, batch_size, prompt_length, guidance).peak_bytes
+        numeric = derivation.subject.measure(Call(height, width, batch_size, prompt_length, guidance)).peak_bytes
         peaks = derivation.component_peaks(height, width, batch_size, prompt_length, guidance)
         assert peaks == {"transformer": numeric}
         total = peak_vram(height, width, prompt_length, batch_size, guidance)
         assert total == numeric + derivation.weights_bytes
 
 
+@pytest.mark.parametrize("config", [SD3, FLUX], ids=lambda config: config["_class_name"])
+def test_a_traced_equation_is_exported_as_a_walked_one_is(config):
+    derivation = traced(config)
+    peak_vram, rng = derivation.lambdify("math"), random.Random(7)
+    calls = [(16 * rng.randint(1, 60), 16 * rng.randint(1, 60), rng.choice((1, 2, 5)), 77, True) for _ in range(6)]
+    for height, width, batch_size, length, guidance in calls:
+        numeric = derivation.subject.measure(Call(height, width, batch_size, length, guidance)).peak_bytes
+        assert peak_vram(height, width, length, batch_size, guidance) == derivation.weights_bytes + numeric
+    columns = [numpy.array(column) for column in zip(*((h, w, n, b) for h, w, b, n, _ in calls))]
+    assert derivation.lambdify("numpy")(*columns).tolist() == [peak_vram(h, w, n, b) for h, w, b, n, _ in calls]
+    document = json.loads(export(derivation.equation, "json"))
+    assert [a["multiple_of"] for a in document["arguments"][:2]] == [16, 16]
+    assert "M_{\\mathrm{transformer}}" in derivation.latex()
+    for size in (520, 8, *([3088] if config is SD3 else [])):
+        with pytest.raises(ValueError, match="height and width"):
+            peak_vram(size, 512)
+    assert Derivation.from_json(derivation.to_json()).peak == derivation.peak
+
+
 def test_a_traced_derivation_is_one():
-    derivation = trace_derivation(FLUX)
+    derivation = traced(FLUX)
     assert derivation.method == "trace"
     assert derivation.peak.free_symbols == set(sympy.symbols("H W L B", integer=True, positive=True))
     fixed = derivation.at(height=1024, width=1024, batch_size=1, prompt_length=512)
@@ -203,18 +231,17 @@ def test_a_traced_derivation_is_one():
 
 def test_bad_input_is_one_line():
     bad = [
-        lambda: trace_derivation({}),
-        lambda: trace_derivation(3),
-        lambda: trace_derivation("/nowhere"),
-        lambda: trace_derivation({**SD3, "patch_size": 4}),
-        lambda: trace_derivation({**SD3, "num_layers": 10**9}),
-        lambda: trace_derivation(SD3, Options(vae_tiling=True)),
-        lambda: trace_derivation({**SD3, "num_layers": "x"}).peak,
-        lambda: trace_derivation({**SD3, "caption_projection_dim": 7}).peak,
-        lambda: trace_derivation({**SD3, "more": object()}).peak,
-        lambda: trace_derivation(SD3).component_peaks(520, 512),
-        lambda: trace_derivation(SD3).component_peaks(4096, 512),
-        lambda: trace_derivation(SD3).lambdify("numpy"),
+        lambda: traced({}),
+        lambda: traced(3),
+        lambda: traced("/nowhere"),
+        lambda: traced({**SD3, "patch_size": 4}),
+        lambda: traced({**SD3, "num_layers": 10**9}),
+        lambda: traced(SD3, Options(vae_tiling=True)),
+        lambda: traced({**SD3, "num_layers": "x"}).peak,
+        lambda: traced({**SD3, "caption_projection_dim": 7}).peak,
+        lambda: traced({**SD3, "more": object()}).peak,
+        lambda: traced(SD3).component_peaks(520, 512),
+        lambda: traced(SD3).component_peaks(4096, 512),
     ]
     for request in bad:
         with pytest.raises(DerivationError) as caught:

@@ -11,7 +11,7 @@ import sympy
 from derivation import DerivationError, derive
 from derivation.config.checkpoint import BUNDLED
 from derivation.export import compiled
-from derivation.peak.headline import B, H, L, W
+from derivation.tape.grid import B, H, L, W
 from derivation.tape.tiles import Tile, Tiling
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -59,7 +59,7 @@ def test_tile_symbols_count_what_a_loop_counts():
 
 def test_the_exported_function_and_the_equation_equal_the_stages():
     derivation = derive(SD15, vae_tiling=True, pipeline="txt2img")
-    peak_vram, terms = compiled(derivation), derivation.pipeline_stage().terms
+    peak_vram, terms = compiled(derivation.equation), derivation.equation.pipeline_stage().terms
     assert derivation.peak.free_symbols <= {H, W, L, B}
     rng = random.Random(1)
     for height, width in image_sizes(2, 512, 12):

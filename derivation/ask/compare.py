@@ -8,8 +8,10 @@ from typing import Any
 
 import sympy
 
-from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation, Stage
-from derivation.peak.headline import B, H, L, W
+from derivation.api import Derivation
+from derivation.call import DEFAULT_PROMPT_LENGTH
+from derivation.equation.derived import Stage
+from derivation.tape.grid import B, H, L, W
 from derivation.tape.tiles import IN_PIXELS
 
 SIDES = (512, 768, 1024)
@@ -101,7 +103,7 @@ def compare(
         b.checkpoint.name,
         tuple(p for p in _pairs(a.options.as_dict(), b.options.as_dict()) if not p.same),
         _pairs({**a.weights, "all": a.weights_bytes}, {**b.weights, "all": b.weights_bytes}),
-        _stages(a.stages_with(guidance), b.stages_with(guidance), at),
+        _stages(a.equation.stages(guidance), b.equation.stages(guidance), at),
         {side: _numbers(a, b, side, call) for side in sides},
     )
 

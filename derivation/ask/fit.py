@@ -17,10 +17,11 @@ from typing import Any
 
 import sympy
 
-from derivation.api import DEFAULT_PROMPT_LENGTH, MAX_SIDE_PIXELS, Derivation
-from derivation.errors import DerivationError, shown
-from derivation.options import positive
-from derivation.peak.headline import B, H, L, W
+from derivation.allocator.report import OutOfMemoryError
+from derivation.api import Derivation
+from derivation.call import DEFAULT_PROMPT_LENGTH, MAX_SIDE_PIXELS, Call
+from derivation.errors import DerivationError, positive, shown
+from derivation.tape.grid import B, H, L, W
 from derivation.tape.symbols import Size, as_poly
 
 ALIGNED = 64
@@ -71,52 +72,42 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A derivation, a budget and what stays the same while the size is looked for."""
+    """A derivation, a budget, and whether the caching allocator is replayed."""
 
     derivation: Derivation
     budget_bytes: int
-    prompt_length: int = DEFAULT_PROMPT_LENGTH
-    guidance: bool = True
     replayed: bool = False
 
-    def image(self, height: int, width: int, batch_size: int) -> Image:
+    def image(self, call: Call) -> Image:
         """Return the exact peak of one call."""
-        sizes = (height, width, batch_size, self.prompt_length, self.guidance)
-        stage, peak = peak_tensor_bytes(self.derivation, *sizes)
-        image = Image(height, width, batch_size, peak, self.budget_bytes - peak, stage)
-        return replace(image, reserved_bytes=self._reserved_bytes(image)) if self.replayed else image
+        stage, peak = peak_tensor_bytes(self.derivation, call)
+        image = Image(call.height, call.width, call.batch_size, peak, self.budget_bytes - peak, stage)
+        return replace(image, reserved_bytes=self._reserved_bytes(image, call)) if self.replayed else image
 
-    def fits(self, height: int, width: int, batch_size: int) -> bool:
+    def fits(self, call: Call) -> bool:
         """Return whether the exact peak of one call, and its allocator replay if asked for, is within the budget."""
-        image = self.image(height, width, batch_size)
+        image = self.image(call)
         return image.headroom_bytes >= 0 and (image.reserved_bytes is not None or not self.replayed)
 
-    def _reserved_bytes(self, image: Image) -> int | None:
+    def _reserved_bytes(self, image: Image, call: Call) -> int | None:
         """Return the reserved bytes' peak on the derivation's GPU, None where it runs out of memory."""
-        from derivation.allocator.memory import device_memory
-        from derivation.allocator.report import OutOfMemoryError
-
-        if image.headroom_bytes < 0 or (gpu := self.derivation.options.gpu) is None:
+        if image.headroom_bytes < 0 or self.derivation.options.gpu is None:
             return None
-        values = self.derivation.sizes(image.height, image.width, image.batch_size, self.prompt_length)
-        tape = self.derivation.program(self.guidance).at(values).tape
         try:
-            found = device_memory(gpu, self.derivation.resident, tape, values)
+            found = self.derivation.device_memory(call)
         except OutOfMemoryError:
             return None
         return None if found.verdict.startswith("out of memory") else found.reserved
 
-    def headlines(self) -> list[sympy.Expr]:
+    def headlines(self, call: Call) -> list[sympy.Expr]:
         """Return the polynomials in H, W and B whose largest, plus the weights, is the peak."""
-        terms = self.derivation.pipeline_stage(self.guidance).terms
-        return [term.expression.subs(L, self.prompt_length) for term in terms]
+        terms = self.derivation.equation.pipeline_stage(call.guidance).terms
+        return [term.expression.subs(L, call.prompt_length) for term in terms]
 
 
-def peak_tensor_bytes(
-    derivation: Derivation, height: int, width: int, batch_size: int, prompt_length: int, guidance: bool
-) -> tuple[str, int]:
+def peak_tensor_bytes(derivation: Derivation, call: Call) -> tuple[str, int]:
     """Return the stage that peaks and the exact bytes of weights and tensors then."""
-    peaks = derivation.stage_peaks(height, width, batch_size, prompt_length, guidance)
+    peaks = derivation.stage_peaks(call)
     stage = max(peaks, key=peaks.__getitem__)
     return stage, derivation.weights_bytes + peaks[stage]
 
@@ -137,10 +128,10 @@ def fit(
     """
     for key, value in (("budget_bytes", budget_bytes), ("aspect", min(aspect)), ("batch_size", batch_size)):
         positive(key, value)
-    request = Request(derivation, budget_bytes, prompt_length, guidance, replayed)
-    side = solved_side(request, aspect, batch_size)
-    factor = derivation.grid.vae_scale_factor
-    image, aligned = (_largest(request, aspect, batch_size, step, side) for step in (factor, ALIGNED))
+    request, factor = Request(derivation, budget_bytes, replayed), derivation.grid.vae_scale_factor
+    call = Call(factor, factor, batch_size, prompt_length, guidance)
+    side = solved_side(request, aspect, call)
+    image, aligned = (_largest(request, aspect, call, step, side) for step in (factor, ALIGNED))
     weights = derivation.weights_bytes
     return Fit(budget_bytes, weights, aspect, side, image, aligned, grows(derivation, guidance))
 
@@ -156,19 +147,19 @@ def largest_batch(
 ) -> Image | None:
     """Return the largest batch of this image size that is within ``budget_bytes``, None if not even one is."""
     positive("budget_bytes", budget_bytes)
-    request = Request(derivation, budget_bytes, prompt_length, guidance, replayed)
-    guess = _solved_batch(request, height, width)
-    batch = last_that_fits(lambda n: request.fits(height, width, n), guess, MAX_BATCH)
-    return request.image(height, width, batch) if batch else None
+    request, call = Request(derivation, budget_bytes, replayed), Call(height, width, 1, prompt_length, guidance)
+    guess = _solved_batch(request, call)
+    batch = last_that_fits(lambda n: request.fits(replace(call, batch_size=n)), guess, MAX_BATCH)
+    return request.image(replace(call, batch_size=batch)) if batch else None
 
 
-def _largest(request: Request, aspect: tuple[int, int], batch_size: int, step: int, side: float | None) -> Image | None:
-    def size(n: int) -> tuple[int, int]:
-        return sides(aspect, step, n)
+def _largest(request: Request, aspect: tuple[int, int], call: Call, step: int, side: float | None) -> Image | None:
+    def sized(n: int) -> Call:
+        height, width = sides(aspect, step, n)
+        return replace(call, height=height, width=width)
 
-    guess = int((side or step) / step)
-    n = last_that_fits(lambda n: request.fits(*size(n), batch_size), guess, MAX_SIDE_PIXELS // step)
-    return request.image(*size(n), batch_size) if n else None
+    n = last_that_fits(lambda n: request.fits(sized(n)), int((side or step) / step), MAX_SIDE_PIXELS // step)
+    return request.image(sized(n)) if n else None
 
 
 def sides(aspect: tuple[int, int], step: int, n: int) -> tuple[int, int]:
@@ -200,17 +191,17 @@ def last_that_fits(fits: Callable[[int], bool], guess: int, limit: int) -> int:
     return low
 
 
-def solved_side(request: Request, aspect: tuple[int, int], batch_size: int) -> float | None:
+def solved_side(request: Request, aspect: tuple[int, int], call: Call) -> float | None:
     """Return the longer side in pixels at which the headline equals the budget, 0 where it always exceeds it.
 
     Each polynomial is a x^4 + b x^2 + c in the side x; None where one is not, as with VAE tiles, or does not grow.
     """
     x = sympy.Symbol("x", positive=True)
     longer = max(aspect)
-    along = {H: x * sympy.Rational(aspect[1], longer), W: x * sympy.Rational(aspect[0], longer), B: batch_size}
+    along = {H: x * sympy.Rational(aspect[1], longer), W: x * sympy.Rational(aspect[0], longer), B: call.batch_size}
     spare = request.budget_bytes - request.derivation.weights_bytes
     found: list[float] = []
-    for expression in request.headlines():
+    for expression in request.headlines(call):
         terms = {m[0]: c for m, c in sympy.Poly(expression.subs(along), x).terms()}
         a, b, c = (terms.pop(power, 0) for power in (4, 2, 0))
         if terms or any(sympy.sympify(term).free_symbols for term in (a, b, c)) or min(a, b) < 0:
@@ -228,12 +219,12 @@ def _positive_root(a: Fraction, b: Fraction, spare: Fraction) -> float:
     return sqrt(2 * spare / (b + Fraction(isqrt(int(discriminant * 10**12)), 10**6)))
 
 
-def _solved_batch(request: Request, height: int, width: int) -> int:
+def _solved_batch(request: Request, call: Call) -> int:
     """Return the batch at which the headline, linear in B, equals the budget."""
     spare = request.budget_bytes - request.derivation.weights_bytes
     found: list[int] = []
-    for headline in request.headlines():
-        expression = request.derivation.grid.explicit(headline).subs({H: height, W: width})
+    for headline in request.headlines(call):
+        expression = request.derivation.grid.explicit(headline).subs({H: call.height, W: call.width})
         terms = {m[0]: c for m, c in sympy.Poly(expression, B).terms()}
         if slope := terms.get(1, 0):
             found.append(int((spare - terms.get(0, 0)) / slope))

@@ -7,10 +7,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
+from derivation.api import Derivation
 from derivation.ask.fit import Image, Request
-from derivation.errors import DerivationError
-from derivation.options import Options, positive
+from derivation.call import Call
+from derivation.errors import DerivationError, positive
+from derivation.options import Options
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -79,17 +80,6 @@ class Recommendation:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """The sizes of one call."""
-
-    height: int
-    width: int
-    batch_size: int = 1
-    prompt_length: int = DEFAULT_PROMPT_LENGTH
-    guidance: bool = True
-
-
 class _Peaks:
     """The exact peak of one call under changed options, each set of options derived once."""
 
@@ -112,9 +102,8 @@ class _Peaks:
         for remedy in remedies:
             changed = replace(changed, **remedy.change)  # type: ignore[arg-type]
         if changed not in self._known:
-            derivation, call = Derivation(self._derivation.checkpoint, changed), self._call
-            request = Request(derivation, self._budget_bytes, call.prompt_length, call.guidance, self._replayed)
-            self._known[changed] = request.image(call.height, call.width, call.batch_size)
+            derivation = Derivation(self._derivation.subject.changed(**changed.as_dict()))
+            self._known[changed] = Request(derivation, self._budget_bytes, self._replayed).image(self._call)
         return self._known[changed]
 
 

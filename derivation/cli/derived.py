@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from derivation.call import Call
 from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, completing, derivation_of, expanded, sizes
 from derivation.config import bundled, load
@@ -111,9 +112,9 @@ def export(
 
     derivation = derivation_of(model, options, revision)
     if output_path is None:
-        print(exported(derivation, to), end="")
+        print(exported(derivation.equation, to), end="")
         return
-    for path in write(derivation, [to], output_path):
+    for path in write(derivation.equation, [to], output_path):
         output.line(f"wrote {path}")
 
 
@@ -141,7 +142,6 @@ def verify(
     try:
         from derivation.verify.fuzz import run_fuzz
         from derivation.verify.matrix import matrix, run_matrix
-        from derivation.verify.verification import Size as Call
         from derivation.verify.verification import circumstances, run_verification
     except ImportError as error:
         raise DerivationError(f"verify needs {error.name or error}: {VERIFY_EXTRA}") from None

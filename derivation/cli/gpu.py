@@ -10,13 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
+from derivation.api import Derivation
+from derivation.call import Call
 from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Revision, expanded
 from derivation.config import load
 from derivation.errors import DerivationError
 from derivation.options import Options
 from derivation.text import human
+from derivation.walk.subject import WalkedSubject
 
 LIBRARIES = ("torch", "cuda", "cudnn", "diffusers", "transformers")
 
@@ -59,7 +61,8 @@ def measure(
         parse_list("dtypes", dtypes or options.dtype),
         guidance_scale,
     )
-    jobs = list(_jobs(Derivation(checkpoint, options), found, "scratch" if scratch else "pipeline", history))
+    derivation = Derivation(WalkedSubject(checkpoint, options))
+    jobs = list(_jobs(derivation, found, "scratch" if scratch else "pipeline", history))
     if timeout <= 0:
         raise DerivationError(f"timeout = {timeout} is not supported (supported: seconds above 0)")
     records = Records.open(output_path)
@@ -76,7 +79,7 @@ def _jobs(derivation: Derivation, points: Iterable[dict[str, Any]], kind: str, h
     from derivation.measure.runner import Job
 
     for point in points:
-        derivation.sizes(point["height"], point["width"], point["batch_size"], DEFAULT_PROMPT_LENGTH)
+        derivation.sizes(Call(point["height"], point["width"], point["batch_size"]))
         yield Job(f"{kind} {key(point)}", {"kind": kind, **point, **({"history": True} if history else {})})
 
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
+from derivation.api import Derivation
+from derivation.call import DEFAULT_PROMPT_LENGTH
 from derivation.cli.output import checked_number
 from derivation.config import bundled, load
 from derivation.errors import DerivationError, shown
@@ -19,6 +20,7 @@ from derivation.gpu.profile import SCRATCH
 from derivation.options import DTYPES, OFFLOADS, PIPELINES, Options
 from derivation.walk import attention
 from derivation.walk.schedulers import SCHEDULERS
+from derivation.walk.subject import WalkedSubject
 
 DEFAULT_SIDE = 512
 DEFAULT_GUIDANCE_SCALE = 7.5
@@ -204,7 +206,7 @@ def _checked(key: str, value: Any) -> Any:
 
 def derivation_of(model: str, options: Options, revision: str | None = None) -> Derivation:
     """Return the derivation of what a MODEL argument names."""
-    return Derivation(load(model, revision), options)
+    return Derivation(WalkedSubject(load(model, revision), options))
 
 
 def sizes(size: Size, prompt: Prompt) -> dict[str, Any]:

@@ -94,8 +94,8 @@ def recommend(
 
     Example: derivation recommend stable-diffusion-v1-5 --gpu t4 --attention eager --height 1024 --width 1024
     """
-    from derivation.ask.recommend import Call
     from derivation.ask.recommend import recommend as recommended
+    from derivation.call import Call
 
     budget, said = _budget(vram, options)
     derivation = derivation_of(model, options, revision)
@@ -225,7 +225,7 @@ def _budget(vram: str | None, options: Options) -> tuple[int, str]:
 
 def _counted(derivation: Derivation, said: str, replayed: bool) -> str:
     """Return which layers of bytes an answer counts."""
-    layers = {"library scratch": derivation.settings.hardware is not None, "allocator gaps": replayed}
+    layers = {"library scratch": derivation.options.gpu is not None, "allocator gaps": replayed}
     counted = ", ".join(["weights", "tensors", *(name for name, counts in layers.items() if counts)])
     missing = ", ".join(name for name, counts in layers.items() if not counts)
     return f"{said}; counted: {counted}" + (f"; not counted: {missing}" if missing else "")

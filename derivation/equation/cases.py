@@ -14,15 +14,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from derivation.api import Derivation
+from derivation.call import Call
+from derivation.equation.derived import Derived
 from derivation.equation.numbering import Numbering, at
 from derivation.errors import DerivationError
 from derivation.peak.dominance import reduce_points, sample_sizes
 from derivation.peak.liveness import Point, cut_at, local_maxima, prompt_limits
 from derivation.peak.proof import margin, proven_nonnegative
+from derivation.tape.events import Guard
 from derivation.tape.program import Program, Variant
 from derivation.tape.symbols import MAX_LEVELS, Size, evaluate, free_names, nonnegative_from_one, symbol
-from derivation.tape.tape import Guard, Tape
+from derivation.tape.tape import Tape
 from derivation.tape.tiles import Tile
 
 # A size compared with more thresholds than this counts something without end.
@@ -121,21 +123,24 @@ def _with_deeper(names: Iterable[str]) -> frozenset[str]:
     return frozenset(names) | deeper
 
 
-def generic_sizes(derivation: Derivation) -> dict[str, int]:
+def generic_sizes(derived: Derived) -> dict[str, int]:
     """Return the least sizes at which every symbol that is not fixed is above 1."""
-    unit = derivation.grid.unit
-    return dict.fromkeys(derivation.sizes(unit, unit, 1, 1), 2) | derivation.fixed
+    unit = derived.grid.unit
+    return dict.fromkeys(derived.sizes(Call(unit, unit, 1, 1)), 2) | derived.fixed
 
 
-def regimes(program: Program, generic: Mapping[str, int]) -> list[tuple[Cell, Variant]]:
+def regimes(program: Program, derived: Derived) -> list[tuple[Cell, Variant]]:
     """Return a recorded variant for every combination of decisions that ``program`` can take.
 
     Sizes at which a variant does not hold violate one of its guards, so they lie in a cell that is visited.
     Raises DerivationError where the combinations have no end.
     """
+    generic = generic_sizes(derived)
     queue, seen, found = [Cell()], {Cell()}, dict[int, tuple[Cell, Variant]]()
     while queue:
         cell = queue.pop(0)
+        if derived.sides.bounded and not derived.accepts(cell.values(generic)):
+            continue
         variant = program.regime(cell.values(generic))
         found.setdefault(id(variant), (cell, variant))
         flips = {cell.flipped(guard): None for guard in variant.tape.guards.values()}
@@ -269,13 +274,13 @@ def deviations(generic: Known, variants: Iterable[tuple[Cell, Variant]]) -> list
     return known[1:]
 
 
-def exact_cases(derivation: Derivation, guidance: bool, apart: bool = False) -> tuple[Case, ...]:
+def exact_cases(derived: Derived, guidance: bool, apart: bool = False) -> tuple[Case, ...]:
     """Return the cases of the exact peak, most special first: the first whose conditions hold applies.
 
     Where stages are ``apart``, a case holds the points of each stage's own Max.
     """
-    generic = Known(derivation.program(guidance).generic, apart)
-    special = deviations(generic, _variants(derivation, guidance))
+    generic = Known(derived.program(guidance).generic, apart)
+    special = deviations(generic, _variants(derived, guidance))
     listed = [(Cell(), generic), *special]
     ordered = sorted(
         listed, key=lambda found: (-found[0].conditions_count, -sum(cell.contains(found[0]) for cell, _ in listed))
@@ -288,27 +293,27 @@ def exact_cases(derivation: Derivation, guidance: bool, apart: bool = False) -> 
 
 
 @lru_cache(maxsize=2)
-def _variants(derivation: Derivation, guidance: bool) -> list[tuple[Cell, Variant]]:
+def _variants(derived: Derived, guidance: bool) -> list[tuple[Cell, Variant]]:
     """Return the pipeline's variants in the cells where its peak may be another function."""
-    cells = _component_cells(derivation, guidance) + _own_cells(derivation, guidance)
-    program, sizes = derivation.program(guidance), generic_sizes(derivation)
+    cells = _component_cells(derived, guidance) + _own_cells(derived, guidance)
+    program, sizes = derived.program(guidance), generic_sizes(derived)
     return [(cell, program.regime(cell.values(sizes))) for cell in _intersections(cells)]
 
 
-def _component_cells(derivation: Derivation, guidance: bool) -> list[Cell]:
+def _component_cells(derived: Derived, guidance: bool) -> list[Cell]:
     """Return the cells in which some component's peak is another function."""
     found: list[Cell] = []
-    for name in derivation.calls:
-        (_, generic), *others = regimes(derivation.component(name, guidance), generic_sizes(derivation))
+    for name in derived.subject.calls:
+        (_, generic), *others = regimes(derived.component(name, guidance), derived)
         found += [cell for cell, _ in deviations(Known(generic), others)]
     return found
 
 
-def _own_cells(derivation: Derivation, guidance: bool) -> list[Cell]:
+def _own_cells(derived: Derived, guidance: bool) -> list[Cell]:
     """Return the cells that decisions which no component takes, only the pipeline, lead to."""
-    calls = (derivation.component(name, guidance) for name in derivation.calls)
+    calls = (derived.component(name, guidance) for name in derived.subject.calls)
     inside = {key for call in calls for key in call.generic.tape.guards}
-    guards = derivation.program(guidance).generic.tape.guards
+    guards = derived.program(guidance).generic.tape.guards
     flips = (Cell().flipped(guard) for key, guard in guards.items() if key not in inside)
     return [cell for cell in flips if cell is not None]
 

@@ -7,16 +7,17 @@ prompt lengths.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from itertools import combinations, pairwise
 from math import ceil, isqrt
 
 import sympy
 
-from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
-from derivation.peak.headline import B, H, L, Term, W
+from derivation.call import DEFAULT_PROMPT_LENGTH
+from derivation.equation.derived import Derived
+from derivation.peak.headline import Term
 from derivation.peak.liveness import Point, local_maxima
+from derivation.tape.grid import B, H, L, W
 from derivation.tape.symbols import Size, ceil512
 from derivation.tape.tiles import IN_PIXELS
 
@@ -83,20 +84,19 @@ def in_area(expression: sympy.Expr) -> sympy.Expr | None:
     return sympy.Add(*(c * A**h for (h, _), c in polynomial.terms()))
 
 
-@lru_cache(maxsize=16)
 def crossovers(
-    derivation: Derivation,
+    derived: Derived,
     guidance: bool = True,
     prompt_length: int = DEFAULT_PROMPT_LENGTH,
     batch_size: int = 1,
     side: int = REFERENCE_SIDE,
 ) -> tuple[Crossover, ...]:
     """Return where the peak's stage changes with the area, and at ``side`` x ``side`` with the prompt length."""
-    terms = derivation.pipeline_stage(guidance).terms
+    terms = derived.pipeline_stage(guidance).terms
     forms = _forms(terms)
     if any(term.expression.free_symbols & set(IN_PIXELS.values()) for term in terms):
         return ()
-    area = _along(forms, A, {"L": prompt_length, "B": batch_size}, derivation.grid.unit**2)
+    area = _along(forms, A, {"L": prompt_length, "B": batch_size}, derived.grid.unit**2)
     length = _along(forms, L, {"H": side, "W": side, "B": batch_size}, 1)
     return (*area, *length)
 
@@ -145,11 +145,10 @@ def _threshold(
     return sympy.simplify(nearest.subs(A, H * W))
 
 
-@lru_cache(maxsize=16)
-def does_not_matter(derivation: Derivation, guidance: bool = True) -> tuple[Irrelevant, ...]:
+def does_not_matter(derived: Derived, guidance: bool = True) -> tuple[Irrelevant, ...]:
     """Return what the peak does not depend on, each with the threshold from which on or up to which that holds."""
-    found = [_orientation(derivation, guidance), _length(derivation, guidance), _steps(derivation, guidance)]
-    names = ", ".join(sorted(str(s) for s in derivation.peak_with(guidance).free_symbols))
+    found = [_orientation(derived, guidance), _length(derived, guidance), _steps(derived, guidance)]
+    names = ", ".join(sorted(str(s) for s in derived.peak(guidance).free_symbols))
     values = Irrelevant(
         "seed, prompt text, guidance scale above 1",
         f"The peak depends on {names} alone: no tensor's size depends on what the tensors hold.",
@@ -157,12 +156,12 @@ def does_not_matter(derivation: Derivation, guidance: bool = True) -> tuple[Irre
     return (*(x for x in found if x is not None), values)
 
 
-def _orientation(derivation: Derivation, guidance: bool) -> Irrelevant | None:
-    terms = derivation.pipeline_stage(guidance).terms
+def _orientation(derived: Derived, guidance: bool) -> Irrelevant | None:
+    terms = derived.pipeline_stage(guidance).terms
     if len(_forms(terms)) < len(terms):
         return None
-    unit = derivation.grid.unit
-    if not {H, W} & derivation.peak_with(guidance).free_symbols:
+    unit = derived.grid.unit
+    if not {H, W} & derived.peak(guidance).free_symbols:
         return Irrelevant("image size", "No tensor at the peak has a size that depends on the image's.")
     return Irrelevant(
         "aspect ratio",
@@ -170,20 +169,20 @@ def _orientation(derivation: Derivation, guidance: bool) -> Irrelevant | None:
     )
 
 
-def _length(derivation: Derivation, guidance: bool) -> Irrelevant | None:
+def _length(derived: Derived, guidance: bool) -> Irrelevant | None:
     at = {A: REFERENCE_SIDE**2, L: DEFAULT_PROMPT_LENGTH, B: 1}
-    forms = [form for _, form in _forms(derivation.pipeline_stage(guidance).terms)]
-    if len(forms) < len(derivation.pipeline_stage(guidance).terms):
+    forms = [form for _, form in _forms(derived.pipeline_stage(guidance).terms)]
+    if len(forms) < len(derived.pipeline_stage(guidance).terms):
         return None
     highest = max(forms, key=lambda form: form.subs(at))
     per_token = int(sympy.diff(highest, L).subs(at))
-    share = per_token * DEFAULT_PROMPT_LENGTH / (derivation.weights_bytes + int(highest.subs(at)))
+    share = per_token * DEFAULT_PROMPT_LENGTH / (derived.weights_bytes + int(highest.subs(at)))
     if share > NEGLIGIBLE:
         return None
     if per_token == 0:
         sentence = f"At {REFERENCE_SIDE} x {REFERENCE_SIDE} and B = 1 the peak does not depend on it."
         return Irrelevant("prompt length", sentence)
-    longer = [c for c in crossovers(derivation, guidance) if c.axis == "length" and c.at > DEFAULT_PROMPT_LENGTH]
+    longer = [c for c in crossovers(derived, guidance) if c.axis == "length" and c.at > DEFAULT_PROMPT_LENGTH]
     most = f"{ceil(share * 1e4) / 1e4:.2%}"
     limit = f" Only a prompt of more than {int(longer[0].at):,} tokens moves the peak." if longer else ""
     return Irrelevant(
@@ -193,15 +192,15 @@ def _length(derivation: Derivation, guidance: bool) -> Irrelevant | None:
     )
 
 
-def _steps(derivation: Derivation, guidance: bool) -> Irrelevant | None:
+def _steps(derived: Derived, guidance: bool) -> Irrelevant | None:
     """Find the fewest UNet calls that visit the same surviving live sets and no others, None if not among few."""
-    if not derivation.checkpoint.whole:
+    if not derived.subject.whole:
         return None
-    reference = set(_live_sets(derivation, guidance))
-    kept = {(p.stage, _rounded(p)) for p in derivation.record(guidance).pipeline.reduction.kept}
-    for fewer in range(1, min(derivation.options.num_inference_steps, MOST_STEPS_TRIED + 1)):
-        options = replace(derivation.options, num_inference_steps=fewer, strength=1.0)
-        visited = set(_live_sets(Derivation(derivation.checkpoint, options, derivation.fixed), guidance))
+    reference = set(_live_sets(derived, guidance))
+    kept = {(p.stage, _rounded(p)) for p in derived.record(guidance).pipeline.reduction.kept}
+    for fewer in range(1, min(derived.options.num_inference_steps, MOST_STEPS_TRIED + 1)):
+        changed = derived.subject.changed(num_inference_steps=fewer, strength=1.0)
+        visited = set(_live_sets(Derived(changed, derived.fixed), guidance))
         if kept <= visited <= reference:
             return Irrelevant(
                 "number of denoising steps, strength",
@@ -210,8 +209,8 @@ def _steps(derivation: Derivation, guidance: bool) -> Irrelevant | None:
     return None
 
 
-def _live_sets(derivation: Derivation, guidance: bool) -> Iterable[tuple[str, LiveSet]]:
-    tape = derivation.program(guidance).generic.tape
+def _live_sets(derived: Derived, guidance: bool) -> Iterable[tuple[str, LiveSet]]:
+    tape = derived.program(guidance).generic.tape
     return ((point.stage, _rounded(point)) for point in local_maxima(tape))
 
 

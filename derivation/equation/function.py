@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from sympy.polys.rings import PolyElement
 
-from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation
-from derivation.equation.cases import Case, exact_cases
+from derivation.equation.cases import Case
+from derivation.equation.derived import Derived
 from derivation.equation.expression import (
     Expression,
     Let,
@@ -29,13 +29,14 @@ from derivation.equation.expression import (
     product,
 )
 from derivation.equation.tiles import tile_expressions
-from derivation.errors import DerivationError
 from derivation.peak.liveness import Point
 from derivation.peak.proof import slack_bytes
+from derivation.tape.events import Guard
 from derivation.tape.symbols import BLOCK_BYTES, MAX_LEVELS, RING, SYMBOLS, Size, as_poly, ceil512, free_names, is_tile
-from derivation.tape.tape import Guard
 
 WEIGHTS = "WEIGHTS_BYTES"
+# The cases under guidance and without.
+Cases = Mapping[bool, tuple[Case, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,33 +90,13 @@ class Stages:
 class Function:
     """peak_vram: level sides, then the cases under guidance and without, most special first."""
 
-    derivation: Derivation
     sides: tuple[Let, ...]
     cases: Mapping[bool, tuple[CaseCode, ...]]
 
     @property
-    def factor(self) -> int:
-        """Image pixels per latent, along a side."""
-        return self.derivation.grid.vae_scale_factor
-
-    @property
-    def multiples_only(self) -> bool:
-        """Whether the pipeline rejects sides that are not multiples of ``factor``."""
-        try:
-            self.derivation.sizes(self.factor + 1, self.factor, 1, 1)
-        except DerivationError:
-            return True
-        return False
-
-    @property
-    def fixed(self) -> dict[str, int]:
-        """Symbols that have one value in this derivation, of those that a caller gives."""
-        return {name: value for name, value in self.derivation.fixed.items() if name in ("B", "L", "h0", "w0")}
-
-    @property
-    def defaults(self) -> dict[str, int]:
-        """What B and L are where the caller says nothing."""
-        return {"L": self.fixed.get("L", DEFAULT_PROMPT_LENGTH), "B": self.fixed.get("B", 1)}
+    def cost(self) -> tuple[str, str]:
+        """The operations of a call in words."""
+        return f"{self.operations[True]} integer operations with guidance", f"{self.operations[False]} without"
 
     @property
     def operations(self) -> dict[bool, int]:
@@ -128,44 +109,42 @@ def _operations(case: CaseCode) -> int:
     return operations(case.result) + sum(operations(let.value) for let in case.lets)
 
 
-def function(derivation: Derivation) -> Function:
-    """Return the exact function of a derivation."""
-    exact = {guidance: exact_cases(derivation, guidance) for guidance in (True, False)}
+def function(derived: Derived, exact: Cases) -> Function:
+    """Return the exact function of ``derived``, from its cases."""
     cases = {
-        guidance: tuple(_case(case, _origins(derivation, guidance)) for case in listed)
+        guidance: tuple(_case(case, _origins(derived, guidance)) for case in listed)
         for guidance, listed in exact.items()
     }
-    return Function(derivation, _sides(derivation, _sizes(exact)), cases)
+    return Function(_sides(derived, _sizes(exact)), cases)
 
 
-def stages(derivation: Derivation) -> Stages:
-    """Return the exact function of every stage of a derivation."""
-    exact = {guidance: exact_cases(derivation, guidance, apart=True) for guidance in (True, False)}
+def stages(derived: Derived, exact: Cases) -> Stages:
+    """Return the exact function of every stage of ``derived``, from the cases of stages that are apart."""
     cases = {
-        guidance: tuple(_stages_case(case, _origins(derivation, guidance)) for case in listed)
+        guidance: tuple(_stages_case(case, _origins(derived, guidance)) for case in listed)
         for guidance, listed in exact.items()
     }
-    return Stages(_sides(derivation, _sizes(exact)), cases)
+    return Stages(_sides(derived, _sizes(exact)), cases)
 
 
-def _sizes(exact: Mapping[bool, tuple[Case, ...]]) -> Iterator[Size]:
+def _sizes(exact: Cases) -> Iterator[Size]:
     for case in (case for listed in exact.values() for case in listed):
         yield from (guard.size for guard in case.conditions)
         yield from (size for point in case.points for term in point.terms for size in term)
 
 
-def _origins(derivation: Derivation, guidance: bool) -> Callable[[Size], str]:
+def _origins(derived: Derived, guidance: bool) -> Callable[[Size], str]:
     """Return what names the first storage of a size."""
     found: dict[Size, str] = {}
-    for a in derivation.program(guidance).generic.tape.allocations:
+    for a in derived.program(guidance).generic.tape.allocations:
         found.setdefault(a.nbytes, f"{a.path or 'pipeline'}: {a.op}")
     return lambda size: found.get(size, "")
 
 
-def _sides(derivation: Derivation, sizes: Iterable[Size]) -> tuple[Let, ...]:
+def _sides(derived: Derived, sizes: Iterable[Size]) -> tuple[Let, ...]:
     """Return the latent sides and every other side that is used: ceil(ceil(x / 2) / 2) = ceil(x / 4)."""
     used = {name for size in sizes for name in free_names(size)} | {"h0", "w0"}
-    factor, tile = derivation.grid.vae_scale_factor, derivation.grid.tile
+    factor, tile = derived.grid.vae_scale_factor, derived.grid.tile
     known: dict[str, Expression] = {"h0": floor_div(Name("height"), factor), "w0": floor_div(Name("width"), factor)}
     known |= {f"{s}{k}": ceil_div(Name(f"{s}0"), 1 << k) for k in range(1, MAX_LEVELS) for s in "hw"}
     if tile is not None and any(is_tile(name) for name in used):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from derivation.api import MAX_SIDE_PIXELS
+from derivation.equation.derived import Derived
 from derivation.equation.expression import value
 from derivation.equation.function import WEIGHTS, Function
 
@@ -22,23 +22,22 @@ class Limits:
     batch_size: int
 
 
-def limits(function: Function) -> Limits:
-    """Return the largest power of two for the sides, so that no value reaches 2^63.
+def limits(derived: Derived, function: Function) -> Limits:
+    """Return the largest sides, halved from the most that is accepted, so that no value reaches 2^63.
 
     Theorem: every live set grows with each size, and so does every intermediate value, of which a point's bytes
     are a sum with counts >= 0; so the largest is at the corner of the domain, below 2 max(cases) there. Cut VAE
     tiles, which do not grow, are below a whole one.
     """
-    length, batch = function.fixed.get("L", MAX_LENGTH), function.fixed.get("B", MAX_BATCH)
-    side = MAX_SIDE_PIXELS
-    while side > function.factor and _largest(function, side, length, batch) >= MAX_BYTES:
+    length, batch = derived.fixed.get("L", MAX_LENGTH), derived.fixed.get("B", MAX_BATCH)
+    side = derived.sides.most
+    while side > derived.sides.least and _largest(derived, function, side, length, batch) >= MAX_BYTES:
         side //= 2
     return Limits(side, length, batch)
 
 
-def _largest(function: Function, side: int, length: int, batch: int) -> int:
-    weights = function.derivation.weights_bytes
-    names = {"height": side, "width": side, "L": length, "B": batch, WEIGHTS: weights}
+def _largest(derived: Derived, function: Function, side: int, length: int, batch: int) -> int:
+    names = {"height": side, "width": side, "L": length, "B": batch, WEIGHTS: derived.weights_bytes}
     for let in function.sides:
         names[let.name] = names[f"T{let.name[1]}"] if let.name[0] in "RQ" else value(let.value, names)
     largest = 0

@@ -13,8 +13,10 @@ from derivation.config import AutoencoderKLConfig, Checkpoint
 from derivation.gpu.profile import Hardware
 from derivation.options import Options
 from derivation.tape.program import decides_alike
+from derivation.tape.settings import Settings
 from derivation.tape.symbols import DTYPE_BYTES, Size
-from derivation.tape.tape import Settings, SymTensor, Tape, tape
+from derivation.tape.tape import Tape, tape
+from derivation.tape.tensor import SymTensor
 from derivation.walk.blocks.autoencoder_kl import tiled_decode
 from derivation.walk.components import components, parameters
 from derivation.walk.models import decode

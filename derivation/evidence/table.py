@@ -20,7 +20,7 @@ from derivation.evidence.thumb import Call, rules_of_thumb
 from derivation.gpu.cards import lookup
 from derivation.gpu.profile import NearestProfile, fitted_rows, hardware
 from derivation.options import Options
-from derivation.peak.headline import Grid
+from derivation.tape.grid import Grid
 
 MEASUREMENTS = Path(__file__).parent.parent / "evidence" / "measurements.csv"
 CHECKPOINT = "stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from derivation.config import Checkpoint
 from derivation.options import Options
+from derivation.tape.subject import weights_bytes
 from derivation.tape.symbols import DTYPE_BYTES
-from derivation.walk.components import parameter_count, parameters, weights_bytes
+from derivation.walk.components import parameter_count, parameters
 
 MIB = 1 << 20
 PIPELINE_MODELS = ("vae", "text_encoder", "unet")

@@ -1,23 +1,17 @@
-"""The exact peak as code and data for other programs: one module a target.
-
->>> from derivation import derive
->>> peak_vram = compiled(derive("stable-diffusion-v1-5/stable-diffusion-v1-5"), "math")
->>> peak_vram(512, 512)
-3143891456
-"""
+"""The exact peak as code and data for other programs: one module a target."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import update_wrapper
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
-from derivation.api import Derivation, derive
-from derivation.equation.function import Function, function
-from derivation.errors import DerivationError
+from derivation.config import load
+from derivation.equation.record import Equation
+from derivation.errors import one_of
 from derivation.export.arrays import arrays
 from derivation.export.c import c
 from derivation.export.document import document
@@ -25,6 +19,8 @@ from derivation.export.javascript import javascript
 from derivation.export.latex import latex
 from derivation.export.python import python
 from derivation.files import write_files
+from derivation.options import Options
+from derivation.walk.subject import WalkedSubject
 
 __all__ = ["CHECKED_IN", "TARGETS", "CheckedIn", "compiled", "export", "generate", "write", "write_formulas"]
 
@@ -34,14 +30,14 @@ class Target:
     """A format: the file it goes to, and what writes it."""
 
     file: str
-    write: Callable[[Function], str]
+    write: Callable[[Equation], str]
 
 
 TARGETS: Mapping[str, Target] = {
     "latex": Target("peak_vram.tex", latex),
     "python": Target("peak_vram.py", python),
-    "numpy": Target("peak_vram_numpy.py", lambda function: arrays(function, "numpy")),
-    "torch": Target("peak_vram_torch.py", lambda function: arrays(function, "torch")),
+    "numpy": Target("peak_vram_numpy.py", lambda equation: arrays(equation, "numpy")),
+    "torch": Target("peak_vram_torch.py", lambda equation: arrays(equation, "torch")),
     "json": Target("peak_vram.json", document),
     "javascript": Target("peak_vram.js", javascript),
     "c": Target("peak_vram.h", c),
@@ -70,34 +66,49 @@ CHECKED_IN = (
     CheckedIn("stable_diffusion_xl_refiner_1_0", "stabilityai/stable-diffusion-xl-refiner-1.0"),
 )
 
-_functions: WeakKeyDictionary[Derivation, Function] = WeakKeyDictionary()
 
+class Compiled:
+    """peak_vram(height, width, prompt_length, batch_size, guidance) in bytes, exact at every size; can be pickled.
 
-def export(derivation: Derivation, target: str) -> str:
-    """Return the derivation's exact peak as the text of ``target``; raises DerivationError for an unknown one."""
-    text: str = _one_of(target, TARGETS).write(_function(derivation))
-    return text
-
-
-def compiled(derivation: Derivation, target: str = "math") -> Callable[..., Any]:
-    """Return peak_vram(height, width, prompt_length, batch_size, guidance) in bytes.
-
-    ``target`` is "math" (Python integers), "numpy" or "torch" (int64 arrays that broadcast); raises
-    DerivationError for another.
+    ``target`` is "math" (Python integers), "numpy" or "torch" (int64 arrays that broadcast).
     """
-    source = export(derivation, _one_of(target, COMPILED))
-    namespace: dict[str, Any] = {"__name__": f"peak_vram_{target}"}
-    exec(compile(source, f"<peak_vram for {target}>", "exec"), namespace)
-    result: Callable[..., Any] = namespace["peak_vram"]
-    return result
+
+    def __init__(self, source: str, target: str) -> None:
+        self._source, self._target = source, target
+        namespace: dict[str, Any] = {"__name__": f"peak_vram_{target}"}
+        exec(compile(source, f"<peak_vram for {target}>", "exec"), namespace)
+        self._peak_vram: Callable[..., Any] = namespace["peak_vram"]
+        update_wrapper(self, self._peak_vram)
+
+    def __call__(self, *sizes: Any, **named: Any) -> Any:
+        """Return the peak's bytes; raises ValueError for a size that the pipeline rejects."""
+        return self._peak_vram(*sizes, **named)
+
+    def __reduce__(self) -> tuple[type[Compiled], tuple[str, str]]:
+        return Compiled, (self._source, self._target)
 
 
-def write(derivation: Derivation, targets: Iterable[str], directory: str | os.PathLike[str]) -> list[Path]:
+def export(equation: Equation, target: str) -> str:
+    """Return the exact peak as the text of ``target``; raises DerivationError for an unknown one."""
+    one_of("target", target, TARGETS)
+    return TARGETS[target].write(equation)
+
+
+def compiled(equation: Equation, target: str = "math") -> Compiled:
+    """Return the exact peak as a function; raises DerivationError for an unknown ``target``."""
+    one_of("target", target, COMPILED)
+    return Compiled(export(equation, COMPILED[target]), target)
+
+
+def write(equation: Equation, targets: Iterable[str], directory: str | os.PathLike[str]) -> list[Path]:
     """Write each target's file into ``directory``, whole or not at all, and return their paths.
 
     Raises DerivationError for an unknown target or a directory that cannot be written.
     """
-    texts = {_one_of(target, TARGETS).file: export(derivation, target) for target in targets}
+    listed = list(targets)
+    for target in listed:
+        one_of("target", target, TARGETS)
+    texts = {TARGETS[target].file: export(equation, target) for target in listed}
     return write_files(Path(directory), texts)
 
 
@@ -108,8 +119,8 @@ def generate(models: Iterable[str] | None = None) -> dict[str, str]:
     for entry in CHECKED_IN:
         if wanted is not None and not wanted & {entry.model, entry.model.split("/")[1]}:
             continue
-        derivation = derive(entry.model, pipeline=entry.pipeline)
-        found |= {f"{entry.folder}/{TARGETS[t].file}": export(derivation, t) for t in entry.targets}
+        equation = Equation(WalkedSubject(load(entry.model), Options(pipeline=entry.pipeline)), {})
+        found |= {f"{entry.folder}/{TARGETS[t].file}": export(equation, t) for t in entry.targets}
     return found
 
 
@@ -118,13 +129,3 @@ def write_formulas(root: str | os.PathLike[str], texts: Mapping[str, str]) -> li
     return write_files(Path(root) / "formulas", texts)
 
 
-def _function(derivation: Derivation) -> Function:
-    if derivation not in _functions:
-        _functions[derivation] = function(derivation)
-    return _functions[derivation]
-
-
-def _one_of(target: str, supported: Mapping[str, Any]) -> Any:
-    if target not in supported:
-        raise DerivationError(f"target = {target!r} is not supported (supported: {', '.join(supported)})")
-    return supported[target]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from derivation.equation.expression import Expression, Writer
-from derivation.equation.function import Function
-from derivation.equation.limits import limits
+from derivation.equation.record import Equation
 from derivation.export.python import NAMES
-from derivation.export.render import example, render
+from derivation.export.render import render
 
 
 class ArrayWriter(Writer):
@@ -17,16 +16,14 @@ class ArrayWriter(Writer):
         return f"({self(dividend)} + {divisor - 1}) // {divisor}"
 
 
-def arrays(function: Function, library: str) -> str:
+def arrays(equation: Equation, library: str) -> str:
     """Return a module with ``peak_vram`` for arrays of ``library``, "numpy" or "torch"."""
-    height, width, peak = example(function.derivation)
     name = {"numpy": "np", "torch": "torch"}[library]
     return render(
         "peak_vram_arrays.py.j2",
-        function,
+        equation,
         write=ArrayWriter(NAMES),
         library=library,
         name=name,
-        limits=limits(function),
-        example={"height": height, "width": width, "bytes": peak},
+        limits=equation.limits,
     )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from derivation.equation.expression import Expression, Writer
-from derivation.equation.function import Function
-from derivation.equation.limits import limits
+from derivation.equation.record import Equation
 from derivation.export.python import NAMES
-from derivation.export.render import example, render
+from derivation.export.render import render
 
 INT_MAX = 2**31 - 1
 
@@ -27,13 +26,11 @@ class CWriter(Writer):
         return f"({self(dividend)} + {divisor - 1}) / {divisor}"
 
 
-def c(function: Function) -> str:
+def c(equation: Equation) -> str:
     """Return a header that defines ``peak_vram``."""
-    height, width, peak = example(function.derivation)
     return render(
         "peak_vram.h.j2",
-        function,
+        equation,
         write=CWriter(NAMES),
-        limits=limits(function),
-        example={"height": height, "width": width, "bytes": peak},
+        limits=equation.limits,
     )

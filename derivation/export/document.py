@@ -8,10 +8,10 @@ from typing import Any
 
 import sympy
 
-from derivation.api import Derivation, Stage
-from derivation.equation.crossover import crossovers, does_not_matter
+from derivation.equation.derived import Stage
 from derivation.equation.expression import Expression, Let, Name
-from derivation.equation.function import CaseCode, Function
+from derivation.equation.function import CaseCode
+from derivation.equation.record import Equation
 from derivation.export.render import facts, printable
 from derivation.peak.witness import Witness
 from derivation.tape.symbols import SYMBOLS
@@ -21,19 +21,19 @@ SCHEMA = "peak_vram/1"
 ARGUMENTS = {"L": ("prompt_length", "tokens"), "B": ("batch_size", "prompts")}
 
 
-def document(function: Function) -> str:
-    """Return the JSON document of a function."""
-    return json.dumps(as_dict(function), indent=1, ensure_ascii=True) + "\n"
+def document(equation: Equation) -> str:
+    """Return the JSON document of an equation."""
+    return json.dumps(as_dict(equation), indent=1, ensure_ascii=True) + "\n"
 
 
-def as_dict(function: Function) -> dict[str, Any]:
+def as_dict(equation: Equation) -> dict[str, Any]:
     """Return the document as plain data."""
-    d, header = function.derivation, facts(function)
+    d, header, function = equation, facts(equation), equation.function
     return {
         "schema": SCHEMA,
         "title": header.title,
         "generator": f"{header.generator}: do not edit",
-        "model": printable(d.checkpoint.name),
+        "model": printable(d.name),
         "options": d.options.as_dict(),
         "versions": dict(line.split() for line in header.versions),
         "units": "bytes",
@@ -41,7 +41,7 @@ def as_dict(function: Function) -> dict[str, Any]:
         "exclusions": list(header.exclusions),
         "operations": {"guidance": function.operations[True], "no_guidance": function.operations[False]},
         "weights": d.weights,
-        "arguments": _arguments(function),
+        "arguments": _arguments(equation),
         "symbols": [
             _let(side, "tiles" if side.name[0] == "N" else "pixels / VAE scale factor") for side in function.sides
         ],
@@ -64,17 +64,17 @@ def tree(expression: Expression) -> Any:
     return {"operator": expression.operator, "operands": [tree(x) for x in expression.operands]}
 
 
-def _arguments(function: Function) -> list[dict[str, Any]]:
+def _arguments(equation: Equation) -> list[dict[str, Any]]:
     meanings = {s.name: s.meaning for s in SYMBOLS}
-    multiple = function.factor if function.multiples_only else 1
     sides = [
         {
             "name": name,
             "meaning": f"image {name}",
             "units": "pixels",
-            "minimum": function.factor,
-            "multiple_of": multiple,
-            **_fixed(function, f"{name[0]}0", function.factor),
+            "minimum": equation.sides.least,
+            "multiple_of": equation.sides.step,
+            **({"maximum": equation.sides.most} if equation.sides.bounded else {}),
+            **_fixed(equation, f"{name[0]}0", equation.factor),
         }
         for name in ("height", "width")
     ]
@@ -85,16 +85,16 @@ def _arguments(function: Function) -> list[dict[str, Any]]:
             "meaning": meanings[name],
             "units": units,
             "minimum": 1,
-            "default": function.defaults[name],
-            **_fixed(function, name, 1),
+            "default": equation.defaults[name],
+            **_fixed(equation, name, 1),
         }
         for name, (argument, units) in ARGUMENTS.items()
     ]
     return [*sides, *others]
 
 
-def _fixed(function: Function, name: str, factor: int) -> dict[str, int]:
-    return {"fixed": function.fixed[name] * factor} if name in function.fixed else {}
+def _fixed(equation: Equation, name: str, factor: int) -> dict[str, int]:
+    return {"fixed": equation.fixed[name] * factor} if name in equation.fixed else {}
 
 
 def _let(let: Let, units: str) -> dict[str, Any]:
@@ -111,13 +111,13 @@ def _case(case: CaseCode, guidance: bool, weights_bytes: int) -> dict[str, Any]:
     }
 
 
-def _headline(derivation: Derivation, guidance: bool) -> dict[str, Any]:
-    stage = derivation.pipeline_stage(guidance)
-    unit = derivation.grid.unit
+def _headline(equation: Equation, guidance: bool) -> dict[str, Any]:
+    stage = equation.pipeline_stage(guidance)
+    unit = equation.grid.unit
     return {
         "valid_for": f"height and width that are multiples of {unit} pixels; rounding to 512 bytes left out",
-        "weights_bytes": derivation.weights_bytes,
-        **_definitions(derivation, stage),
+        "weights_bytes": equation.weights_bytes,
+        **_definitions(equation, stage),
         "terms": [
             {
                 "stage": term.point.stage,
@@ -130,17 +130,17 @@ def _headline(derivation: Derivation, guidance: bool) -> dict[str, Any]:
         ],
         "crossovers": [
             {"before": c.before, "after": c.after, "latex": c.latex, "at": int(c.at), "sentence": c.sentence}
-            for c in crossovers(derivation, guidance)
+            for c in equation.crossovers(guidance)
         ],
         "does_not_matter": [
-            {"quantity": x.quantity, "sentence": x.sentence} for x in does_not_matter(derivation, guidance)
+            {"quantity": x.quantity, "sentence": x.sentence} for x in equation.irrelevant(guidance)
         ],
     }
 
 
-def _definitions(derivation: Derivation, stage: Stage) -> dict[str, Any]:
+def _definitions(equation: Equation, stage: Stage) -> dict[str, Any]:
     """Return the symbols of VAE tiles in the terms under their key, nothing where there are none."""
-    found = derivation.grid.defined(term.expression for term in stage.terms)
+    found = equation.grid.defined(term.expression for term in stage.terms)
     entries = [
         {"symbol": str(name), "value": str(value), "latex": sympy.latex(value), "meaning": MEANINGS_IN_PIXELS[name]}
         for name, value in found.items()

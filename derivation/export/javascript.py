@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from derivation.equation.expression import Expression, Writer
-from derivation.equation.function import Function, stages
+from derivation.equation.record import Equation
 from derivation.export.python import NAMES
-from derivation.export.render import example, render
+from derivation.export.render import render
 
 
 class JavaScriptWriter(Writer):
@@ -24,13 +24,11 @@ class JavaScriptWriter(Writer):
         return f"Math.ceil({self.atom(dividend)} / {divisor})"
 
 
-def javascript(function: Function) -> str:
+def javascript(equation: Equation) -> str:
     """Return an ES module that exports ``peak_vram``, ``stage_vram`` and ``WEIGHTS_BYTES``."""
-    height, width, peak = example(function.derivation)
     return render(
         "peak_vram.js.j2",
-        function,
-        stages=stages(function.derivation),
+        equation,
+        stages=equation.stage_functions,
         write=JavaScriptWriter(NAMES),
-        example={"height": height, "width": width, "bytes": peak},
     )

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import sympy
 
-from derivation.api import Derivation
-from derivation.equation.crossover import crossovers, does_not_matter
-from derivation.equation.function import Function
+from derivation.equation.record import Equation
 from derivation.export.render import Facts, facts, render
-from derivation.peak.headline import B, H, L, Term, W
+from derivation.peak.headline import Term
+from derivation.tape.grid import B, H, L, W
 from derivation.tape.tiles import IN_PIXELS
 from derivation.text import human
 
@@ -18,35 +17,34 @@ SPECIAL = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{
 GUIDANCE = {True: "with classifier-free guidance", False: "without guidance"}
 
 
-def latex(function: Function) -> str:
+def latex(equation: Equation) -> str:
     """Return peak = W + Max over stages and each stage's Max, symbols, assumptions and crossovers."""
-    d = function.derivation
     sections = [
         {
             "title": GUIDANCE[guidance],
-            "pipeline": d.pipeline_stage(guidance).terms,
-            "stages": d.stages_with(guidance),
-            "crossovers": crossovers(d, guidance),
-            "irrelevant": does_not_matter(d, guidance),
-            "rounding_bytes": max(term.rounding_bytes for term in d.pipeline_stage(guidance).terms),
+            "pipeline": equation.pipeline_stage(guidance).terms,
+            "stages": equation.stages(guidance),
+            "crossovers": equation.crossovers(guidance),
+            "irrelevant": equation.irrelevant(guidance),
+            "rounding_bytes": max(term.rounding_bytes for term in equation.pipeline_stage(guidance).terms),
         }
         for guidance in (True, False)
     ]
     return render(
         "peak_vram.tex.j2",
-        function,
+        equation,
         sections=sections,
         cases=cases,
         text=text,
         size=readable_bytes,
-        tiles=tile_definitions(d),
-        comment=_comment(facts(function)),
+        tiles=tile_definitions(equation),
+        comment=_comment(facts(equation)),
     )
 
 
-def tile_definitions(derivation: Derivation) -> list[str]:
+def tile_definitions(equation: Equation) -> list[str]:
     """Return ``symbol = ...`` for every symbol of VAE tiles, in pixels."""
-    return [f"{symbol.name} = {sympy.latex(value)}" for symbol, value in derivation.grid.definitions.items()]
+    return [f"{symbol.name} = {sympy.latex(value)}" for symbol, value in equation.grid.definitions.items()]
 
 
 def text(words: str) -> str:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from derivation.equation.expression import Writer
-from derivation.equation.function import Function
-from derivation.export.render import example, render
+from derivation.equation.record import Equation
+from derivation.export.render import render
 
 NAMES = {"B": "batch_size", "L": "prompt_length"}
 # Arguments of diffusers' pipelines that no tensor's size depends on.
 WITHOUT_EFFECT = ("eta", "generator", "image", "num_inference_steps", "prompt", "strength")
 
 
-def python(function: Function) -> str:
+def python(equation: Equation) -> str:
     """Return a module with ``peak_vram`` and ``f``, runnable as a script."""
-    height, width, peak = example(function.derivation)
     return render(
         "peak_vram.py.j2",
-        function,
+        equation,
         write=Writer(NAMES),
-        without_effect=without_effect(function),
-        example={"height": height, "width": width, "bytes": peak},
+        without_effect=without_effect(equation),
     )
 
 
-def without_effect(function: Function) -> tuple[str, ...]:
+def without_effect(equation: Equation) -> tuple[str, ...]:
     """Return the arguments that ``f`` accepts and ignores; SDXL's pipelines may skip an absent negative prompt."""
-    single_encoder = function.derivation.checkpoint.text_encoder_2 is None
+    single_encoder = "text_encoder_2" not in equation.subject.calls
     return (*WITHOUT_EFFECT, "negative_prompt") if single_encoder else WITHOUT_EFFECT

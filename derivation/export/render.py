@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from derivation.api import Derivation
-from derivation.equation.function import Function
+from derivation.equation.record import Equation
 from derivation.export.templates import environment
 from derivation.options import Options
 from derivation.version import __version__
@@ -51,21 +50,19 @@ class Facts:
     versions: tuple[str, ...]
     assumptions: tuple[str, ...]
     exclusions: tuple[str, ...]
-    operations: tuple[str, ...]
 
 
-def facts(function: Function) -> Facts:
-    """Return the header of a function's files."""
-    d, count = function.derivation, function.operations
+def facts(equation: Equation) -> Facts:
+    """Return the header of an equation's files."""
+    d = equation
     scratch = () if d.options.gpu else (LIBRARY_SCRATCH,)
     return Facts(
-        title=f"Peak GPU memory of {printable(d.checkpoint.name)} ({d.options.pipeline}), in bytes.",
+        title=f"Peak GPU memory of {printable(d.name)} ({d.options.pipeline}), in bytes.",
         generator=f"diffusion-vram-derivation {__version__}, from the checkpoint's config files",
         options=tuple(f"{key}={printable(str(value))}" for key, value in d.options.as_dict().items()),
         versions=tuple(f"{name} {getattr(d.options, name, None) or version}" for name, version in VERSIONS.items()),
         assumptions=assumptions(d.options),
         exclusions=(*scratch, *exclusions(d.options)),
-        operations=(f"{count[True]} integer operations with guidance", f"{count[False]} without"),
     )
 
 
@@ -97,18 +94,7 @@ def printable(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9 ._/,=-]", "_", text)
 
 
-def render(template: str, function: Function, **values: Any) -> str:
-    """Return a template's text, given the function, its facts and ``values``."""
-    return environment().get_template(f"formulas/{template}").render(function=function, facts=facts(function), **values)
-
-
-def example(derivation: Derivation) -> tuple[int, int, int]:
-    """Return a height, a width and the peak there from the replayed tape."""
-    height = width = 512
-    grid = derivation.grid
-    if "h0" in derivation.fixed:
-        height = derivation.fixed["h0"] * grid.vae_scale_factor
-    if "w0" in derivation.fixed:
-        width = derivation.fixed["w0"] * grid.vae_scale_factor
-    batch, length = derivation.fixed.get("B", 1), derivation.fixed.get("L", 77)
-    return height, width, derivation.weights_bytes + max(derivation.stage_peaks(height, width, batch, length).values())
+def render(template: str, equation: Equation, **values: Any) -> str:
+    """Return a template's text, given the equation, its facts and ``values``."""
+    chosen = environment().get_template(f"formulas/{template}")
+    return chosen.render(equation=equation, facts=facts(equation), **values)

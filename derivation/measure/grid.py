@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
 
-from derivation.errors import DerivationError, shown
-from derivation.options import Options, positive
+from derivation.errors import DerivationError, positive, shown
+from derivation.options import Options
 
 MAX_SIDE = 1 << 16
 MAX_POINTS = 10_000

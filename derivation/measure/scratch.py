@@ -17,6 +17,7 @@ from derivation.measure.device import memory
 from derivation.measure.pipeline import backend
 from derivation.options import Options
 from derivation.verify import compare
+from derivation.walk.subject import WalkedSubject
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 Shape = dict[str, Any]
@@ -35,7 +36,7 @@ def measure_scratch(job: Mapping[str, Any]) -> dict[str, Any]:
 def shapes(job: Mapping[str, Any]) -> list[Shape]:
     """Return the distinct shapes of one run at ``job``'s size, traced on the meta device."""
     # the math path alone leaves F.scaled_dot_product_attention to an outer mode
-    derivation = Derivation(load(job["model"]), Options(dtype=job["dtype"], attention="math"))
+    derivation = Derivation(WalkedSubject(load(job["model"]), Options(dtype=job["dtype"], attention="math")))
     found: dict[str, Shape] = {}
 
     def seen(shape: Shape) -> None:

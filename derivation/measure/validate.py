@@ -13,9 +13,9 @@ from typing import Any
 
 from derivation.api import derive
 from derivation.config.checks import MAX_SIZE
-from derivation.errors import DerivationError
+from derivation.errors import DerivationError, positive
 from derivation.measure.records import Records
-from derivation.options import Options, positive
+from derivation.options import Options
 
 RECORDS = Path(__file__).parent.parent / "evidence" / "gpu-calls.json"
 # what ``validate --json`` said of them

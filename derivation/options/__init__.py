@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from derivation.config.checks import MAX_SIZE
-from derivation.errors import DerivationError, shown
+from derivation.errors import DerivationError, one_of, positive, shown, typed
 from derivation.gpu.profile import SCRATCH, Hardware
-from derivation.tape.tape import Settings
+from derivation.tape.settings import Settings
 from derivation.tape.tiles import TILE_OVERLAP_FACTOR
 from derivation.walk import attention
 from derivation.walk.schedulers import SCHEDULERS
@@ -144,32 +144,6 @@ def flag(name: str, value: object) -> str:
     if isinstance(value, bool):
         return f"--{key}" if value else f"--no-{key}"
     return f"--{key} {value}"
-
-
-def one_of(key: str, value: object, supported: tuple[str, ...]) -> None:
-    """Raise DerivationError unless ``value`` is one of ``supported``."""
-    if value not in supported:
-        raise DerivationError(f"{key} = {shown(value)} is not supported (supported: {', '.join(supported)})")
-
-
-def positive(key: str, value: object, most: int | None = None) -> int:
-    """Return ``value``; raises DerivationError unless it is an integer >= 1, and at most ``most``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
-        supported = "integers from 1" + ("" if most is None else f" to {most}")
-        raise DerivationError(f"{key} = {shown(value)} is not supported (supported: {supported})")
-    return value
-
-
-def typed(key: str, value: object, hint: Any) -> None:
-    """Raise DerivationError unless ``value`` is of a type that ``hint`` names; an integer is a number, too."""
-    kinds = get_args(hint) or (hint,)
-    if type(value) in kinds or (float in kinds and type(value) is int):
-        return
-    supported = " or ".join(KINDS[kind] for kind in kinds)
-    raise DerivationError(f"{key} = {shown(value)} is not supported (supported: {supported})")
-
-
-KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "text", type(None): "None"}
 
 
 @cache

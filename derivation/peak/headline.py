@@ -15,54 +15,9 @@ from sympy.polys.rings import PolyElement
 from derivation.peak.dominance import reduce_points
 from derivation.peak.liveness import Point
 from derivation.peak.proof import slack_bytes
+from derivation.tape.grid import B, Grid, H, L, W
 from derivation.tape.symbols import SYMBOLS, Size, as_poly, evaluate, symbol
-from derivation.tape.tiles import IN_PIXELS, Tile
-
-# The symbols of a headline equation: image height and width in pixels, prompt length, batch size.
-H, W, L, B = sympy.symbols("H W L B", integer=True, positive=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """How image sides map to level sides: the VAE's scale factor, the UNet's number of levels, the VAE's tile."""
-
-    vae_scale_factor: int
-    levels: int
-    tile: Tile | None = None
-
-    @property
-    def unit(self) -> int:
-        """Image sides for which every level is exact are multiples of this many pixels."""
-        return self.vae_scale_factor << (self.levels - 1)
-
-    def sizes(self, height: int, width: int) -> dict[str, int]:
-        """Return every level's sides for an image of ``height`` x ``width`` pixels."""
-        values = {"h0": height // self.vae_scale_factor, "w0": width // self.vae_scale_factor}
-        for k in range(1, self.levels):
-            for side in "hw":
-                values[f"{side}{k}"] = -(-values[f"{side}{k - 1}"] // 2)
-        return values if self.tile is None else values | self.tile.sizes(values["h0"], values["w0"])
-
-    def explicit(self, expression: sympy.Expr) -> sympy.Expr:
-        """Return an expression with what the symbols of VAE tiles are in terms of H and W."""
-        for name, value in reversed(self.definitions.items()):
-            expression = expression.xreplace({name: value})
-        return expression
-
-    @property
-    def definitions(self) -> dict[sympy.Symbol, sympy.Expr]:
-        """What the symbols of VAE tiles are in terms of H, W and earlier ones; empty where there are no tiles."""
-        return {} if self.tile is None else self.tile.definitions(H, W, self.vae_scale_factor)
-
-    def defined(self, expressions: Iterable[sympy.Expr]) -> dict[sympy.Symbol, sympy.Expr]:
-        """Return the definitions that expressions need, in an order in which each uses earlier ones alone."""
-        needed = {symbol for expression in expressions for symbol in expression.free_symbols}
-        found: dict[sympy.Symbol, sympy.Expr] = {}
-        for name, value in reversed(self.definitions.items()):
-            if name in needed:
-                needed |= value.free_symbols
-                found = {name: value, **found}
-        return found
+from derivation.tape.tiles import IN_PIXELS
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from derivation.tape.evaluate import Evaluator
+from derivation.tape.events import Allocation
 from derivation.tape.symbols import RING, Size, as_poly, free_names, symbol
-from derivation.tape.tape import Allocation, Tape
+from derivation.tape.tape import Tape
 from derivation.tape.tiles import Tile
 
 # A live set: how many storages of each size in bytes are alive.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from derivation.peak.dominance import Reduction, reduce_points
-from derivation.peak.headline import Grid, Term, headline
+from derivation.peak.headline import Term, headline
 from derivation.peak.liveness import Point, local_maxima
+from derivation.tape.grid import Grid
 from derivation.tape.program import Program
 from derivation.tape.tape import Tape
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from derivation.peak.liveness import alive_at
+from derivation.tape.events import Allocation, Category
 from derivation.tape.symbols import DTYPE_BYTES, Size, evaluate
-from derivation.tape.tape import Allocation, Category, Tape
+from derivation.tape.tape import Tape
 
 
 @dataclass(frozen=True, slots=True)

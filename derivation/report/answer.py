@@ -8,7 +8,8 @@ from fractions import Fraction
 
 import sympy
 
-from derivation.api import Derivation, Stage
+from derivation.api import Derivation
+from derivation.equation.derived import Stage
 from derivation.peak.witness import Witness, WitnessTensor
 from derivation.report.text import PixelTerms, Powers, as_pixel_terms, pixel_terms, shape_text, value_at, values_at
 from derivation.report.tiles import tile_meaning
@@ -144,7 +145,7 @@ def answer(d: Derivation) -> Answer:
     return Answer(
         weights=tuple(WeightRow(m, parameter_count(d.resident[m]), n) for m, n in d.weights.items()),
         weights_bytes=d.weights_bytes,
-        polynomials=polynomials(d, d.pipeline_stage()),
+        polynomials=polynomials(d, d.equation.pipeline_stage()),
         stages=stages,
         totals=tuple(d.weights_bytes + max(p.values()) for p in peaks),
         peak_stages=tuple(max(p, key=lambda name: p[name]) for p in peaks),

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from derivation.api import Derivation, derive
 from derivation.config import Checkpoint
-from derivation.equation.crossover import Crossover, crossovers
+from derivation.equation.crossover import Crossover
 from derivation.export import export
 from derivation.gpu.cards import known, lookup
 from derivation.options import DTYPES, Options
@@ -112,9 +112,9 @@ def backend(checkpoint: Checkpoint, options: Options, dtype: str, attention: str
     solved = (dtype, attention) == resolved(checkpoint, options.dtype, EAGER)
     tensors = d if options.gpu is None else derive(checkpoint, **{**chosen, "gpu": None})
     return Backend(
-        javascript=export(tensors, "javascript"),
+        javascript=export(tensors.equation, "javascript"),
         totals=tuple(d.weights_bytes + max(square_peaks(d, side).values()) for side in ATTENTION_SIDES),
-        crossings=titled(crossovers(d)) if solved else (),
+        crossings=titled(d.equation.crossovers()) if solved else (),
     )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from markupsafe import Markup
 
 from derivation.api import Derivation, derive
-from derivation.equation.crossover import crossovers, does_not_matter
 from derivation.options import Options
 from derivation.report.answer import SIZES, Answer, PolynomialRow, answer, reference_side
 from derivation.report.assumptions import assumptions, chips, counted, summary
@@ -108,7 +107,7 @@ def content(model: object, options: Options, command: str, progress: Progress, v
         walked, reduced = walks(d), reductions(d)
         progress("drawing figures")
         drawn = pictures(d, found)
-        solved = crossovers(d), does_not_matter(d)
+        solved = d.equation.crossovers(), d.equation.irrelevant()
         progress("deriving every precision and attention backend for the calculator")
         backends = {pair: future.result() for pair, future in derived.items()}
         progress("comparing with measurements")
@@ -129,7 +128,7 @@ def content(model: object, options: Options, command: str, progress: Progress, v
         summary=summary(d, found),
         equation=equation_mathml(found),
         equation_latex=equation_latex(found),
-        where=definitions(d.pipeline_stage().terms, d.grid),
+        where=definitions(d.equation.pipeline_stage().terms, d.grid),
         side=reference_side(d),
         rounding_bytes=max(row.rounding_bytes for row in found.polynomials),
         answer=found,

@@ -40,7 +40,7 @@ def _row(d: Derivation, own: bool) -> OffloadRow:
     peaks = [square_peaks(d, side) for side in SIZES]
     least = values_at(d.grid, SIZES[0], SIZES[0], PROMPT_LENGTH, 1)
     winners = [max(p, key=lambda name: p[name]) for p in peaks]
-    polynomials = [as_pixel_terms(term.expression) for term in d.pipeline_stage().terms]
+    polynomials = [as_pixel_terms(term.expression) for term in d.equation.pipeline_stage().terms]
     return OffloadRow(
         title=TITLES[d.options.offload],
         weights_bytes=d.weights_bytes,

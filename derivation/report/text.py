@@ -13,7 +13,7 @@ from typing import TypeAlias
 import sympy
 
 from derivation import text
-from derivation.peak.headline import B, Grid, H, L, W
+from derivation.tape.grid import B, Grid, H, L, W
 from derivation.tape.symbols import SYMBOLS, Size, as_poly
 from derivation.tape.tiles import IN_PIXELS
 from derivation.text import NARROW_SPACE

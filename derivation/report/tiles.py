@@ -11,9 +11,10 @@ from fractions import Fraction
 import sympy
 from markupsafe import Markup
 
-from derivation.peak.headline import Grid, Term
+from derivation.peak.headline import Term
 from derivation.report.mathml import inline, number, symbol_mathml
 from derivation.report.text import VARIABLES, Powers
+from derivation.tape.grid import Grid
 from derivation.tape.tiles import MEANINGS_IN_PIXELS
 
 LATEX_NAMES = {sympy.Min: "min", sympy.Max: "max"}

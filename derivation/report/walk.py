@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from derivation.api import Derivation
 from derivation.report.answer import PROMPT_LENGTH, reference_side
 from derivation.report.text import shape_text, size_text
+from derivation.tape.events import Allocation
 from derivation.tape.symbols import evaluate
-from derivation.tape.tape import Allocation, Tape
+from derivation.tape.tape import Tape
 
 CONTAINERS = ("encoder", "decoder", "vision_model", "text_model", "down_blocks", "up_blocks", "layers")
 

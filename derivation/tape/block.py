@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from derivation.tape.tape import Allocation, Question, Storage, SymTensor, Tape, tape
+from derivation.tape.events import Allocation
+from derivation.tape.tape import Question, Storage, Tape, tape
+from derivation.tape.tensor import SymTensor
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from derivation.tape.evaluate import Evaluator
-from derivation.tape.tape import Memory, Settings, Tape
+from derivation.tape.settings import Settings
+from derivation.tape.tape import Memory, Tape
 
 MAX_VARIANTS = 256
 

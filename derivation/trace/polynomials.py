@@ -13,8 +13,8 @@ from sympy.polys.polyerrors import ExactQuotientFailed
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from derivation.errors import DerivationError
+from derivation.tape.events import Guard
 from derivation.tape.symbols import GENERATORS, INDEX, RING, SYMBOLS, Size, as_poly, symbol
-from derivation.tape.tape import Guard
 
 
 class Translation:

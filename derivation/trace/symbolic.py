@@ -23,8 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.functions import FloorDiv
 
 from derivation.errors import DerivationError
+from derivation.tape.events import Allocation, Category, Guard
+from derivation.tape.settings import Settings
 from derivation.tape.symbols import MAX_LEVELS, SYMBOLS, Size, as_poly, evaluate, symbol
-from derivation.tape.tape import Allocation, Category, Guard, Settings, Tape, contiguous_strides
+from derivation.tape.tape import Tape
+from derivation.tape.tensor import contiguous_strides
 from derivation.trace.polynomials import RELATIONS, Decision, Translation, compared
 from derivation.trace.runs import trace_component
 from derivation.trace.tracer import Alloc, Trace

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from derivation.api import Derivation
+from derivation.call import Call, takes_call
 from derivation.config.checkpoint import BUNDLED, IMAGE_ENCODER
 from derivation.errors import DerivationError
 from derivation.options import Options
@@ -148,42 +149,38 @@ def compare_component(
     return Comparison(name, peak, trace.peak_bytes, where)
 
 
-def compare_components(
-    derivation: Derivation, height: int, width: int, batch_size: int = 1, prompt_length: int = 77, guidance: bool = True
-) -> list[Comparison]:
+@takes_call
+def compare_components(derivation: Derivation, call: Call) -> list[Comparison]:
     """Compare every component call of a checkpoint at one size; raises DerivationError where there is none."""
     if not derivation.calls:
         raise DerivationError(f"{derivation.checkpoint.source}: nothing in it runs on the GPU")
-    values = derivation.sizes(height, width, batch_size, prompt_length)
-    return [
-        compare_component(derivation, name, read_config(derivation, name), derivation.chunked(name, values), guidance)
-        for name in derivation.calls
-    ]
+    values = derivation.sizes(call)
+    cases = ((name, read_config(derivation, name), derivation.chunked(name, values)) for name in derivation.calls)
+    return [compare_component(derivation, *case, call.guidance) for case in cases]
 
 
-def compare_pipeline(
-    derivation: Derivation, height: int, width: int, batch_size: int = 1, prompt_length: int = 77, guidance: bool = True
-) -> list[Comparison]:
+@takes_call
+def compare_pipeline(derivation: Derivation, call: Call) -> list[Comparison]:
     """Compare every stage of the whole pipeline call at one size.
 
     The streams are compared event by event up to the postprocessing of more than one image, whose
     per-image loop is recorded as one group.
     """
-    values = derivation.sizes(height, width, batch_size, prompt_length)
-    variant = derivation.program(guidance).at(values)
+    values = derivation.sizes(call)
+    variant = derivation.program(call.guidance).at(values)
     trace = trace_pipeline(
         checkpoint_folder(derivation),
-        height=height,
-        width=width,
-        batch_size=batch_size,
-        prompt_length=prompt_length,
-        guidance_scale=7.5 if guidance else 1.0,
+        height=call.height,
+        width=call.width,
+        batch_size=call.batch_size,
+        prompt_length=call.prompt_length,
+        guidance_scale=7.5 if call.guidance else 1.0,
         switches=switches(derivation.options),
         **_trace_options(derivation),
     )
     derived, traced = variant.evaluator.peaks(values), trace.stage_peaks()
     ours, theirs = derived_steps(variant, values), traced_steps(trace)
-    if batch_size * derivation.options.num_images_per_prompt > 1:
+    if call.batch_size * derivation.options.num_images_per_prompt > 1:
         keep = sum(isinstance(e, Alloc) and e.stage != POSTPROCESS for e in trace.events)
         ours, theirs = ours[:keep], theirs[:keep]
     where = None if groups(derivation) else parting(ours, theirs)

@@ -18,6 +18,7 @@ from derivation.tape.tiles import Tiling, cuts
 from derivation.verify import random_configs
 from derivation.verify.compare import Comparison, compare_component, compare_pipeline, compared
 from derivation.walk.schedulers import SCHEDULERS
+from derivation.walk.subject import WalkedSubject
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 ATTENTION = ("eager", "math", "efficient", "flash")
@@ -170,7 +171,7 @@ def compare_case(case: Case) -> list[Comparison]:
         return _compare_pipeline(case)
     field, read = READERS[case.component]
     checkpoint = replace(load(BASE), **{field: read(case.config)}, text_encoder_2=None)
-    derivation = Derivation(checkpoint, case.options)
+    derivation = Derivation(WalkedSubject(checkpoint, case.options))
     sides = replace(derivation.grid, vae_scale_factor=1).sizes(case.sizes["h0"], case.sizes["w0"])
     return [compare_component(derivation, case.component, case.config, {**sides, **case.sizes}, case.guidance)]
 
@@ -181,7 +182,7 @@ def _compare_pipeline(case: Case) -> list[Comparison]:
             path = Path(folder, name)
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(content))
-        derivation = Derivation(load(folder), case.options)
+        derivation = Derivation(WalkedSubject(load(folder), case.options))
         s, factor = case.sizes, derivation.grid.vae_scale_factor
         return compare_pipeline(derivation, factor * s["h0"], factor * s["w0"], s["B"], s["L"], case.guidance)
 

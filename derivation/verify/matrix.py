@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from derivation.api import derive
+from derivation.call import Call
 from derivation.config import bundled, load
 from derivation.options import OFFLOADS, PIPELINES, flag
 from derivation.verify.compare import Comparison, compare_pipeline, compared
-from derivation.verify.verification import Size
 from derivation.walk.schedulers import SCHEDULERS
 
 # the checkpoints that not every pipeline takes
@@ -21,9 +21,9 @@ TASKS: Mapping[str, tuple[str, ...]] = {
 # what every call has, so that few steps run
 STEPS = {"num_inference_steps": 4, "strength": 0.5}
 # one with latents that no level divides, one with a batch, one without guidance
-SIZES = (Size(256, 256), Size(72, 136, 2), Size(264, 56, guidance=False))
-TILED_SIZES = (Size(1032, 536), Size(520, 1200, 2, guidance=False))
-LONG_PROMPT = Size(72, 88, prompt_length=154)
+CALLS = (Call(256, 256), Call(72, 136, 2), Call(264, 56, guidance=False))
+TILED_CALLS = (Call(1032, 536), Call(520, 1200, 2, guidance=False))
+LONG_PROMPT = Call(72, 88, prompt_length=154)
 
 OPTION_SETS: tuple[Mapping[str, Any], ...] = (
     {},
@@ -53,18 +53,18 @@ class Entry:
 
     model: str
     options: Mapping[str, Any]
-    size: Size
+    call: Call
 
     def __str__(self) -> str:
         """Return the arguments of ``python -m derivation verify`` that make this call."""
-        s = self.size
-        given = {**self.options, "height": s.height, "width": s.width, "batch_size": s.batch_size}
-        given |= {"prompt_length": s.prompt_length} | ({} if s.guidance else {"guidance_scale": 1.0})
+        call = self.call.as_dict()
+        guidance = {} if call.pop("guidance") else {"guidance_scale": 1.0}
+        given = {**self.options, **call, **guidance}
         return f"{self.model} {' '.join(flag(*item) for item in given.items())}"
 
     def compare(self) -> list[Comparison]:
         """Derive and trace the call: one comparison a stage."""
-        return compare_pipeline(derive(self.model, **self.options), *self.size.values())
+        return compare_pipeline(derive(self.model, **self.options), self.call)
 
 
 def matrix(models: tuple[str, ...] | None = None) -> Iterator[Entry]:
@@ -74,14 +74,14 @@ def matrix(models: tuple[str, ...] | None = None) -> Iterator[Entry]:
             for chosen in OPTION_SETS:
                 if changes(model, task, chosen):
                     options = {"pipeline": task, **STEPS, **chosen}
-                    yield from (Entry(model, options, size) for size in sizes(chosen))
+                    yield from (Entry(model, options, call) for call in calls(chosen))
 
 
-def sizes(chosen: Mapping[str, Any]) -> tuple[Size, ...]:
-    """Return the sizes at which an option set is verified."""
+def calls(chosen: Mapping[str, Any]) -> tuple[Call, ...]:
+    """Return the calls by which an option set is verified."""
     if "vae_tiling" in chosen:
-        return TILED_SIZES
-    return SIZES if chosen else (*SIZES, LONG_PROMPT)
+        return TILED_CALLS
+    return CALLS if chosen else (*CALLS, LONG_PROMPT)
 
 
 def changes(model: str, task: str, chosen: Mapping[str, Any]) -> bool:

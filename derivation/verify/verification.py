@@ -9,26 +9,12 @@ from datetime import date
 from importlib.metadata import version
 from typing import Any
 
-from derivation.api import DEFAULT_PROMPT_LENGTH, Derivation, derive
+from derivation.api import Derivation, derive
+from derivation.call import Call
 from derivation.verify.compare import Comparison, compare_components, compare_pipeline
 
 VERSIONS = ("torch", "diffusers", "transformers")
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """The sizes of one verified call."""
-
-    height: int = 512
-    width: int = 512
-    batch_size: int = 1
-    prompt_length: int = DEFAULT_PROMPT_LENGTH
-    guidance: bool = True
-
-    def values(self) -> tuple[int, int, int, int, bool]:
-        """Return the sizes in the order in which comparisons take them."""
-        return (self.height, self.width, self.batch_size, self.prompt_length, self.guidance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +23,17 @@ class Row:
 
     model: str
     options: dict[str, object]
-    size: Size
+    call: Call
     scope: str
     comparison: Comparison
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row ready for JSON."""
-        c, s = self.comparison, self.size
+        c = self.comparison
         return {
             "model": self.model,
             **self.options,
-            **{name: getattr(s, name) for name in ("height", "width", "batch_size", "prompt_length", "guidance")},
+            **self.call.as_dict(),
             "scope": self.scope,
             "name": c.name,
             "derived_bytes": c.derived_bytes,
@@ -58,22 +44,22 @@ class Row:
 
 
 def run_verification(
-    model: object, sizes: Sequence[Size] = (Size(),), pipeline: str = "img2img", **options: Any
+    model: object, calls: Sequence[Call] = (Call(512, 512),), pipeline: str = "img2img", **options: Any
 ) -> Iterator[Row]:
     """Yield a row for every component and, of a whole checkpoint, every stage of ``model`` at each size.
 
     Raises DerivationError as derive does.
     """
     derivation = derive(model, pipeline=pipeline, **options)
-    for size in sizes:
-        yield from _rows(derivation, size, "component", compare_components(derivation, *size.values()))
+    for call in calls:
+        yield from _rows(derivation, call, "component", compare_components(derivation, call))
         if derivation.checkpoint.whole:
-            yield from _rows(derivation, size, "stage", compare_pipeline(derivation, *size.values()))
+            yield from _rows(derivation, call, "stage", compare_pipeline(derivation, call))
 
 
-def _rows(derivation: Derivation, size: Size, scope: str, comparisons: Iterable[Comparison]) -> Iterator[Row]:
+def _rows(derivation: Derivation, call: Call, scope: str, comparisons: Iterable[Comparison]) -> Iterator[Row]:
     for comparison in comparisons:
-        yield Row(derivation.checkpoint.name, derivation.options.as_dict(), size, scope, comparison)
+        yield Row(derivation.checkpoint.name, derivation.options.as_dict(), call, scope, comparison)
 
 
 def circumstances() -> dict[str, Any]:

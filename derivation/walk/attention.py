@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from derivation.tape.events import Category
 from derivation.tape.symbols import Size
-from derivation.tape.tape import Category, SymTensor, tape
+from derivation.tape.tape import tape
+from derivation.tape.tensor import SymTensor
 from derivation.walk import scratch as kernels
 from derivation.walk.ops import elementwise, empty, matmul, pad_last, softmax, to
 

@@ -20,8 +20,9 @@ from derivation.config import (
     image_encoder,
 )
 from derivation.options import Options
-from derivation.tape.symbols import DTYPE_BYTES, Size, ceil512
-from derivation.tape.tape import SymTensor, Tape, tape
+from derivation.tape.symbols import Size
+from derivation.tape.tape import Tape, tape
+from derivation.tape.tensor import SymTensor
 from derivation.walk import models
 from derivation.walk.ops import given
 
@@ -172,11 +173,6 @@ def parameters(checkpoint: Checkpoint, options: Options) -> dict[str, dict[str, 
             component.call(options, False)
         found.setdefault(component.model, {}).update(recorded.parameters)
     return found
-
-
-def weights_bytes(entries: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
-    """Return the bytes of parameters and buffers, each in 512-byte blocks."""
-    return sum(ceil512(prod(shape) * DTYPE_BYTES[dtype]) for shape, dtype in entries.values())
 
 
 def is_buffer(entry: tuple[tuple[int, ...], str]) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from derivation.config import ControlNetConfig, UNet2DConditionConfig
 from derivation.tape.block import block
 from derivation.tape.symbols import Size
-from derivation.tape.tape import SymTensor, tape
+from derivation.tape.tape import tape
+from derivation.tape.tensor import SymTensor
 from derivation.walk.blocks.activations import activation
 from derivation.walk.blocks.attention_processor import Conditions
 from derivation.walk.blocks.autoencoder_kl import decode, encode

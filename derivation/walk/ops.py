@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 from derivation.errors import DerivationError
 from derivation.tape.block import leaf
+from derivation.tape.events import Category
 from derivation.tape.symbols import SYMBOLS, Size, floor_div, nonnegative_from_one
-from derivation.tape.tape import EXCLUDED_FROM_CPU_OFFLOAD, Category, SymTensor, packed_strides, tape
+from derivation.tape.tape import EXCLUDED_FROM_CPU_OFFLOAD, tape
+from derivation.tape.tensor import SymTensor, packed_strides
 from derivation.walk import scratch as kernels
 
 # the models that the option channels_last converts

@@ -11,8 +11,10 @@ from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 from derivation.gpu.profile import Hardware
+from derivation.tape.events import Category
 from derivation.tape.symbols import DTYPE_BYTES, Size
-from derivation.tape.tape import Category, Storage, SymTensor, tape
+from derivation.tape.tape import Storage, tape
+from derivation.tape.tensor import SymTensor
 
 P = ParamSpec("P")
 R = TypeVar("R")

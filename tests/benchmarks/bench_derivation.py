@@ -12,6 +12,7 @@ import pytest
 
 from derivation import Derivation, Options, derive
 from derivation.config import bundled, load, unet_config
+from derivation.walk.subject import WalkedSubject
 
 pytest.importorskip("pytest_benchmark")
 
@@ -50,7 +51,7 @@ def test_deriving_grows_linearly_with_the_blocks(benchmark, layers):
 
     unet = unet_config({"layers_per_block": layers, "cross_attention_dim": 768})
     checkpoint = replace(base, unet=unet)
-    benchmark.pedantic(lambda: Derivation(checkpoint, Options()).component("unet").generic, rounds=5)
+    benchmark.pedantic(lambda: Derivation(WalkedSubject(checkpoint, Options())).component("unet").generic, rounds=5)
 
 
 def generated(name: str):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from derivation.errors import DerivationError
 from derivation.tape.block import block
-from derivation.tape.tape import SymTensor, tape
+from derivation.tape.tape import tape
+from derivation.tape.tensor import SymTensor
 from derivation.walk.blocks.activations import GEGLU
 from derivation.walk.blocks.attention_processor import Attention, AttentionSpec, Conditions
 from derivation.walk.ops import LayerNorm, Linear, add

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from derivation.tape.block import block
 from derivation.tape.symbols import Size, floor_div
-from derivation.tape.tape import SymTensor, tape
+from derivation.tape.tape import tape
+from derivation.tape.tensor import SymTensor
 from derivation.walk.attention import EAGER, attention_scores, scaled_dot_product_attention
 from derivation.walk.ops import GroupNorm, Linear, LoraLinear, add, bmm, div, empty, mul, reshape
 

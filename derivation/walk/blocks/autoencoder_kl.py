@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from derivation.config import AutoencoderKLConfig
 from derivation.tape.symbols import TILE_AXES, Size
-from derivation.tape.tape import SymTensor, tape
+from derivation.tape.tape import tape
+from derivation.tape.tensor import SymTensor
 from derivation.tape.tiles import Tiling, cut_symbols, cuts
 from derivation.walk.blocks.vae import Decoder, DiagonalGaussianDistribution, Encoder
 from derivation.walk.ops import Conv2d, add, cat, empty, mul

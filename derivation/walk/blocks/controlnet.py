@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from derivation.config import ControlNetConfig
 from derivation.tape.block import block
-from derivation.tape.tape import SymTensor
+from derivation.tape.tensor import SymTensor
 from derivation.walk.blocks.embeddings import TimestepEmbedding, get_timestep_embedding, one_timestep
 from derivation.walk.blocks.unet_2d_blocks import (
     CrossAttnDownBlock2D,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from derivation.tape.block import block
-from derivation.tape.tape import SymTensor
+from derivation.tape.tensor import SymTensor
 from derivation.walk.ops import Conv2d, pad
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from derivation.tape.block import block
-from derivation.tape.tape import Category, SymTensor
+from derivation.tape.events import Category
+from derivation.tape.tensor import SymTensor
 from derivation.walk.blocks.activations import activation
 from derivation.walk.ops import LayerNorm, Linear, add, cat, div, elementwise, empty, mul, to
 

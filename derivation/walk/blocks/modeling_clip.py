@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from derivation.config import CLIPTextConfig, CLIPVisionConfig
 from derivation.tape.block import block
-from derivation.tape.tape import SymTensor, is_many
+from derivation.tape.tensor import SymTensor, is_many
 from derivation.walk.attention import scaled_dot_product_attention
 from derivation.walk.blocks.activations import activation, quick_gelu
 from derivation.walk.ops import (

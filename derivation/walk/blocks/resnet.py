@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from derivation.tape.block import block
-from derivation.tape.tape import SymTensor, tape
+from derivation.tape.tape import tape
+from derivation.tape.tensor import SymTensor
 from derivation.walk.blocks.activations import activation
 from derivation.walk.ops import Conv2d, GroupNorm, Linear, add, contiguous, div
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from derivation.config import CLIPVisionConfig
 from derivation.tape.block import block
-from derivation.tape.tape import SymTensor
+from derivation.tape.tensor import SymTensor
 from derivation.walk.blocks.modeling_clip import CLIPVisionModel
 from derivation.walk.ops import Linear, div, elementwise, empty, parameter
 

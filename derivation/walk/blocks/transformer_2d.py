@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from derivation.tape.block import block
 from derivation.tape.symbols import Size
-from derivation.tape.tape import SymTensor
+from derivation.tape.tensor import SymTensor
 from derivation.walk.blocks.attention import BasicTransformerBlock
 from derivation.walk.blocks.attention_processor import Conditions
 from derivation.walk.ops import Conv2d, GroupNorm, Linear, add, contiguous, reshape

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from derivation.config import UNet2DConditionConfig
 from derivation.tape.block import block
 from derivation.tape.symbols import Size
-from derivation.tape.tape import SymTensor, tape
+from derivation.tape.tape import tape
+from derivation.tape.tensor import SymTensor
 from derivation.walk.blocks.attention_processor import Attention, AttentionSpec, Conditions
 from derivation.walk.blocks.downsampling import Downsample2D
 from derivation.walk.blocks.resnet import ResnetBlock2D

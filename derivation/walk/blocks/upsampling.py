@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from derivation.tape.block import block
 from derivation.tape.symbols import Size
-from derivation.tape.tape import SymTensor, tape
+from derivation.tape.tape import tape
+from derivation.tape.tensor import SymTensor
 from derivation.walk.ops import Conv2d, contiguous, upsample_nearest2d
 
 # upsampling.py: upsample_nearest_nhwc fails with large batches and above 2^31 elements

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from derivation.config import AutoencoderKLConfig
 from derivation.tape.block import block
-from derivation.tape.tape import SymTensor
+from derivation.tape.tensor import SymTensor
 from derivation.walk.blocks.activations import activation
 from derivation.walk.blocks.attention_processor import AttentionSpec
 from derivation.walk.blocks.unet_2d_blocks import BlockSpec, DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D

@@ -10,8 +10,10 @@ from derivation.config import AutoencoderKLConfig, Checkpoint, SchedulerConfig, 
 from derivation.config.checks import MAX_SIZE
 from derivation.errors import DerivationError
 from derivation.options import Options
+from derivation.tape.events import Category
 from derivation.tape.symbols import Size
-from derivation.tape.tape import Category, SymTensor, tape
+from derivation.tape.tape import tape
+from derivation.tape.tensor import SymTensor
 from derivation.walk.models import decode, encode
 from derivation.walk.ops import elementwise, empty, mul
 from derivation.walk.pipelines.offload import Models

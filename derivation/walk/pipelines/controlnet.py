@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from derivation.config import ControlNetConfig
 from derivation.errors import DerivationError
-from derivation.tape.tape import Category, SymTensor
+from derivation.tape.events import Category
+from derivation.tape.tensor import SymTensor
 from derivation.walk.models import Residuals, controlnet
 from derivation.walk.ops import cat, empty
 from derivation.walk.pipelines.base import Pipeline

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+from derivation.tape.events import Category
 from derivation.tape.symbols import Size
-from derivation.tape.tape import Category, SymTensor, tape
+from derivation.tape.tape import tape
+from derivation.tape.tensor import SymTensor
 from derivation.walk.models import Residuals, UNet2DConditionModel
 from derivation.walk.ops import add, cat, empty, given, mul, sub
 from derivation.walk.pipelines.base import Pipeline

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from derivation.tape.tape import Category, SymTensor, tape
+from derivation.tape.events import Category
+from derivation.tape.tape import tape
+from derivation.tape.tensor import SymTensor
 from derivation.walk.ops import cat, empty, repeat
 from derivation.walk.pipelines.base import Pipeline
 from derivation.walk.schedulers import Scheduler

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from derivation.config import image_encoder
-from derivation.tape.tape import Category, SymTensor
+from derivation.tape.events import Category
+from derivation.tape.tensor import SymTensor
 from derivation.walk.models import CLIPVisionModelWithProjection
 from derivation.walk.ops import cat, elementwise, empty
 from derivation.walk.pipelines.base import Pipeline

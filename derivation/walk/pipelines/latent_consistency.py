@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from derivation.errors import DerivationError
-from derivation.tape.tape import SymTensor, tape
+from derivation.tape.tape import tape
+from derivation.tape.tensor import SymTensor
 from derivation.walk.pipelines.base import (
     POSTPROCESS,
     PREPARE_LATENTS,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from derivation.tape.tape import Category, SymTensor, tape
+from derivation.tape.events import Category
+from derivation.tape.tape import tape
+from derivation.tape.tensor import SymTensor
 from derivation.walk.models import CLIPTextModel, StableDiffusionSafetyChecker
 from derivation.walk.ops import LayerNorm, cat, div, elementwise, empty, given, mul, repeat
 from derivation.walk.pipelines.base import (

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from derivation.errors import DerivationError
-from derivation.tape.tape import Category, SymTensor, tape
+from derivation.tape.events import Category
+from derivation.tape.tape import tape
+from derivation.tape.tensor import SymTensor
 from derivation.walk.models import CLIPTextModel, CLIPTextModelWithProjection
 from derivation.walk.ops import cat, div, elementwise, empty, given, mul, repeat, to
 from derivation.walk.pipelines.base import (

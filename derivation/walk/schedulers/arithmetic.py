@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from derivation.tape.events import Category
 from derivation.tape.symbols import Size
-from derivation.tape.tape import Category, SymTensor
+from derivation.tape.tensor import SymTensor
 from derivation.walk.ops import dense_strides, empty
 
 Operand = SymTensor | float

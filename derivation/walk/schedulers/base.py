@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from derivation.config import SchedulerConfig
 from derivation.errors import DerivationError
-from derivation.tape.tape import SymTensor
+from derivation.tape.tensor import SymTensor
 from derivation.walk.schedulers.arithmetic import Value, on_cpu, on_device
 
 SCHEDULERS: dict[str, Callable[[SchedulerConfig, int], Scheduler]] = {}

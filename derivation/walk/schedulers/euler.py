@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from derivation.tape.tape import SymTensor
+from derivation.tape.tensor import SymTensor
 from derivation.walk.schedulers.arithmetic import Value, on_device
 from derivation.walk.schedulers.base import RESPACED, Sigmas, register
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from derivation.config import SchedulerConfig
 from derivation.errors import DerivationError
-from derivation.tape.tape import SymTensor
+from derivation.tape.tensor import SymTensor
 from derivation.walk.schedulers.arithmetic import Value, on_device
 from derivation.walk.schedulers.base import AlphasCumprod, register
 from derivation.walk.schedulers.thresholding import threshold_sample

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from derivation.config import SchedulerConfig
+from derivation.tape.events import Category
 from derivation.tape.symbols import Size
-from derivation.tape.tape import Category
 from derivation.walk.ops import bmm, reshape
 from derivation.walk.schedulers.arithmetic import Value, on_cpu, on_device
 from derivation.walk.schedulers.base import register

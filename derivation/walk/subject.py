@@ -1,0 +1,142 @@
+"""A checkpoint as a Subject: its pipeline and components, walked by our own blocks without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from derivation.call import Call
+from derivation.config import VAE_SCALE_FACTOR, Checkpoint
+from derivation.config.document import from_document, to_document
+from derivation.errors import DerivationError, unsupported
+from derivation.gpu.profile import hardware
+from derivation.options import Options, options_of
+from derivation.tape.grid import Grid, Sides
+from derivation.tape.program import Program
+from derivation.tape.settings import Settings
+from derivation.tape.subject import Parameters
+from derivation.tape.tape import Memory, tape
+from derivation.tape.tiles import Tiling
+from derivation.walk.components import Component, components, parameter_count, parameters
+from derivation.walk.pipelines import Pipeline
+from derivation.walk.pipelines.offload import resident
+
+
+class WalkedSubject:
+    """A checkpoint under options; raises DerivationError for a GPU or a version that is not known."""
+
+    method = "walk"
+
+    def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
+        self.checkpoint = checkpoint
+        self.options = options
+        self.settings = _settings(options)
+        self._memory: Memory = {}
+
+    def __reduce__(self) -> tuple[type[WalkedSubject], tuple[Checkpoint, Options]]:
+        return WalkedSubject, (self.checkpoint, self.options)
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.checkpoint.name
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is a pipeline, not a component alone."""
+        return self.checkpoint.whole
+
+    @cached_property
+    def grid(self) -> Grid:
+        """How image sides map to level sides; without a VAE a latent is 8 pixels wide."""
+        vae, unet = self.checkpoint.vae, self.checkpoint.unet
+        factor = VAE_SCALE_FACTOR if vae is None else vae.scale_factor
+        tile = Tiling.of(vae, self.options).tile if vae is not None and self.options.vae_tiling else None
+        return Grid(factor, 1 if unet is None else len(unet.block_out_channels), tile)
+
+    @cached_property
+    def components(self) -> dict[str, Component]:
+        """The component calls, in pipeline order."""
+        return components(self.checkpoint, self.options)
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """The names of the component calls."""
+        return tuple(self.components)
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """Parameters and buffers of each model: path -> (shape, dtype)."""
+        return parameters(self.checkpoint, self.options)
+
+    @cached_property
+    def resident(self) -> Parameters:
+        """Parameters and buffers that are on the GPU throughout a call: all, or what offload leaves there."""
+        return resident(self.parameters, self.options)
+
+    @property
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters of each model."""
+        return {model: parameter_count(entries) for model, entries in self.parameters.items()}
+
+    def program(self, guidance: bool, fixed: Mapping[str, int]) -> Program:
+        """Return the pipeline as a recordable run; of a component alone, its calls, each a stage."""
+        pipeline = Pipeline(self.checkpoint, self.options, guidance)
+        run = pipeline.__call__ if self.whole else lambda: self._call_each(guidance)
+        return Program(run, self.settings, fixed, self._memory)
+
+    def _call_each(self, guidance: bool) -> None:
+        """Run every component call on the active tape, each on inputs that exist before it."""
+        if not self.components:
+            raise DerivationError(f"{self.checkpoint.source}: nothing in it runs on the GPU: pass a whole checkpoint")
+        for name, component in self.components.items():
+            tape().mark(name)
+            _outputs = component.call(self.options, guidance)
+            del _outputs
+
+    def component(self, name: str, guidance: bool, fixed: Mapping[str, int]) -> Program:
+        """Return one component call as a recordable run; raises DerivationError for an unknown name."""
+        if name not in self.components:
+            raise DerivationError(f"component {name!r} is not part of this checkpoint ({', '.join(self.calls)})")
+        call = self.components[name].call
+        return Program(lambda: call(self.options, guidance), self.settings, fixed, self._memory)
+
+    @property
+    def sides(self) -> Sides:
+        """txt2img asks for multiples of the VAE's factor; images of other sides are cut."""
+        factor = self.grid.vae_scale_factor
+        return Sides(factor, factor if self.options.pipeline == "txt2img" else 1)
+
+    def check(self, call: Call) -> None:
+        """Raise DerivationError for a prompt that is too long for a text encoder alone."""
+        config = self.checkpoint.text_encoder
+        if not self.whole and config is not None and call.prompt_length > config.max_position_embeddings:
+            supported = f"up to max_position_embeddings = {config.max_position_embeddings}"
+            raise unsupported("prompt_length", call.prompt_length, supported)
+
+    def longest_prompt(self, name: str) -> int | None:
+        """Return a text encoder's positions; a pipeline cuts longer prompts into chunks."""
+        config = getattr(self.checkpoint, name, None) if name.startswith("text_encoder") else None
+        return None if config is None else int(config.max_position_embeddings)
+
+    def changed(self, **options: Any) -> WalkedSubject:
+        """Return the same checkpoint under other options."""
+        return WalkedSubject(self.checkpoint, replace(self.options, **options))
+
+    def document(self) -> dict[str, Any]:
+        """Return the configs and the options as JSON values."""
+        return {"checkpoint": to_document(self.checkpoint), "options": self.options.as_dict()}
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> WalkedSubject:
+        """Return the subject of ``document()``; raises DerivationError, KeyError or TypeError for anything else."""
+        return cls(from_document(document["checkpoint"]), options_of(document["options"]))
+
+
+def _settings(options: Options) -> Settings:
+    if options.gpu is None:
+        return options.settings()
+    versions = {"torch": options.torch, "diffusers": options.diffusers}
+    return options.settings(hardware(options.gpu, **versions, scratch=options.scratch))
