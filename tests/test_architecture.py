@@ -17,10 +17,7 @@ PARTS = """
     api ask guard __init__ verify evidence measure report cli __main__
 """
 ORDER = PARTS.split()
-UP_TODAY = {
-    ("equation", "api"), ("export", "api"), ("options", "tape"), ("options", "walk"),
-    ("tape", "peak"), ("trace", "api"), ("trace", "peak"),
-}  # fmt: skip
+UP_TODAY = {("options", "tape"), ("options", "walk")}
 LOOSE = {"__init__", "__main__", "version", "errors", "registry", "text", "files", "call", "verdict", "api", "guard"}
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate")
 ALLOWED_HEAVY = ("trace", "verify", "measure")
