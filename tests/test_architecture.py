@@ -179,3 +179,15 @@ def test_a_block_has_one_home():
             if isinstance(node, ast.FunctionDef) and node.name[0].isupper():
                 assert node.name not in seen, f"{node.name} in {path.name} and {seen[node.name]}"
                 seen[node.name] = path.name
+
+
+def test_a_registry_refuses_a_name_that_is_taken():
+    from derivation.walk.schedulers import SCHEDULERS
+    from derivation.walk.schedulers.base import Scheduler, register
+
+    taken = type("DDIMScheduler", (Scheduler,), {"__module__": "elsewhere"})
+    with pytest.raises(ValueError) as caught:
+        register(taken)
+    home = "derivation.walk.schedulers.ddim.DDIMScheduler"
+    assert str(caught.value) == f"scheduler DDIMScheduler is registered twice: {home} and elsewhere.DDIMScheduler"
+    assert SCHEDULERS["DDIMScheduler"] is not taken

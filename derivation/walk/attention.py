@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from derivation.registry import Registry
 from derivation.tape.events import Category
 from derivation.tape.symbols import Size
 from derivation.tape.tape import tape
@@ -43,21 +44,14 @@ class Backend:
         return hardware.runs(name, dtype, head_dim)
 
 
-BACKENDS: dict[str, Backend] = {}
+BACKENDS: Registry[Backend] = Registry("attention backend")
 
 
 def backend(
     name: str, *, usable: Callable[[int, str], bool], fallback: str | None
 ) -> Callable[[Callable[..., SymTensor]], Callable[..., SymTensor]]:
     """Register an SDPA backend; raises ValueError for a name that is taken."""
-
-    def register(run: Callable[..., SymTensor]) -> Callable[..., SymTensor]:
-        if name in BACKENDS:
-            raise ValueError(f"attention backend {name} is registered twice")
-        BACKENDS[name] = Backend(run, usable, fallback)
-        return run
-
-    return register
+    return BACKENDS.register(name, lambda run: Backend(run, usable, fallback))
 
 
 def names() -> tuple[str, ...]:

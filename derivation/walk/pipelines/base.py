@@ -10,6 +10,7 @@ from derivation.config import AutoencoderKLConfig, Checkpoint, SchedulerConfig, 
 from derivation.config.checks import MAX_SIZE
 from derivation.errors import DerivationError
 from derivation.options import Options
+from derivation.registry import Registry
 from derivation.tape.events import Category
 from derivation.tape.symbols import Size
 from derivation.tape.tape import tape
@@ -42,17 +43,12 @@ DEFAULT_STRENGTH = {
     ("StableDiffusionXLControlNet", "inpaint"): 0.9999,
 }
 
-FAMILIES: dict[str, Callable[[Pipeline], None]] = {}
+FAMILIES: Registry[Callable[[Pipeline], None]] = Registry("pipeline family")
 
 
 def family(prefix: str) -> Callable[[Callable[[Pipeline], None]], Callable[[Pipeline], None]]:
     """Register the ``__call__`` of the pipeline classes that are named ``prefix`` and a suffix of their task."""
-
-    def register(call: Callable[[Pipeline], None]) -> Callable[[Pipeline], None]:
-        FAMILIES[prefix] = call
-        return call
-
-    return register
+    return FAMILIES.register(prefix)
 
 
 @dataclass(frozen=True, slots=True)

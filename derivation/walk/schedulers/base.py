@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 from derivation.config import SchedulerConfig
 from derivation.errors import DerivationError
+from derivation.registry import Registry
 from derivation.tape.tensor import SymTensor
 from derivation.walk.schedulers.arithmetic import Value, on_cpu, on_device
 
-SCHEDULERS: dict[str, Callable[[SchedulerConfig, int], Scheduler]] = {}
+SCHEDULERS: Registry[Callable[[SchedulerConfig, int], Scheduler]] = Registry("scheduler")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 # of which diffusers takes one at most
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -20,8 +21,7 @@ RESPACED = (*SPACINGS, "use_lu_lambdas", "use_flow_sigmas")
 
 def register(cls: type[Scheduler]) -> type[Scheduler]:
     """Register a scheduler under its class name, which is diffusers'."""
-    SCHEDULERS[cls.__name__] = cls
-    return cls
+    return SCHEDULERS.register(cls.__name__)(cls)
 
 
 def make_scheduler(config: SchedulerConfig, num_inference_steps: int) -> Scheduler:
