@@ -15,7 +15,7 @@ from derivation.call import Call, takes_call
 from derivation.config import Checkpoint, is_live, load
 from derivation.equation.derived import Stage
 from derivation.equation.record import Equation
-from derivation.errors import DerivationError, one_of, shown, unsupported
+from derivation.errors import DerivationError, one_of, unsupported
 from derivation.export import compiled, export
 from derivation.options import Options, options_of
 from derivation.options.live import live_options
@@ -69,7 +69,7 @@ class Derivation:
         others = {name: fixed[key] for name, key in (("batch_size", "B"), ("prompt_length", "L")) if key in fixed}
         found = self.at(**sides, **others)
         if found.fixed != fixed or any(type(value) is not int for value in fixed.values()):
-            raise DerivationError(f"fixed = {shown(fixed)} is not supported (supported: what at() fixes)")
+            raise unsupported("fixed", fixed, "what at() fixes")
         return found
 
     def _repr_latex_(self) -> str:

@@ -20,7 +20,7 @@ import sympy
 from derivation.allocator.report import OutOfMemoryError
 from derivation.api import Derivation
 from derivation.call import DEFAULT_PROMPT_LENGTH, MAX_SIDE_PIXELS, Call
-from derivation.errors import DerivationError, positive, shown
+from derivation.errors import positive, unsupported
 from derivation.tape.grid import B, H, L, W
 from derivation.tape.symbols import Size, as_poly
 
@@ -255,10 +255,8 @@ def parse_bytes(text: str, key: str = "vram") -> int:
     unit = UNITS.get(found[2].lower()) if found else None
     nbytes = int(Decimal(found[1]) * unit) if found and unit else 0
     if not 0 < nbytes < 1 << 62:
-        raise DerivationError(
-            f"{key} = {shown(text)} is not supported (supported: a positive number of bytes, KiB, MiB, GiB, TiB, "
-            "kB, MB, GB or TB, such as 8GiB)"
-        )
+        units = "KiB, MiB, GiB, TiB, kB, MB, GB or TB"
+        raise unsupported(key, text, f"a positive number of bytes, {units}, such as 8GiB")
     return nbytes
 
 
@@ -270,6 +268,6 @@ def parse_aspect(text: str) -> tuple[int, int]:
     """
     found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)[:x/]([0-9]{1,6}(?:\.[0-9]{1,6})?)", text)
     if found is None or not (Fraction(found[1]) and Fraction(found[2])):
-        raise DerivationError(f"aspect = {shown(text)} is not supported (supported: width:height, such as 16:9)")
+        raise unsupported("aspect", text, "width:height, such as 16:9")
     ratio = Fraction(found[1]) / Fraction(found[2])
     return ratio.numerator, ratio.denominator

@@ -15,7 +15,7 @@ from derivation.call import Call
 from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Revision, expanded
 from derivation.config import load
-from derivation.errors import DerivationError
+from derivation.errors import unsupported
 from derivation.options import Options
 from derivation.text import human
 from derivation.walk.subject import WalkedSubject
@@ -64,7 +64,7 @@ def measure(
     derivation = Derivation(WalkedSubject(checkpoint, options))
     jobs = list(_jobs(derivation, found, "scratch" if scratch else "pipeline", history))
     if timeout <= 0:
-        raise DerivationError(f"timeout = {timeout} is not supported (supported: seconds above 0)")
+        raise unsupported("timeout", timeout, "seconds above 0")
     records = Records.open(output_path)
     require_cuda()
     with output.progress() as bar:

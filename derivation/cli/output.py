@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from derivation.errors import DerivationError, one_line, shown
+from derivation.errors import one_line, unsupported
 from derivation.text import human
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ MAX_NUMBER = 2**31 - 1
 def checked_number(key: str, value: int) -> int:
     """Return ``value``; raises DerivationError beyond 32 bits, so that no answer is astronomically long."""
     if abs(value) > MAX_NUMBER:
-        raise DerivationError(f"{key} = {shown(value)} is not supported (supported: up to {MAX_NUMBER})")
+        raise unsupported(key, value, f"up to {MAX_NUMBER}")
     return value
 
 

@@ -15,7 +15,7 @@ from derivation.api import Derivation
 from derivation.call import DEFAULT_PROMPT_LENGTH
 from derivation.cli.output import checked_number
 from derivation.config import bundled, load
-from derivation.errors import DerivationError, shown
+from derivation.errors import DerivationError, shown, unsupported
 from derivation.gpu.profile import SCRATCH
 from derivation.options import DTYPES, OFFLOADS, PIPELINES, Options
 from derivation.walk import attention
@@ -200,7 +200,7 @@ def completing(values: Callable[[], Iterable[str]]) -> Callable[[str], list[str]
 def _checked(key: str, value: Any) -> Any:
     """Return ``value``; raises DerivationError for a number that is not finite or has no sensible size."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise DerivationError(f"{key} = {value} is not supported (supported: finite numbers)")
+        raise unsupported(key, value, "finite numbers")
     return checked_number(key, value) if isinstance(value, int) else value
 
 

@@ -12,7 +12,7 @@ from derivation.api import Derivation
 from derivation.ask.compare import SIDES
 from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, derivation_of, expanded, sizes, value_of
-from derivation.errors import DerivationError, shown
+from derivation.errors import DerivationError, unsupported
 from derivation.options import Options
 from derivation.text import human
 
@@ -168,7 +168,7 @@ def changes(given: list[str]) -> dict[str, Any]:
         key = name.strip().replace("-", "_")
         if not separator or key not in hints:
             supported = ", ".join(field.name for field in fields(Options))
-            raise DerivationError(f"with = {shown(text)} is not supported (supported: KEY=VALUE with {supported})")
+            raise unsupported("with", text, f"KEY=VALUE with {supported}")
         found[key] = value_of(key, hints[key], value)
     return found
 

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from derivation.errors import DerivationError
+from derivation.errors import DerivationError, one_of
 from derivation.gpu.cards import Gpu, lookup
 
 PROFILES = Path(__file__).with_name("profiles.json")
@@ -188,8 +188,7 @@ def hardware(
     Warns NearestProfile where the profile of another architecture stands in; raises DerivationError for an
     unknown GPU or version, or where no documented architecture is near enough.
     """
-    if scratch not in SCRATCH:
-        raise DerivationError(f"scratch = {scratch!r} is not supported (supported: {', '.join(SCRATCH)})")
+    one_of("scratch", scratch, SCRATCH)
     card = lookup(gpu)
     version = DEFAULT_TORCH if torch is None else parse_version("torch", torch)
     if version < OLDEST_TORCH:

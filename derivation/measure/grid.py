@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
 
-from derivation.errors import DerivationError, positive, shown
+from derivation.errors import DerivationError, positive, unsupported
 from derivation.options import Options
 
 MAX_SIDE = 1 << 16
@@ -26,7 +26,7 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
         match = re.fullmatch(r"\s*([0-9]{1,5})(?:x([0-9]{1,5}))?\s*", part)
         width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-            raise DerivationError(f"grid = {shown(text)} is not supported (supported: WIDTHxHEIGHT,... in pixels)")
+            raise unsupported("grid", text, "WIDTHxHEIGHT,... in pixels")
         found.append((height, width))
     return found
 
@@ -35,7 +35,7 @@ def parse_list(key: str, text: str) -> list[str]:
     """Return the comma-separated values of ``text``; raises DerivationError for an empty one."""
     values = [part.strip() for part in text.split(",")]
     if not all(values):
-        raise DerivationError(f"{key} = {shown(text)} is not supported (supported: values separated by commas)")
+        raise unsupported(key, text, "values separated by commas")
     return values
 
 
@@ -43,7 +43,7 @@ def parse_integers(key: str, text: str) -> list[int]:
     """Return the comma-separated integers >= 1 of ``text``."""
     values = parse_list(key, text)
     if not all(re.fullmatch(r"[0-9]{1,6}", value) for value in values):
-        raise DerivationError(f"{key} = {shown(text)} is not supported (supported: integers from 1, with commas)")
+        raise unsupported(key, text, "integers from 1, with commas")
     return [positive(key, int(value)) for value in values]
 
 

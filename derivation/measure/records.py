@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from derivation.config.checkpoint import read_json
-from derivation.errors import DerivationError, shown
+from derivation.errors import unsupported
 from derivation.files import write_file
 
 FORMAT = "derivation-measurements-1"
@@ -33,10 +33,10 @@ class Records:
         content = read_json(path)
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, Mapping) else content
-            raise DerivationError(f"{path}: format = {shown(found)} is not supported (supported: {FORMAT})")
+            raise unsupported(f"{path}: format", found, FORMAT)
         records = content.get("records")
         if not isinstance(records, Mapping) or not all(isinstance(r, Mapping) for r in records.values()):
-            raise DerivationError(f"{path}: records = {shown(records)} is not supported (supported: objects by key)")
+            raise unsupported(f"{path}: records", records, "objects by key")
         return cls(path, {key: dict(record) for key, record in records.items()})
 
     def done(self, key: str) -> bool:

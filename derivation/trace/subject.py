@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from derivation.call import MAX_SIDE_PIXELS, Call
-from derivation.errors import DerivationError, one_of, shown
+from derivation.errors import DerivationError, one_of, unsupported
 from derivation.options import Options, options_of
 from derivation.tape.grid import Grid, Sides
 from derivation.tape.program import Program
@@ -40,7 +40,7 @@ def read_transformer_config(model: object) -> tuple[dict[str, Any], str]:
     if isinstance(model, Mapping):
         return dict(model), "config"
     if not isinstance(model, str | Path):
-        raise DerivationError(f"model = {shown(model)} is not supported (supported: a config dict, a file, a folder)")
+        raise unsupported("model", model, "a config dict, a file, a folder")
     for path in (Path(model), Path(model) / "config.json", Path(model) / MODEL / "config.json"):
         if path.is_file():
             try:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from derivation.config import SchedulerConfig
-from derivation.errors import DerivationError
+from derivation.errors import DerivationError, unsupported
 from derivation.registry import Registry
 from derivation.tape.tensor import SymTensor
 from derivation.walk.schedulers.arithmetic import Value, on_cpu, on_device
@@ -64,7 +64,7 @@ class Scheduler:
         value = self.config.options.get(key, supported[0])
         if value not in supported:
             names = ", ".join(map(repr, supported))
-            raise DerivationError(f"{self.config.class_name}: {key} = {value!r} is not supported (supported: {names})")
+            raise unsupported(f"{self.config.class_name}: {key}", value, names)
 
     @property
     def num_timesteps(self) -> int:
