@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
 
 import sympy
 
@@ -11,7 +12,7 @@ from derivation.export.render import Facts, facts, render
 from derivation.peak.headline import Term
 from derivation.tape.grid import B, H, L, W
 from derivation.tape.tiles import IN_PIXELS
-from derivation.text import human
+from derivation.text import grouped, human
 
 SPECIAL = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}"}
 GUIDANCE = {True: "with classifier-free guidance", False: "without guidance"}
@@ -68,23 +69,23 @@ def cases(terms: Sequence[Term]) -> str:
 def term_latex(term: Term) -> str:
     """Return a polynomial in descending powers of H W, every monomial in the order B, H W, L, symbols of VAE tiles."""
     tiles = [symbol for symbol in IN_PIXELS.values() if symbol in term.expression.free_symbols]
-    polynomial = sympy.Poly(term.expression, H, W, L, B, *tiles)
-    parts = [_monomial(powers, coefficient, tiles) for powers, coefficient in polynomial.terms()]
+    symbols = (H, W, L, B, *tiles)
+    polynomial = sympy.Poly(term.expression, *symbols)
+    order = [(symbols.index(symbol), symbol) for symbol in (B, H, W, L, *tiles)]
+    parts = [monomial(c, ((s.name, powers[i]) for i, s in order)) for powers, c in polynomial.terms()]
     return " + ".join(parts).replace("+ -", "- ")
 
 
-def _monomial(powers: Sequence[int], coefficient: sympy.Rational, tiles: Sequence[sympy.Symbol]) -> str:
-    height, width, length, batch, *others = powers
-    symbols = [("B", batch), ("H", height), ("W", width), ("L", length)]
-    symbols += [(symbol.name, power) for symbol, power in zip(tiles, others, strict=True)]
-    letters = " ".join(name if power == 1 else f"{name}^{{{power}}}" for name, power in symbols if power)
-    sign, top, bottom = "-" * bool(coefficient < 0), _integer(abs(coefficient.p)), coefficient.q
-    number = f"{sign}{top}" if bottom == 1 else f"{sign}\\tfrac{{{top}}}{{{bottom}}}"
-    return letters if coefficient == 1 and letters else f"{number}\\,{letters}".removesuffix("\\,")
+def monomial(value: Fraction | sympy.Rational, powers: Iterable[tuple[str, int]], space: str = "{,}") -> str:
+    r"""Return a coefficient and symbols to their powers; ``space`` stands between a number's groups of digits.
 
-
-def _integer(value: int) -> str:
-    return f"{int(value):,}".replace(",", "{,}")
+    >>> print(monomial(Fraction(-12299, 8), [("B", 1), ("H", 2), ("W", 0)]))
+    -\tfrac{12{,}299}{8}\,B H^{2}
+    """
+    letters = " ".join(name if power == 1 else f"{name}^{{{power}}}" for name, power in powers if power)
+    sign, top, bottom = "-" * bool(value < 0), grouped(abs(value.numerator), space), grouped(value.denominator, space)
+    number = f"{sign}{top}" if value.denominator == 1 else f"{sign}\\tfrac{{{top}}}{{{bottom}}}"
+    return letters if value == 1 and letters else f"{number}\\,{letters}".removesuffix("\\,")
 
 
 def readable_bytes(value: int) -> str:

@@ -11,6 +11,7 @@ import sympy
 from derivation.api import Derivation
 from derivation.equation.derived import Stage
 from derivation.peak.witness import Witness, WitnessTensor
+from derivation.report.document import Code, Text
 from derivation.report.text import PixelTerms, Powers, as_pixel_terms, pixel_terms, shape_text, value_at, values_at
 from derivation.report.tiles import tile_meaning
 from derivation.walk.components import parameter_count
@@ -172,6 +173,11 @@ def reference_side(d: Derivation) -> int:
 def stage_title(name: str) -> str:
     """Return a stage's name as a heading."""
     return STAGE_TITLES.get(name, name.replace("_", " ").capitalize())
+
+
+def place(op: str, module: str) -> Text:
+    """Return an operator and where it ran, in words."""
+    return (Code(op), " in the pipeline itself" if module == PIPELINE else (" at ", Code(module)))
 
 
 def model_of(module: str) -> str:

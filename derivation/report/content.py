@@ -1,4 +1,4 @@
-"""Everything a report says about one model, assembled for the templates."""
+"""Everything a report says about one model, as plain data."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-
-from markupsafe import Markup
 
 from derivation.api import Derivation, derive
 from derivation.options import Options
@@ -25,11 +23,12 @@ from derivation.report.calculator import (
     titled,
     typeset,
 )
-from derivation.report.mathml import display, sum_latex, sum_mathml
+from derivation.report.document import Math, Picture
+from derivation.report.mathml import equation
 from derivation.report.offload import OffloadRow, placements
-from derivation.report.pictures import Picture, attention_picture, pictures
+from derivation.report.pictures import attention_picture, pictures
 from derivation.report.reduction import StageReduction, reductions
-from derivation.report.text import PixelTerms, slug, tex
+from derivation.report.text import PixelTerms, slug
 from derivation.report.tiles import Definition, definitions
 from derivation.report.validation import Validation, comparisons, validation
 from derivation.report.walk import Walk, walks
@@ -59,8 +58,7 @@ class Content:
     unit: int
     factor: int
     summary: str
-    equation: Markup
-    equation_latex: str
+    equation: Math
     where: tuple[Definition, ...]
     side: int
     rounding_bytes: int
@@ -126,8 +124,7 @@ def content(model: object, options: Options, command: str, progress: Progress, v
         unit=d.grid.unit,
         factor=d.grid.vae_scale_factor,
         summary=summary(d, found),
-        equation=equation_mathml(found),
-        equation_latex=equation_latex(found),
+        equation=equation(found.weights_bytes, [(p.terms, p.title) for p in found.polynomials]),
         where=definitions(d.equation.pipeline_stage().terms, d.grid),
         side=reference_side(d),
         rounding_bytes=max(row.rounding_bytes for row in found.polynomials),
@@ -171,15 +168,3 @@ def _symbols(d: Derivation) -> tuple[Symbol, ...]:
     deeper = Symbol("hₖ, wₖ", "h_k, w_k", "sides at UNet level k: half of the level above, rounded up")
     tiles = [s for s in SYMBOLS if is_tile(s.name) and s.name != "E"] if d.grid.tile else []
     return (named["B"], named["L"], named["h0"], named["w0"], deeper, *tiles)
-
-
-def equation_mathml(found: Answer) -> Markup:
-    """Return the headline equation as displayed MathML, one row of the max a moment of the run."""
-    rows = [(p.terms, p.title) for p in found.polynomials]
-    return display(f"<mrow><mi>M</mi><mo>=</mo>{sum_mathml(found.weights_bytes, rows)}</mrow>")
-
-
-def equation_latex(found: Answer) -> str:
-    """Return the headline equation in LaTeX."""
-    rows = [(p.terms, rf"\text{{{tex(p.title)}}}") for p in found.polynomials]
-    return f"M = {sum_latex(found.weights_bytes, rows)}"

@@ -10,7 +10,7 @@ from derivation.errors import DerivationError
 from derivation.files import check_folder, write_files
 from derivation.options import Options
 from derivation.report.content import Content, content
-from derivation.report.render import render
+from derivation.report.render import texts
 
 Progress = Callable[[str], None]
 
@@ -46,9 +46,7 @@ def build(
 
 def report_files(found: Content) -> dict[str, str | bytes]:
     """Return the files of one report: relative path -> text or bytes."""
-    files: dict[str, str | bytes] = {
-        f"{found.slug}.{ending}": render(f"report.{ending}.j2", found) for ending in ("html", "md", "tex")
-    }
+    files: dict[str, str | bytes] = {f"{found.slug}.{ending}": text for ending, text in texts(found).items()}
     for drawn in (*found.figures.values(), *found.validation.pictures):
         base = f"figures/{found.slug}/{drawn.name}"
         files |= {f"{base}.svg": drawn.svg, f"{base}.pdf": drawn.pdf}

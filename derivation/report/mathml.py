@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 import sympy
-from markupsafe import Markup, escape
+from markupsafe import escape
 
-from derivation.report.text import VARIABLES, PixelTerms, Powers, value_at
-from derivation.text import NARROW_SPACE, grouped
+from derivation.export.latex import monomial
+from derivation.report.document import Math
+from derivation.report.text import VARIABLES, PixelTerms, Powers, tex, value_at
+from derivation.text import grouped
 
 # Terms are printed in the order of their value at this image size and at these tiles, largest first.
 TILES_AT = {"E": 1, "T": 512, "N": 2, "R": 384, "Q": 128, "C": 384}
@@ -21,6 +23,7 @@ LINE = 6
 # A monomial is printed in this order: B, the image's sides, L, counts of tiles, their sides.
 ORDER = "BHWLNCTRQE"
 PRINTED = sorted(range(len(VARIABLES)), key=lambda i: ORDER.index(VARIABLES[i].name[0]))
+THIN = r"\,"
 THIN_SPACE = '<mspace width=".14em"/>'
 
 
@@ -96,26 +99,31 @@ def _row_mathml(terms: PixelTerms, label: str) -> str:
     return "".join(rows)
 
 
-def sum_mathml(weights_bytes: int, rows: Sequence[tuple[PixelTerms, str]]) -> str:
-    """Return weights + max over rows."""
+def polynomial(terms: PixelTerms) -> Math:
+    """Return a sum of terms, the largest first."""
+    return Math(terms_mathml(terms), terms_latex(terms))
+
+
+def maximum(polynomials: Iterable[PixelTerms]) -> Math:
+    """Return a max over polynomials."""
+    return total(0, polynomials)
+
+
+def total(weights_bytes: int, polynomials: Iterable[PixelTerms]) -> Math:
+    """Return weights + max over polynomials."""
+    return _total(weights_bytes, [(terms, "") for terms in polynomials])
+
+
+def equation(weights_bytes: int, rows: Sequence[tuple[PixelTerms, str]]) -> Math:
+    """Return M = weights + max over rows, each with its label."""
+    found = _total(weights_bytes, rows)
+    return Math(f"<mrow><mi>M</mi><mo>=</mo>{found.mathml}</mrow>", f"M = {found.latex}")
+
+
+def _total(weights_bytes: int, rows: Sequence[tuple[PixelTerms, str]]) -> Math:
     weights = f"{number(weights_bytes)}<mo>+</mo>" if weights_bytes else ""
-    return f"<mrow>{weights}{maximum_mathml(rows)}</mrow>"
-
-
-def sum_latex(weights_bytes: int, rows: Sequence[tuple[PixelTerms, str]]) -> str:
-    """Return weights + max over rows in LaTeX."""
-    weights = grouped(weights_bytes).replace(NARROW_SPACE, r"\,") + " + " if weights_bytes else ""
-    return f"{weights}{maximum_latex(rows)}"
-
-
-def inline(body: str) -> Markup:
-    """Return MathML as inline mathematics."""
-    return Markup(f"<math>{body}</math>")
-
-
-def display(body: str) -> Markup:
-    """Return MathML as a displayed equation."""
-    return Markup(f'<math display="block">{body}</math>')
+    latex = f"{grouped(weights_bytes, THIN)} + " if weights_bytes else ""
+    return Math(f"<mrow>{weights}{maximum_mathml(rows)}</mrow>", f"{latex}{maximum_latex(rows)}")
 
 
 def terms_latex(terms: PixelTerms) -> str:
@@ -128,21 +136,12 @@ def _lines_latex(terms: PixelTerms) -> list[str]:
     for key, value in _ordered(terms):
         sign = "-" if value < 0 else "+"
         operator = f"{sign} " if parts or value < 0 else ""
-        parts.append(operator + monomial_latex(key, abs(value)))
+        parts.append(operator + monomial(abs(value), [(VARIABLES[i].name, key[i]) for i in PRINTED], THIN))
     return [" ".join(line) for line in _broken(parts or ["0"], LINE)]
 
 
-def monomial_latex(key: Sequence[int], value: Fraction) -> str:
-    """Return one term in LaTeX."""
-    factors = [VARIABLES[i].name + (f"^{{{key[i]}}}" if key[i] > 1 else "") for i in PRINTED if key[i]]
-    digits = [grouped(n).replace(NARROW_SPACE, r"\,") for n in (value.numerator, value.denominator)]
-    coefficient = digits[0] if value.denominator == 1 else rf"\tfrac{{{digits[0]}}}{{{digits[1]}}}"
-    shown = [] if value == 1 and factors else [coefficient]
-    return r"\,".join([*shown, " ".join(factors)] if factors else shown)
-
-
 def maximum_latex(rows: Sequence[tuple[PixelTerms, str]]) -> str:
-    """Return max{...} in LaTeX, labels (already LaTeX) behind each polynomial."""
+    """Return max{...} in LaTeX, labels behind each polynomial."""
     if len(rows) == 1:
         return terms_latex(rows[0][0])
     body = r" \\ ".join(_row_latex(terms, label) for terms, label in rows)
@@ -151,4 +150,5 @@ def maximum_latex(rows: Sequence[tuple[PixelTerms, str]]) -> str:
 
 def _row_latex(terms: PixelTerms, label: str) -> str:
     first, *further = _lines_latex(terms)
-    return r" \\ ".join([f"{first} & {label}".rstrip("& "), *(rf"\quad {line}" for line in further)])
+    named = rf" & \text{{{tex(label)}}}" if label else ""
+    return r" \\ ".join([f"{first}{named}", *(rf"\quad {line}" for line in further)])

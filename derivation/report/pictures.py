@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup
@@ -24,6 +23,7 @@ from derivation.report.answer import (
     square_peaks,
 )
 from derivation.report.diagram import stage_diagram, unet_diagram
+from derivation.report.document import Picture
 from derivation.report.text import human, values_at
 from derivation.tape.evaluate import stages
 from derivation.text import GIB
@@ -31,18 +31,6 @@ from derivation.text import GIB
 SIDE_STEP = 64
 LARGEST_SIDE = 4096
 SEGMENTS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """One figure: its name, what it shows, and the same drawing as SVG file, PDF file and page fragment."""
-
-    name: str
-    title: str
-    caption: str
-    svg: str
-    pdf: bytes
-    inline: Markup
 
 
 def picture(name: str, title: str, caption: str, figure: Figure) -> Picture:

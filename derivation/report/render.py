@@ -1,56 +1,35 @@
-"""Templates filled with a report's content."""
+"""The files' texts: the document as each writer writes it, in the shell that its template is."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from functools import cache
+from markupsafe import Markup
 
-from jinja2 import Environment
-from markupsafe import Markup, escape
-
-from derivation.export import templates
-from derivation.report.answer import PolynomialRow
+from derivation.export.templates import environment
+from derivation.report import html, latex, markdown
 from derivation.report.content import Content
-from derivation.report.mathml import inline, maximum_mathml, sum_latex, sum_mathml, terms_latex, terms_mathml
-from derivation.report.offload import OffloadRow
-from derivation.report.text import SUBSCRIPTS, PixelTerms, human, markdown, tex
-from derivation.text import grouped
+from derivation.report.document import Code
+from derivation.report.sections import document
+from derivation.report.text import tex
 
 
-@cache
-def environment() -> Environment:
-    """Return the template environment with the report's filters."""
-    env = templates.environment()
-    env.filters |= {
-        "human": human,
-        "grouped": grouped,
-        "breakable": breakable,
-        "subscripted": lambda text: text.translate(SUBSCRIPTS),
-        "polynomial": lambda terms: inline(terms_mathml(terms)),
-        "maximum": _maximum,
-        "placement": lambda row: inline(sum_mathml(row.weights_bytes, _unnamed(row))),
-        "placement_latex": lambda row: sum_latex(row.weights_bytes, _unnamed(row)),
-        "terms_latex": terms_latex,
-        "tex": tex,
-        "md": markdown,
+def texts(c: Content) -> dict[str, str]:
+    """Return the report as HTML, Markdown and LaTeX, by the ending of the file's name."""
+    sections = document(c)
+    folder = f"figures/{c.slug}"
+    form = Markup(_fill("calculator.html", k=c.calculator))
+    title = f"# Peak GPU memory of {markdown.inline(Code(c.model))}\n\n{', '.join(c.chips)}\n\n"
+    return {
+        "html": _fill("html", c=c, sections=sections, body=html.blocks(sections, form)),
+        "md": title + markdown.blocks(sections, folder),
+        "tex": _fill(
+            "tex",
+            command=tex(c.command),
+            title=latex.inline(Code(c.model)),
+            chips=tex(", ".join(c.chips)),
+            body=latex.blocks(sections, folder),
+        ),
     }
-    return env
 
 
-def breakable(text: str) -> Markup:
-    """Return escaped text that may break after dots, slashes and underscores."""
-    return Markup(re.sub(r"([./_])", r"\1<wbr>", str(escape(text))))
-
-
-def _maximum(rows: Iterable[PolynomialRow]) -> Markup:
-    return inline(maximum_mathml([(row.terms, "") for row in rows]))
-
-
-def _unnamed(row: OffloadRow) -> list[tuple[PixelTerms, str]]:
-    return [(terms, "") for terms in row.polynomials]
-
-
-def render(template: str, content: Content) -> str:
-    """Fill a template."""
-    return environment().get_template(template).render(c=content)
+def _fill(ending: str, **values: object) -> str:
+    return environment().get_template(f"report.{ending}.j2").render(**values)

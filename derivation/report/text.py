@@ -29,6 +29,9 @@ TEX_SPECIALS = {
 # What pdflatex and the mathematics of the notes need beyond ASCII.
 TEX_UNICODE = {
     NARROW_SPACE: r"\,",
+    "’": "'",
+    "“": "``",
+    "”": "''",
     "×": r"$\times$",
     "·": r"$\cdot$",
     "≥": r"$\geq$",

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import sympy
-from markupsafe import Markup
 
 from derivation.peak.headline import Term
-from derivation.report.mathml import inline, number, symbol_mathml
+from derivation.report.document import Math
+from derivation.report.mathml import number, symbol_mathml
 from derivation.report.text import VARIABLES, Powers
 from derivation.tape.grid import Grid
 from derivation.tape.tiles import MEANINGS_IN_PIXELS
@@ -24,8 +24,7 @@ LATEX_NAMES = {sympy.Min: "min", sympy.Max: "max"}
 class Definition:
     """A symbol of VAE tiles: ``symbol = value`` and what it means."""
 
-    mathml: Markup
-    latex: str
+    math: Math
     meaning: str
 
 
@@ -34,8 +33,10 @@ def definitions(terms: Sequence[Term], grid: Grid) -> tuple[Definition, ...]:
     found = grid.defined(term.expression for term in terms)
     return tuple(
         Definition(
-            inline(f"<mrow>{symbol_mathml(symbol)}<mo>=</mo>{_mathml(value)}</mrow>"),
-            f"{symbol.name} = {sympy.latex(value)}",
+            Math(
+                f"<mrow>{symbol_mathml(symbol)}<mo>=</mo>{_mathml(value)}</mrow>",
+                f"{symbol.name} = {sympy.latex(value)}",
+            ),
             MEANINGS_IN_PIXELS[symbol],
         )
         for symbol, value in found.items()

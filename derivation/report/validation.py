@@ -17,8 +17,9 @@ from derivation.evidence.table import Comparison, measured_vs_predicted
 from derivation.measure import validate
 from derivation.options import Options
 from derivation.report import figures
+from derivation.report.document import Picture
 from derivation.report.figures import Measured
-from derivation.report.pictures import Picture, picture
+from derivation.report.pictures import picture
 from derivation.text import GIB, MIB, grouped
 
 EVIDENCE = Path(__file__).parent.parent / "evidence"
