@@ -26,7 +26,7 @@ from derivation.report.document import (
 from derivation.report.mathml import maximum, polynomial, total
 from derivation.report.offload import OffloadRow
 from derivation.report.text import human
-from derivation.text import grouped
+from derivation.text import NARROW_SPACE, grouped
 
 SYMBOLS = (
     "Bytes of {} at the peak of {} with classifier-free guidance. *H* and *W* are the image’s height and width in "
@@ -81,7 +81,7 @@ def _symbols(c: Content) -> Text:
 
 
 def _sizes(c: Content) -> tuple[Column, ...]:
-    return tuple(Column(f"{side} × {side}", True) for side in c.sizes)
+    return tuple(Column(f"{side}{NARROW_SPACE}×{NARROW_SPACE}{side}", True) for side in c.sizes)
 
 
 def _terms(c: Content) -> tuple[Block, ...]:
