@@ -8,13 +8,12 @@ import pickle
 from dataclasses import fields
 
 import pytest
+from conftest import SD15, SDXL
 
 from derivation import Derivation, DerivationError, derive
 from derivation.call import Call
 from derivation.config import bundled
 from derivation.options import Options, options_of
-
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def test_a_gpu_that_nobody_knows_is_refused_at_once():
@@ -185,7 +184,7 @@ def test_an_option_takes_its_own_type_or_is_refused_by_name(name):
         assert not isinstance(default, bool) or isinstance(value, bool)
 
 
-@pytest.mark.parametrize(("name", "layers"), [(SD15, 12), ("stabilityai/stable-diffusion-xl-base-1.0", 11)])
+@pytest.mark.parametrize(("name", "layers"), [(SD15, 12), (SDXL, 11)])
 def test_clip_skip_leaves_a_hidden_state(name, layers):
     assert derive(name, clip_skip=layers).stage_peaks(64, 64)
     with pytest.raises(DerivationError, match=rf"^clip_skip = {layers + 1} is not supported .*1 to {layers} "):

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from conftest import SD15
 from test_pipelines import small_xl
 
 from derivation import derive
@@ -23,8 +24,6 @@ from derivation.verify.compare import (
     switches,
 )
 from derivation.walk.ops import Conv2d, add, cat, given, pad, upsample_nearest2d
-
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 @pytest.mark.parametrize("attention", ["eager", "efficient"])

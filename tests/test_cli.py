@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from conftest import SD15
 
 from derivation import derive
 from derivation.cli import run
 from derivation.config.checkpoint import BUNDLED
 
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # a component alone is exported in no time
 VAE = str(BUNDLED / SD15 / "vae" / "config.json")
 CONTRACT = (

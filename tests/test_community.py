@@ -13,6 +13,7 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from conftest import SD15
 from test_pipelines import SCHEDULER, TEXT, VAE, small_sd, small_xl, write
 
 from derivation import Options, derive
@@ -23,7 +24,7 @@ from derivation.tape.grid import Grid
 from derivation.verify.compare import compare_component, compare_pipeline
 from derivation.walk.subject import WalkedSubject
 
-BASE = load("stable-diffusion-v1-5/stable-diffusion-v1-5")
+BASE = load(SD15)
 DOWN, CROSS_DOWN, UP, CROSS_UP = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
 SMALL = {"norm_num_groups": 8, "cross_attention_dim": 32, "layers_per_block": 2}
 FOUR = SMALL | {"block_out_channels": [32, 64, 64, 64]}

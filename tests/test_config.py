@@ -16,13 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import REFINER, SD15, SD_2_1, SDXL
 
 from derivation import config
 from derivation.config.checkpoint import BUNDLED, MAX_FILE_BYTES
 from derivation.config.schedulers import DEFAULTS
 from derivation.errors import DerivationError, UnsupportedConfig
 
-V15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 BUILDERS: dict[str, Callable[..., object]] = {
     "unet": config.unet_config,
     "vae": config.vae_config,
@@ -32,7 +32,7 @@ BUILDERS: dict[str, Callable[..., object]] = {
 }
 
 
-def raw(part: str, name: str = V15) -> dict[str, Any]:
+def raw(part: str, name: str = SD15) -> dict[str, Any]:
     file = "scheduler_config.json" if part == "scheduler" else "config.json"
     content: dict[str, Any] = json.loads((BUNDLED / name / part / file).read_text())
     return content
@@ -40,7 +40,7 @@ def raw(part: str, name: str = V15) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(BUNDLED / V15, tmp_path / "mine"))
+    return Path(shutil.copytree(BUNDLED / SD15, tmp_path / "mine"))
 
 
 def rejects(call: Any, *parts: str) -> None:
@@ -73,7 +73,7 @@ def test_bundled_facts() -> None:
 
 
 def test_folder_equals_bundled(folder: Path) -> None:
-    here, there = config.load(folder), config.load(V15)
+    here, there = config.load(folder), config.load(SD15)
     assert dataclasses.replace(here, name=there.name, source=there.source) == there
     assert here.source == str(folder)
 
@@ -85,7 +85,7 @@ def test_round_trip(part: str) -> None:
 
 
 def test_asymmetric_unet() -> None:
-    given = raw("unet", "stabilityai/stable-diffusion-xl-base-1.0")
+    given = raw("unet", SDXL)
     given |= {
         "transformer_layers_per_block": [0, [2, 2], [4, 4]],
         "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
@@ -111,7 +111,7 @@ def live(**components: Any) -> Any:
 
 
 def test_live_pipeline() -> None:
-    there = config.load(V15)
+    there = config.load(SD15)
     here = config.load(live())
     assert dataclasses.replace(here, name=there.name, source="bundled") == there
     assert config.load(live(safety_checker=None)).safety_checker is None
@@ -349,12 +349,12 @@ def test_clip_defaults_are_those_of_transformers(name: str) -> None:
 
 
 PUBLISHED = {
-    V15: (859_520_964, 123_060_480),
+    SD15: (859_520_964, 123_060_480),
     "runwayml/stable-diffusion-inpainting": (859_535_364, 123_060_480),
-    "stabilityai/stable-diffusion-2-1": (865_910_724, None),
+    SD_2_1: (865_910_724, None),
     "stabilityai/stable-diffusion-2-1-base": (865_910_724, None),
-    "stabilityai/stable-diffusion-xl-base-1.0": (2_567_463_684, 123_060_480),
-    "stabilityai/stable-diffusion-xl-refiner-1.0": (2_259_526_660, None),
+    SDXL: (2_567_463_684, 123_060_480),
+    REFINER: (2_259_526_660, None),
 }
 
 
@@ -393,5 +393,5 @@ def test_published_safety_checker_and_live_pipeline() -> None:
             requires_safety_checker=False,
         )
     assert parameters(checker) == 303_981_588
-    there, here = config.load(V15), config.load(pipeline)
+    there, here = config.load(SD15), config.load(pipeline)
     assert here == dataclasses.replace(there, name=here.name, source=here.source, requires_safety_checker=False)

@@ -8,11 +8,12 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from conftest import SD15
+
 from derivation import derive
 from derivation.verify.compare import compare_components, compare_pipeline
 from derivation.verify.fuzz import compare_case, random_case
 
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 ATTENTION = ("eager", "math", "efficient", "flash")
 # (height, width, batch_size, prompt_length, guidance): odd latents, degenerate sides, long prompts
 CALLS = [

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SD15, SD_2_1
 from jsonschema import Draft202012Validator
 
 from derivation import Derivation, DerivationError, derive
@@ -32,7 +33,6 @@ from derivation.walk.subject import WalkedSubject
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMULAS = ROOT / "formulas"
-MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SEED = 20
 UPDATE = "pytest tests/test_export.py --update-formulas"
 
@@ -46,7 +46,7 @@ def generated(request):
 
 @pytest.fixture(scope="module")
 def d():
-    return derive(MODEL)
+    return derive(SD15)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_python_equals_the_replayed_tape_where_sizes_are_one(d, module, guidance
 @pytest.mark.parametrize("options", [{}, {"gpu": "t4", "attention": "sdpa"}], ids=str)
 def test_python_equals_the_replayed_tape_up_to_its_limits(options):
     # Upsample2D copies its input from 2^31 elements on, which each upsampler reaches at another size
-    d = derive("stabilityai/stable-diffusion-2-1", **options)
+    d = derive(SD_2_1, **options)
     peak_vram, largest, rng = d.lambdify(), d.equation.limits, random.Random(SEED)
     drawn = [
         tuple(int(2 ** rng.uniform(3, log2(most))) for most in (largest.side, largest.side, 5000, largest.batch_size))
@@ -139,7 +139,7 @@ def test_python_equals_the_replayed_tape_up_to_its_limits(options):
 
 def test_branches_equal_the_replayed_tape():
     """Without guidance, eager attention on a batch of one skips copies that larger batches make."""
-    d = derive(MODEL, attention="eager")
+    d = derive(SD15, attention="eager")
     peak_vram = compiled(d.equation, "math")
     long_prompts = [(h, w, n, 1, g) for h, w in ((8, 8), (64, 512)) for n in (1, 20_000) for g in (True, False)]
     for case in [*long_prompts, *sizes(16)]:
@@ -156,14 +156,14 @@ def test_regimes_reach_every_decision(d):
 
 
 def test_exporting_leaves_the_derivation_usable(d, texts):
-    before = derive(MODEL)
+    before = derive(SD15)
     for sizes_ in ((8, 8, 1, 1), (8, 64, 64, 2), (64, 16, 2, 78)):
         assert d.component_peaks(*sizes_) == before.component_peaks(*sizes_)
         assert d.stage_peaks(*sizes_) == before.stage_peaks(*sizes_)
 
 
 def test_fixed_sizes():
-    d = derive(MODEL).at(batch_size=1, prompt_length=77)
+    d = derive(SD15).at(batch_size=1, prompt_length=77)
     peak_vram = compiled(d.equation, "math")
     assert peak_vram(512, 768) == truth(d, 512, 768, 77, 1, True)
     with pytest.raises(ValueError, match="batch_size = 1"):
@@ -253,7 +253,7 @@ def test_json_fits_the_schema(texts):
 
 
 def test_json_defines_the_symbols_of_tiles():
-    d = derive(MODEL, pipeline="txt2img", vae_tiling=True)
+    d = derive(SD15, pipeline="txt2img", vae_tiling=True)
     document = json.loads(export(d.equation, "json"))
     Draft202012Validator(json.loads((ROOT / "derivation/export/schema.json").read_text())).validate(document)
     for headline in document["headline"].values():
@@ -312,7 +312,7 @@ def node_says(text, calls, tmp_path):
     ids=str,
 )
 def test_javascript_knows_every_stage(options, tmp_path):
-    rng, d = random.Random(SEED), derive(MODEL, **options)
+    rng, d = random.Random(SEED), derive(SD15, **options)
     calls = [
         (8 * rng.choice((1, 2, 3, 7, 64, 129)), 8 * rng.choice((1, 2, 5, 65, 100)), *rest, rng.random() < 0.5)
         for rest in product((1, 77, 78, 231), (1, 3))
@@ -361,7 +361,7 @@ VARIANTS = (
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=str)
 def variant(request):
-    return derive(MODEL, **request.param)
+    return derive(SD15, **request.param)
 
 
 def test_every_export_of_other_options_equals_the_replayed_tape(variant, tmp_path):
@@ -426,7 +426,7 @@ def test_the_c_header_has_one_function_and_compiles_alone(texts, tmp_path):
     ids=str,
 )
 def test_headers_leave_out_what_is_not_counted_only(options, counted, left_out, place):
-    chosen = derive(MODEL, **options).options
+    chosen = derive(SD15, **options).options
     excluded = "; ".join(exclusions(chosen))
     assert [words for words in counted if words in excluded] == []
     assert [words for words in left_out if words not in excluded] == []
@@ -581,7 +581,7 @@ def test_checked_in_folders_are_distinct():
 
 @pytest.mark.parametrize("attention", ["efficient", "eager"])
 def test_area_crossovers_are_where_the_winner_changes(attention):
-    d = derive(MODEL, attention=attention)
+    d = derive(SD15, attention=attention)
     terms = d.equation.pipeline_stage().terms
     for c in (c for c in crossovers(d.equation) if c.axis == "area"):
         for area, stage in ((int(c.at), c.before), (int(c.at) + 1, c.after)):
@@ -604,6 +604,6 @@ def test_does_not_matter(d):
 
 def test_fewer_steps_never_take_more(module):
     for steps in (1, 2, 3, 4):
-        d = derive(MODEL, num_inference_steps=steps, strength=1.0)
+        d = derive(SD15, num_inference_steps=steps, strength=1.0)
         for guidance in (True, False):
             assert truth(d, 512, 512, 77, 1, guidance) <= module.peak_vram(512, 512, guidance=guidance)

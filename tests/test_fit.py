@@ -7,6 +7,7 @@ import random
 from functools import cache
 
 import pytest
+from conftest import SD15
 
 from derivation import Derivation, DerivationError, derive
 from derivation.ask.compare import compare
@@ -26,7 +27,6 @@ from derivation.ask.recommend import REMEDIES, recommend
 from derivation.call import Call
 from derivation.gpu.cards import lookup
 
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 GIB = 1 << 30
 
 

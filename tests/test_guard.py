@@ -12,12 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import SD15
 
 from derivation import DerivationError, derive
 from derivation.config.checkpoint import BUNDLED
 from derivation.guard import _KNOWN, cuda_free_bytes, will_fit
 
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 FOLDER = BUNDLED / SD15
 
 

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 
 import pytest
+from conftest import SD15
 
 from derivation import derive
 from derivation.allocator.allocator import CachingAllocator
@@ -29,7 +30,7 @@ from derivation.walk.models import decode, encode
 from derivation.walk.ops import Conv2d, GroupNorm, LayerNorm, Linear, elementwise, empty, given
 
 MIB = 1 << 20
-CHECKPOINT = load("stable-diffusion-v1-5/stable-diffusion-v1-5")
+CHECKPOINT = load(SD15)
 WARM = "cublas workspace"
 UPSAMPLER = "decoder.up_blocks.2.upsamplers.0.conv"
 LAST_RESNET = "decoder.up_blocks.3.resnets.0.conv1"

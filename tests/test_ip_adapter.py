@@ -10,6 +10,7 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from conftest import SD15, SDXL
 from test_pipelines import small_sd, small_xl
 
 from derivation import DerivationError, derive
@@ -24,8 +25,6 @@ from derivation.verify.compare import (
     switches,
 )
 
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 TASKS = ("txt2img", "img2img", "inpaint")
 
 

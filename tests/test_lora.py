@@ -10,13 +10,12 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
+from conftest import SD15, SDXL
+
 from derivation import DerivationError, derive
 from derivation.export import compiled
 from derivation.verify import build_unet
 from derivation.verify.compare import compare_component, compare_pipeline, read_config, switches
-
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 def unet(derivation, height, width, batch_size, length, guidance):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import SD15
 
 from derivation import DerivationError
 from derivation.cli import run
@@ -24,8 +25,6 @@ from derivation.measure.records import FORMAT, Records
 from derivation.measure.runner import Job, measure, require_cuda, run_worker
 from derivation.measure.validate import RECORDS
 from derivation.options import Options
-
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 # A stand-in for derivation.measure.worker: says what the job's ``do`` asks for.
 FAKE_WORKER = """

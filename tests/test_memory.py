@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from conftest import SD15, SDXL
 
 from derivation import derive
 from derivation.equation.cases import generic_sizes, regimes
 from derivation.tape.program import Program
 from derivation.tape.tape import Tape
-
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 def facts(tape):

@@ -8,10 +8,10 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from conftest import SD15
+
 from derivation import DerivationError, derive
 from derivation.verify.compare import compare_components, compare_pipeline
-
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def peaks(comparisons):

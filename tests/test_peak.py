@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from conftest import INPAINTING, REFINER, SD15, SD_2_1, SD_2_1_BASE, SDXL
 
 from derivation import derive
 from derivation.peak.dominance import reduce_points
@@ -12,7 +13,6 @@ from derivation.peak.liveness import Point
 from derivation.peak.proof import proven_nonnegative, slack_bytes
 from derivation.tape.symbols import SYMBOLS, ceil512, evaluate, symbol
 
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 ATTENTION = ("eager", "math", "efficient", "flash")
 
 
@@ -122,3 +122,108 @@ def test_the_witness_adds_up_to_its_polynomial():
             values = {"B": 3, "L": 77, **derivation.grid.sizes(640, 448)}
             total = sum(evaluate(t.nbytes, values) * evaluate(t.count, values) for t in witness.tensors)
             assert total == evaluate(term.polynomial, values)
+
+
+# resident weights, and the terms of the Max in image pixels H and W, images B and tokens L
+HEADLINES = {
+    (SD15, "txt2img"): (
+        2_740_518_912,
+        "12299*B*H*W/8 + 4608*B*L",
+        "57*B*H*W/8 + 4608*B*L + 9324544*B",
+        "1149*B*H*W/8 + 14848*B*L + 6400*B",
+    ),
+    (SD15, "img2img"): (
+        2_740_518_912,
+        "12299*B*H*W/8 + 4608*B*L + 4000",
+        "57*B*H*W/8 + 4608*B*L + 9324544*B + 4000",
+        "1149*B*H*W/8 + 14848*B*L + 6400*B + 4000",
+    ),
+    (SD15, "inpaint"): (
+        2_740_518_912,
+        "24609*B*H*W/16 + 4608*B*L + 4000",
+        "125*B*H*W/16 + 4608*B*L + 9324544*B + 4000",
+        "2311*B*H*W/16 + 14848*B*L + 6400*B + 4000",
+    ),
+    (INPAINTING, "inpaint"): (
+        2_740_548_096,
+        "6153*B*H*W/4 + 4608*B*L",
+        "8*B*H*W + 4608*B*L + 9324544*B",
+        "289*B*H*W/2 + 14848*B*L + 6400*B",
+    ),
+    (SD_2_1, "txt2img"): (
+        2_579_986_432,
+        "1537*B*H*W + 6144*B*L",
+        "573*B*H*W/4 + 16384*B*L + 6400*B",
+    ),
+    (SD_2_1, "img2img"): (
+        2_579_986_432,
+        "1537*B*H*W + 6144*B*L + 4000",
+        "573*B*H*W/4 + 16384*B*L + 6400*B + 4000",
+    ),
+    (SD_2_1, "inpaint"): (
+        2_579_986_432,
+        "24603*B*H*W/16 + 6144*B*L + 4000",
+        "2305*B*H*W/16 + 16384*B*L + 6400*B + 4000",
+    ),
+    (SD_2_1_BASE, "txt2img"): (
+        2_579_986_432,
+        "12299*B*H*W/8 + 6144*B*L",
+        "1149*B*H*W/8 + 16384*B*L + 6400*B",
+    ),
+    (SD_2_1_BASE, "img2img"): (
+        2_579_986_432,
+        "12299*B*H*W/8 + 6144*B*L + 4000",
+        "1149*B*H*W/8 + 16384*B*L + 6400*B + 4000",
+    ),
+    (SD_2_1_BASE, "inpaint"): (
+        2_579_986_432,
+        "24609*B*H*W/16 + 6144*B*L + 4000",
+        "2311*B*H*W/16 + 16384*B*L + 6400*B + 4000",
+    ),
+    (SDXL, "txt2img"): (
+        6_937_744_896,
+        "109064*B*L",
+        "573*B*H*W/4 + 22528*B*L + 21784*B",
+        "3*B*H*W/4 + 12288*B*L + 10264*B + 172017680",
+        "24585*B*H*W/8 + 12288*B*L + 10264*B + 167307726",
+    ),
+    (SDXL, "img2img"): (
+        6_937_744_896,
+        "109064*B*L",
+        "573*B*H*W/4 + 22528*B*L + 21784*B",
+        "3*B*H*W/4 + 12288*B*L + 10264*B + 172017680",
+        "12*B*H*W + 8192*B*L + 5120*B + 172017680",
+        "24585*B*H*W/8 + 12288*B*L + 10264*B + 167307726",
+    ),
+    (SDXL, "inpaint"): (
+        6_937_744_896,
+        "109064*B*L",
+        "2305*B*H*W/16 + 22528*B*L + 21784*B",
+        "23*B*H*W/16 + 12288*B*L + 10264*B + 172017680",
+        "295*B*H*W/16 + 8192*B*L + 5120*B + 172017680",
+        "49181*B*H*W/16 + 12288*B*L + 10264*B + 167307726",
+    ),
+    (REFINER, "img2img"): (
+        6_075_705_344,
+        "687*B*H*W/4 + 19968*B*L + 24084*B",
+        "24585*B*H*W/8 + 7680*B*L + 10260*B + 167307726",
+    ),
+    (REFINER, "inpaint"): (
+        6_075_705_344,
+        "2761*B*H*W/16 + 19968*B*L + 24084*B",
+        "49181*B*H*W/16 + 7680*B*L + 10260*B + 167307726",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "pipeline"), HEADLINES)
+def test_a_headline_prints_as_recorded(name, pipeline):
+    resident, *terms = HEADLINES[name, pipeline]
+    assert str(derive(name, pipeline=pipeline).peak) == f"Max({', '.join(terms)}) + {resident}"
+
+
+def test_every_bundled_checkpoint_has_its_headline():
+    from derivation.config.checkpoint import BUNDLED
+
+    pipelines = {path.parent.relative_to(BUNDLED).as_posix() for path in BUNDLED.rglob("model_index.json")}
+    assert {name for name, _ in HEADLINES} == pipelines

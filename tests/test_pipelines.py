@@ -17,6 +17,8 @@ pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from conftest import REFINER, SD15, SD_2_1, SDXL
+
 from derivation import Options, derive
 from derivation.config import load
 from derivation.errors import DerivationError
@@ -28,12 +30,8 @@ from derivation.walk.pipelines.weights import registered
 from derivation.walk.schedulers import SCHEDULERS
 from derivation.walk.schedulers.base import SPACINGS
 
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 INPAINTING = "runwayml/stable-diffusion-inpainting"
-SD21 = "stabilityai/stable-diffusion-2-1"
 SD21_BASE = "stabilityai/stable-diffusion-2-1-base"
-SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
 TASKS = ("txt2img", "img2img", "inpaint")
 
 UNET: dict[str, Any] = {
@@ -160,7 +158,7 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 BUNDLED = [
     *((SD15, task) for task in TASKS),
     (INPAINTING, "inpaint"),
-    *((SD21, task) for task in TASKS),
+    *((SD_2_1, task) for task in TASKS),
     (SD21_BASE, "img2img"),
     *((SDXL, task) for task in TASKS),
     (REFINER, "img2img"),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SD15, SD_2_1, SDXL
 
 from derivation import DerivationError, derive
 from derivation.config.checkpoint import BUNDLED
@@ -31,8 +32,6 @@ from derivation.report.walk import walks
 from derivation.tape.grid import B, H, L, W
 from derivation.text import grouped
 
-MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SD_2_1, SDXL = "stabilityai/stable-diffusion-2-1", "stabilityai/stable-diffusion-xl-base-1.0"
 ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "google-chrome", "chromium-browser")
 CHROMIUM = next((found for name in BROWSERS if (found := shutil.which(name))), None)
@@ -43,13 +42,13 @@ SEED, STATES = 20261123, 24
 
 @pytest.fixture(scope="module")
 def derivation():
-    return derive(MODEL)
+    return derive(SD15)
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    [page] = build([MODEL], folder)
+    [page] = build([SD15], folder)
     return page
 
 
@@ -154,7 +153,7 @@ def test_large_dropped_points_come_with_proofs(derivation):
 def test_the_same_input_gives_the_same_files(tmp_path, small):
     first, second = (tmp_path / name for name in "ab")
     for folder in (first, second):
-        build([MODEL], folder)
+        build([SD15], folder)
     names = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
     assert names == sorted(path.relative_to(second) for path in second.rglob("*") if path.is_file())
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
@@ -162,7 +161,7 @@ def test_the_same_input_gives_the_same_files(tmp_path, small):
 
 def test_a_hostile_model_name_stays_text(tmp_path, small):
     hostile = tmp_path / "<img src=x onerror=alert(1)>`|$&%_{"
-    shutil.copytree(BUNDLED / MODEL, hostile)
+    shutil.copytree(BUNDLED / SD15, hostile)
     [page] = build([str(hostile)], tmp_path / "out")
     text = page.read_text()
     assert "<img" not in text
@@ -253,10 +252,10 @@ def test_a_component_alone_has_a_report(component, tmp_path, small):
 
 @pytest.mark.parametrize("options", [{"offload": "model"}, {"offload": "sequential", "controlnets": 1}])
 def test_options_are_told_and_offload_stands_beside_all_on_the_gpu(options, tmp_path, small):
-    [page] = build([MODEL], tmp_path, **options)
+    [page] = build([SD15], tmp_path, **options)
     text = page.read_text()
     for offload in (None, "model", "sequential"):
-        d = derive(MODEL, **{**options, "offload": offload})
+        d = derive(SD15, **{**options, "offload": offload})
         for side in SIZES:
             assert grouped(d.weights_bytes + max(d.stage_peaks(side, side).values())) in text
     for name, value in options.items():
@@ -264,7 +263,7 @@ def test_options_are_told_and_offload_stands_beside_all_on_the_gpu(options, tmp_
     assert "All models stay on the GPU" not in text
 
 
-@pytest.mark.parametrize("model", [MODEL, SD_2_1, SDXL])
+@pytest.mark.parametrize("model", [SD15, SD_2_1, SDXL])
 def test_half_types_that_share_a_program_have_the_same_bytes(model):
     half = [derive(model, pipeline="txt2img", dtype=dtype) for dtype in ("float16", "bfloat16")]
     pairs = {calculator.resolved(d.checkpoint, d.options.dtype, "efficient") for d in half}
@@ -273,7 +272,7 @@ def test_half_types_that_share_a_program_have_the_same_bytes(model):
 
 
 def test_a_gpu_is_told_and_its_steps_are_solved(small):
-    d = derive(MODEL, gpu="t4", attention="eager")
+    d = derive(SD15, gpu="t4", attention="eager")
     assert "scratch of t4" in chips(d)
     assert any("UNet calls on" in fact.sentence for fact in does_not_matter(d.equation))
 
@@ -334,7 +333,7 @@ def told(state):
 
 @cache
 def derived(dtype, attention):
-    return derive(MODEL, dtype=dtype, attention=attention)
+    return derive(SD15, dtype=dtype, attention=attention)
 
 
 PROBE = """<script>
@@ -411,11 +410,11 @@ def test_the_main_job_is_quiet_in_a_pipe_and_answers_json(tmp_path, monkeypatch,
 
 @pytest.fixture(scope="module")
 def tiled():
-    return derive(MODEL, pipeline="txt2img", vae_tiling=True, tile_sample_min_size=256)
+    return derive(SD15, pipeline="txt2img", vae_tiling=True, tile_sample_min_size=256)
 
 
 def test_a_tiled_report_defines_the_symbols_of_its_equation(tiled, tmp_path, small):
-    [page] = build([MODEL], tmp_path, pipeline="txt2img", vae_tiling=True, tile_sample_min_size=256)
+    [page] = build([SD15], tmp_path, pipeline="txt2img", vae_tiling=True, tile_sample_min_size=256)
     text = page.read_text()
     Page(text)
     for side in SIZES:
@@ -455,7 +454,7 @@ def test_the_map_of_a_tiled_report_is_its_equation(tiled):
 
 @needs_chromium
 def test_the_tiled_calculator_says_what_python_says(tiled, tmp_path, small):
-    [page] = build([MODEL], tmp_path / "report", pipeline="txt2img", vae_tiling=True, tile_sample_min_size=256)
+    [page] = build([SD15], tmp_path / "report", pipeline="txt2img", vae_tiling=True, tile_sample_min_size=256)
     wanted = [
         {"height": h, "width": w, "batch_size": b, "prompt_length": 77, "guidance": g, "gpu": "rtx-4090",
          "dtype": "float16", "attention": "efficient"}

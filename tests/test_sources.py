@@ -15,6 +15,7 @@ import pytest
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
+from conftest import SD15
 from huggingface_hub import errors
 from huggingface_hub.utils import logging as hub_logging
 
@@ -24,8 +25,7 @@ from derivation.config import load
 from derivation.config.checkpoint import BUNDLED
 from derivation.errors import DerivationError
 
-V15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SOURCE = BUNDLED / V15
+SOURCE = BUNDLED / SD15
 COMMIT, OLDER = "a" * 40, "b" * 40
 CALLS = {
     "unet": ["unet"],
@@ -69,7 +69,7 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize("part", CALLS)
 def test_one_components_config_is_its_own_checkpoint(part: str) -> None:
-    file, whole = SOURCE / part / "config.json", derive(V15)
+    file, whole = SOURCE / part / "config.json", derive(SD15)
     peaks = whole.component_peaks(512, 768)
     for source in (file, file.parent, str(file)):
         alone = derive(source)
@@ -81,7 +81,7 @@ def test_one_components_config_is_its_own_checkpoint(part: str) -> None:
 
 
 def test_a_model_index_is_its_folder() -> None:
-    assert load(SOURCE / "model_index.json").unet == load(V15).unet
+    assert load(SOURCE / "model_index.json").unet == load(SD15).unet
 
 
 def test_a_scheduler_alone_runs_nothing(capfd: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +158,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     made = Hub(tmp_path)
     cached(tmp_path, "org/fine-tune", files())
     cached(tmp_path, "org/fine-tune", files(unet=NARROW), OLDER, "v1")
-    cached(tmp_path, V15, files())
+    cached(tmp_path, SD15, files())
     cached(tmp_path, "org/vae", {"config.json": json.loads((SOURCE / "vae/config.json").read_text())})
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", made)
     monkeypatch.setattr("derivation.config.hub._unreachable", lambda *_: False)
@@ -166,7 +166,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 
 def test_a_hub_id_is_read_like_a_folder_all_of_one_commit(hub: Hub) -> None:
-    found, there = load("org/fine-tune"), load(V15)
+    found, there = load("org/fine-tune"), load(SD15)
     assert replace(found, name=there.name, source=there.source) == there
     assert found.name == "org/fine-tune"
     assert hub.calls[0] == ("org/fine-tune", "model_index.json", None, False)
@@ -183,16 +183,16 @@ def test_a_revision_is_respected(hub: Hub, given: tuple[str, str | None]) -> Non
     assert [revision for _, _, revision, _ in hub.calls] == ["v1", *[OLDER] * 6]
 
 
-@pytest.mark.parametrize("given", [(f"{V15}@main", None), (V15, "main")])
+@pytest.mark.parametrize("given", [(f"{SD15}@main", None), (SD15, "main")])
 def test_a_bundled_id_with_a_revision_is_the_hubs(hub: Hub, given: tuple[str, str | None]) -> None:
     load(*given)
-    assert hub.calls[0] == (V15, "model_index.json", "main", False)
+    assert hub.calls[0] == (SD15, "model_index.json", "main", False)
 
 
 def test_a_repository_of_one_component(hub: Hub) -> None:
     found = derive("org/vae")
     assert not found.checkpoint.whole and list(found.calls) == CALLS["vae"]
-    assert found.checkpoint.vae == load(V15).vae
+    assert found.checkpoint.vae == load(SD15).vae
     assert [file for _, file, _, _ in hub.calls] == ["model_index.json", "config.json"]
 
 
@@ -235,8 +235,8 @@ def test_what_the_hub_answers_is_one_line(
 
 def test_a_revision_that_a_bundled_ids_repository_lacks_is_named(hub: Hub) -> None:
     with pytest.raises(DerivationError, match="no revision v9"):
-        load(f"{V15}@v9")
-    assert hub.calls == [(V15, "model_index.json", "v9", False)]
+        load(f"{SD15}@v9")
+    assert hub.calls == [(SD15, "model_index.json", "v9", False)]
 
 
 def test_a_hostile_config_of_the_hub_is_one_line(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
@@ -291,7 +291,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_at_once(tmp_path: Path) -> Non
 def test_the_cache_is_enough_offline(tmp_path: Path) -> None:
     cached(tmp_path, "org/fine-tune", files())
     cached(tmp_path, "org/fine-tune", files(unet=NARROW), OLDER, "v1")
-    bundled = derive(V15).estimate(64, 64)
+    bundled = derive(SD15).estimate(64, 64)
     main, older = (json.loads(estimate(f"org/fine-tune{at}", tmp_path).stdout) for at in ("", "@v1"))
     assert main["peak_tensor_bytes"] == bundled["peak_tensor_bytes"] > older["peak_tensor_bytes"]
     assert estimate("org/fine-tune@v2", tmp_path).returncode == 2

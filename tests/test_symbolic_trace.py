@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 import numpy
 import sympy
+from conftest import SD15, SDXL
 from torch.utils._sympy.functions import FloorDiv, IntTrueDiv, Mod
 
 from derivation import Derivation, DerivationError, Options, derive
@@ -31,8 +32,6 @@ from derivation.verify.agree import agree
 from derivation.verify.fuzz import READERS, random_case
 from derivation.walk.subject import WalkedSubject
 
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 COMPONENTS = ("vae_encode", "vae_decode", "unet")
 
 SD3 = {

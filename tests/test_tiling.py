@@ -7,6 +7,7 @@ import random
 
 import pytest
 import sympy
+from conftest import SD15
 
 from derivation import DerivationError, derive
 from derivation.config.checkpoint import BUNDLED
@@ -14,7 +15,6 @@ from derivation.export import compiled
 from derivation.tape.grid import B, H, L, W
 from derivation.tape.tiles import Tile, Tiling
 
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 OPTIONS = [
     {},
     {"vae_slicing": True},

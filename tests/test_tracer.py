@@ -14,6 +14,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from conftest import SD15, SDXL
+
 from derivation.verify import (
     Alloc,
     SdpaMode,
@@ -27,8 +29,8 @@ from derivation.verify import (
     trace_pipeline,
 )
 
-CHECKPOINT = Path(__file__).parents[1] / "derivation/config/configs/stable-diffusion-v1-5/stable-diffusion-v1-5"
-SDXL = CHECKPOINT.parents[1] / "stabilityai/stable-diffusion-xl-base-1.0"
+BUNDLED = Path(__file__).parents[1] / "derivation/config/configs"
+CHECKPOINT, XL = BUNDLED / SD15, BUNDLED / SDXL
 FOLDERS = {"vae_encode": "vae", "vae_decode": "vae"}
 STAGES = ["text_encoder", "vae_encode", "unet", "vae_decode", "safety_checker", "postprocess"]
 
@@ -200,7 +202,7 @@ def test_tracing_a_pipeline_twice_gives_the_same_events_with_and_without_paths()
         {"attention": "eager", "scheduler": "UniPCMultistepScheduler", "batch_size": 2},
         {"attention": "flash", "switches": (("offload", "sequential"), ("vae_tiling", True))},
         {"pipeline": "inpaint", "switches": (("channels_last", True), ("controlnets", 1))},
-        {"checkpoint_folder": SDXL, "strength": 1.0, "switches": (("lora_rank", 4),)},
+        {"checkpoint_folder": XL, "strength": 1.0, "switches": (("lora_rank", 4),)},
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SD15
 
 from derivation import Derivation, Options, derive
 from derivation.config import bundled, load, unet_config
@@ -17,7 +18,6 @@ from derivation.walk.subject import WalkedSubject
 pytest.importorskip("pytest_benchmark")
 
 ROOT = Path(__file__).resolve().parents[2]
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def run(*arguments: str) -> None:
