@@ -135,31 +135,38 @@ def _remembered(given: _Points) -> tuple[_Points, tuple[int, ...], int]:
     # a point that dominates another is no smaller at any sample, so it comes first
     shares = (table / np.maximum(table.max(axis=0), 1)).sum(axis=1)
     others = [int(i) for i in np.argsort(-shares, kind="stable") if not wins[i]]
-    for i in _unproven(points, table, winners, others):
-        if not _dominated(points, table, kept, mixed, i):
+    margins = Margins(points)
+    for i in _unproven(margins, table, winners, others):
+        if not _dominated(points, margins, table, kept, mixed, i):
             kept.append(i)
-            mixed = _mixtures(table, kept[:MIX_AMONG])
+            if len(kept) <= MIX_AMONG:
+                mixed = _mixtures(table, kept)
     return given, tuple(kept), len(winners)
 
 
-def _unproven(points: Sequence[Point], table: Samples, uppers: Sequence[int], lowers: Sequence[int]) -> list[int]:
+def _unproven(margins: Margins, table: Samples, uppers: Sequence[int], lowers: Sequence[int]) -> list[int]:
     """Return those of ``lowers`` that none of ``uppers`` is proven to dominate by margins alone."""
-    margins = Margins(points)
     for upper in uppers:
         fits = [i for i, fit in zip(lowers, (table[upper] >= table[lowers]).all(axis=1), strict=True) if fit]
-        proven = {i for i, proof in zip(fits, margins.proven(upper, fits), strict=True) if proof}
+        proven = {i for i, proof in zip(fits, margins.proven([(upper, 1)], fits), strict=True) if proof}
         lowers = [i for i in lowers if i not in proven]
     return list(lowers)
 
 
-def _dominated(points: Sequence[Point], table: Samples, kept: Sequence[int], mixed: Mixtures, lower: int) -> bool:
+def _dominated(
+    points: Sequence[Point], margins: Margins, table: Samples, kept: Sequence[int], mixed: Mixtures, lower: int
+) -> bool:
     """Check at the samples first, then prove."""
     length = points[lower].max_length
-    return any(
-        all(points[k].max_length in (None, length) for k, _ in uppers)
-        and proven_nonnegative(margin([(points[k], w) for k, w in uppers], points[lower]), points[lower])
-        for uppers in _no_smaller(table, kept, mixed, lower)
-    )
+
+    def proven(uppers: Uppers) -> bool:
+        if margins.decide([lower, *(k for k, _ in uppers)]):
+            return bool(margins.proven(uppers, [lower])[0])
+        if any(points[k].max_length not in (None, length) for k, _ in uppers):
+            return False
+        return proven_nonnegative(margin([(points[k], w) for k, w in uppers], points[lower]), points[lower])
+
+    return any(proven(uppers) for uppers in _no_smaller(table, kept, mixed, lower))
 
 
 def _no_smaller(table: Samples, kept: Sequence[int], mixed: Mixtures, lower: int) -> Iterator[Uppers]:

@@ -14,6 +14,7 @@ from derivation.tape.symbols import SYMBOLS, Size, as_poly
 Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 MAX_EXACT = 2**62
+MAX_WEIGHT = 16
 ONE: Monomial = (0,) * len(SYMBOLS)
 
 
@@ -41,16 +42,24 @@ class Margins:
 
     def _is_exact(self) -> bool:
         """Return whether no sum of products of a margin, and of its bounds, reaches MAX_EXACT."""
-        counts = 2 * np.abs(self._counts).max(axis=0, initial=0).astype(np.float64)
+        counts = 2 * MAX_WEIGHT * np.abs(self._counts).max(axis=0, initial=0).astype(np.float64)
         raw = counts @ np.abs(self._sizes.astype(np.float64)) + counts @ self._slack
         return all(bool((raw @ bounds.magnitude < MAX_EXACT).all()) for bounds in self._bounds.values())
 
-    def proven(self, upper: int, lowers: Sequence[int]) -> Flags:
-        """Return, for each of ``lowers``, True if point ``upper`` is proven to take at least as many bytes."""
+    def decide(self, points: Sequence[int]) -> bool:
+        """Return whether what is not proven here of ``points`` has no proof in ``derivation.peak.proof`` either."""
+        return self._exact and bool(self._plain[list(points)].all())
+
+    def proven(self, uppers: Sequence[tuple[int, int]], lowers: Sequence[int]) -> Flags:
+        """Return, for each of ``lowers``, True if ``uppers``, (point, weight) each, are proven to take no fewer bytes.
+
+        Weights are positive and at most MAX_WEIGHT in all.
+        """
         result = np.zeros(len(lowers), dtype=np.bool_)
-        if not (self._exact and self._plain[upper]):
+        if not self.decide([point for point, _ in uppers]):
             return result
-        beyond = self._counts[upper] - self._counts[lowers]
+        weight = sum(weight for _, weight in uppers)
+        beyond = sum(w * self._counts[point] for point, w in uppers) - weight * self._counts[lowers]
         margins = beyond @ self._sizes
         margins[:, 0] -= np.maximum(-beyond, 0) @ self._slack
         result |= (margins >= 0).all(axis=1)

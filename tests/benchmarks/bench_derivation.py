@@ -39,6 +39,15 @@ def test_cold_estimate_command(benchmark):
     benchmark.pedantic(run, args=arguments, rounds=5)
 
 
+def test_import_of_sympy_the_unit_of_the_ratios(benchmark):
+    benchmark.pedantic(run, args=("-c", "import sympy"), rounds=5)
+
+
+@pytest.mark.parametrize("options", [(), ("--gpu", "t4"), ("--attention", "math")], ids=["cpu", "t4", "math"])
+def test_cold_export_command(benchmark, options):
+    benchmark.pedantic(run, args=("-m", "derivation", "export", SD15, "--to", "python", *options), rounds=3)
+
+
 @pytest.mark.parametrize("name", bundled())
 def test_warm_derive(benchmark, name):
     benchmark.pedantic(lambda: derive(name, pipeline=task(name)).peak, rounds=5, warmup_rounds=1)
