@@ -6,6 +6,7 @@ prompt lengths.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -16,7 +17,7 @@ import sympy
 from derivation.call import DEFAULT_PROMPT_LENGTH
 from derivation.equation.derived import Derived
 from derivation.peak.headline import Term
-from derivation.peak.liveness import Point, local_maxima
+from derivation.peak.liveness import Point
 from derivation.tape.grid import B, H, L, W
 from derivation.tape.symbols import Size, ceil512
 from derivation.tape.tiles import IN_PIXELS
@@ -28,7 +29,7 @@ A = sympy.Symbol("A", integer=True, positive=True)
 REFERENCE_SIDE = 512
 NEGLIGIBLE = 0.01
 # The longest history of the schedulers is 4 steps; further calls than these repeat.
-MOST_STEPS_TRIED = 8
+MOST_STEPS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +140,26 @@ def _threshold(
     difference: sympy.Expr, axis: sympy.Symbol, at: Mapping[sympy.Symbol, int], edge: float
 ) -> sympy.Expr:
     """Return the exact root that is ``edge`` where the other symbols are ``at``."""
+    polynomial = sympy.Poly(difference, axis)
+    if polynomial.degree() == 1:
+        slope, constant = polynomial.all_coeffs()
+        return _ratio(-constant, slope)
     unknown = sympy.Symbol("x")
     roots = sympy.solve(difference.subs(axis, unknown), unknown)
     nearest = min(roots, key=lambda root: abs(complex(root.subs(at)) - edge))
     return sympy.simplify(nearest.subs(A, H * W))
 
 
-def does_not_matter(derived: Derived, guidance: bool = True) -> tuple[Irrelevant, ...]:
-    """Return what the peak does not depend on, each with the threshold from which on or up to which that holds."""
-    found = [_orientation(derived, guidance), _length(derived, guidance), _steps(derived, guidance)]
+def _ratio(numerator: sympy.Expr, denominator: sympy.Expr) -> sympy.Expr:
+    """Return a ratio of polynomials in lowest terms, its numerator in powers of B."""
+    above, below = sympy.fraction(sympy.cancel(numerator / denominator))
+    content, primitive = sympy.Poly(above, A, B, L).primitive()
+    return content / below * sympy.factor_terms(sympy.collect(primitive.as_expr().subs(A, H * W), B))
+
+
+def does_not_matter(derived: Derived, crossings: Sequence[Crossover], guidance: bool) -> tuple[Irrelevant, ...]:
+    """Return what the peak does not depend on, and from which on or up to which of its ``crossings`` that holds."""
+    found = [_orientation(derived, guidance), _length(derived, crossings, guidance), _steps(derived, guidance)]
     names = ", ".join(sorted(str(s) for s in derived.peak(guidance).free_symbols))
     values = Irrelevant(
         "seed, prompt text, guidance scale above 1",
@@ -169,7 +181,7 @@ def _orientation(derived: Derived, guidance: bool) -> Irrelevant | None:
     )
 
 
-def _length(derived: Derived, guidance: bool) -> Irrelevant | None:
+def _length(derived: Derived, crossings: Sequence[Crossover], guidance: bool) -> Irrelevant | None:
     at = {A: REFERENCE_SIDE**2, L: DEFAULT_PROMPT_LENGTH, B: 1}
     forms = [form for _, form in _forms(derived.pipeline_stage(guidance).terms)]
     if len(forms) < len(derived.pipeline_stage(guidance).terms):
@@ -182,7 +194,7 @@ def _length(derived: Derived, guidance: bool) -> Irrelevant | None:
     if per_token == 0:
         sentence = f"At {REFERENCE_SIDE} x {REFERENCE_SIDE} and B = 1 the peak does not depend on it."
         return Irrelevant("prompt length", sentence)
-    longer = [c for c in crossovers(derived, guidance) if c.axis == "length" and c.at > DEFAULT_PROMPT_LENGTH]
+    longer = [c for c in crossings if c.axis == "length" and c.at > DEFAULT_PROMPT_LENGTH]
     most = f"{ceil(share * 1e4) / 1e4:.2%}"
     limit = f" Only a prompt of more than {int(longer[0].at):,} tokens moves the peak." if longer else ""
     return Irrelevant(
@@ -193,25 +205,24 @@ def _length(derived: Derived, guidance: bool) -> Irrelevant | None:
 
 
 def _steps(derived: Derived, guidance: bool) -> Irrelevant | None:
-    """Find the fewest UNet calls that visit the same surviving live sets and no others, None if not among few."""
-    if not derived.subject.whole:
+    """Find the pass of the denoising loop in which the last surviving live set appears; None if late or there is none.
+
+    Where a pass leaves alive what it found, all further ones are alike.
+    """
+    record = derived.record(guidance)
+    starts = record.tape.iterations
+    first: dict[tuple[str, LiveSet], int] = {}
+    for point in record.points:
+        first.setdefault((point.stage, _rounded(point)), point.event)
+    kept = {(p.stage, _rounded(p)) for p in record.pipeline.reduction.kept}
+    passes = max(1, *(bisect_right(starts, first[key]) for key in kept if first[key] < starts[-1])) if starts else 0
+    steps = max(1, passes - record.tape.repeats)
+    if not passes or steps > min(derived.options.num_inference_steps - 1, MOST_STEPS):
         return None
-    reference = set(_live_sets(derived, guidance))
-    kept = {(p.stage, _rounded(p)) for p in derived.record(guidance).pipeline.reduction.kept}
-    for fewer in range(1, min(derived.options.num_inference_steps, MOST_STEPS_TRIED + 1)):
-        changed = derived.subject.changed(num_inference_steps=fewer, strength=1.0)
-        visited = set(_live_sets(Derived(changed, derived.fixed), guidance))
-        if kept <= visited <= reference:
-            return Irrelevant(
-                "number of denoising steps, strength",
-                f"From {fewer} UNet calls on, every further one finds the same tensors alive as the one before.",
-            )
-    return None
-
-
-def _live_sets(derived: Derived, guidance: bool) -> Iterable[tuple[str, LiveSet]]:
-    tape = derived.program(guidance).generic.tape
-    return ((point.stage, _rounded(point)) for point in local_maxima(tape))
+    return Irrelevant(
+        "number of denoising steps, strength",
+        f"From {steps} UNet calls on, every further one finds the same tensors alive as the one before.",
+    )
 
 
 def _rounded(point: Point) -> LiveSet:

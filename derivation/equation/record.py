@@ -37,7 +37,10 @@ class Equation(Derived):
 
     def irrelevant(self, guidance: bool = True) -> tuple[Irrelevant, ...]:
         """Return what the peak does not depend on."""
-        return self._once(does_not_matter, self, guidance)
+        return self._once(self._irrelevant, guidance)
+
+    def _irrelevant(self, guidance: bool) -> tuple[Irrelevant, ...]:
+        return does_not_matter(self, self.crossovers(guidance), guidance)
 
     @cached_property
     def limits(self) -> Limits:

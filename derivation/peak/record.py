@@ -26,7 +26,7 @@ class Record:
     """Every intermediate of one derivation."""
 
     tape: Tape
-    points: int
+    points: tuple[Point, ...]
     stages: dict[str, StageRecord]
     pipeline: StageRecord
 
@@ -40,7 +40,7 @@ def derive_record(program: Program, grid: Grid) -> Record:
         name: _stage(name, [point for point in points if point.stage == name], grid) for name in names
     }
     survivors = [point for stage in stages.values() for point in stage.reduction.kept]
-    return Record(variant.tape, len(points), stages, _stage("pipeline", survivors, grid))
+    return Record(variant.tape, tuple(points), stages, _stage("pipeline", survivors, grid))
 
 
 def _stage(name: str, points: list[Point], grid: Grid) -> StageRecord:

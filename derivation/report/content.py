@@ -139,7 +139,7 @@ def content(model: object, options: Options, command: str, progress: Progress, v
         assumptions=assumptions(d),
         symbols=_symbols(d),
         events=len(d.record().tape.events),
-        points=d.record().points,
+        points=len(d.record().points),
         reductions=reduced,
         walks=walked,
         figures=drawn,

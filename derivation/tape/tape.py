@@ -45,7 +45,8 @@ class Tape:
     decide guards, ``ones`` the symbols that are 1 in this run, ``fixed`` those with another value;
     ``events`` holds i + 1 where allocation i appears and -(i + 1) where it dies; ``parameters`` maps a
     parameter's or buffer's module path to its shape and dtype; ``loops`` holds event ranges (start, end, times)
-    that the real program runs ``times`` times in all; ``dtypes`` maps a model to its parameters' dtype where that
+    that the real program runs ``times`` times in all; ``iterations`` holds the event at which each recorded pass of the
+    denoising loop begins, ``repeats`` how many timesteps a scheduler has beyond its steps; ``dtypes`` maps a model to its parameters' dtype where that
     was changed; ``leaves`` holds, for each open scope, the parameters that are on the GPU until it is left;
     ``tile`` is set where the run stands for every number of VAE tiles, and ``cut`` holds event ranges (start, end,
     symbols) that belong to cut tiles: they do not occur where a symbol is 0; ``emptied`` holds how many events
@@ -63,6 +64,8 @@ class Tape:
     guards: dict[tuple[Size, int], Guard] = field(default_factory=dict)
     marks: list[Mark] = field(default_factory=list)
     loops: list[tuple[int, int, int]] = field(default_factory=list)
+    iterations: list[int] = field(default_factory=list)
+    repeats: int = 0
     path: list[str] = field(default_factory=list)
     kept: set[str] = field(default_factory=set)
     alive: set[int] = field(default_factory=set)

@@ -47,9 +47,11 @@ class Denoising:
         """
         timesteps = self.scheduler.num_timesteps - self.scheduler.begin_index
         unrolled = timesteps - self.scheduler.tail
+        tape().repeats = self.scheduler.num_timesteps - self.scheduler.num_inference_steps
         i = 0
         while i < timesteps:
             start, settled = len(tape().events), self.scheduler.settled
+            tape().iterations.append(start)
             before = live_sizes() if settled else None
             self.iteration(prompt_embeds, added_cond, last=i == timesteps - 1)
             i += 1
