@@ -25,7 +25,6 @@ from jsonschema import Draft202012Validator
 
 from derivation import Derivation, DerivationError, derive
 from derivation.equation.cases import regimes
-from derivation.equation.crossover import crossovers, does_not_matter
 from derivation.export import CHECKED_IN, TARGETS, compiled, export, generate, write, write_formulas
 from derivation.export.render import VERSIONS, assumptions, exclusions
 from derivation.tape.grid import B, H, L, W
@@ -583,21 +582,21 @@ def test_checked_in_folders_are_distinct():
 def test_area_crossovers_are_where_the_winner_changes(attention):
     d = derive(SD15, attention=attention)
     terms = d.equation.pipeline_stage().terms
-    for c in (c for c in crossovers(d.equation) if c.axis == "area"):
+    for c in (c for c in d.equation.crossovers() if c.axis == "area"):
         for area, stage in ((int(c.at), c.before), (int(c.at) + 1, c.after)):
             at = {H: area, W: 1, L: c.given["L"], B: c.given["B"]}
             assert max(terms, key=lambda term: term.expression.subs(at)).point.stage == stage
 
 
 def test_length_crossover_is_symbolic(d):
-    [crossing] = [c for c in crossovers(d.equation) if c.axis == "length"]
+    [crossing] = [c for c in d.equation.crossovers() if c.axis == "length"]
     assert (crossing.before, crossing.after) == ("vae_decode", "unet")
     assert {H, W} <= crossing.threshold.free_symbols
     assert int(crossing.at) == 35_679
 
 
 def test_does_not_matter(d):
-    found = {item.quantity: item.sentence for item in does_not_matter(d.equation)}
+    found = {item.quantity: item.sentence for item in d.equation.irrelevant()}
     assert "35,679 tokens" in found["prompt length"]
     assert "From 5 UNet calls on" in found["number of denoising steps, strength"]
 

@@ -20,7 +20,6 @@ from conftest import SD15, SD_2_1, SDXL
 
 from derivation import DerivationError, derive
 from derivation.config.checkpoint import BUNDLED
-from derivation.equation.crossover import does_not_matter
 from derivation.export import export
 from derivation.files import write_files
 from derivation.report import build, calculator, content, pictures
@@ -274,7 +273,7 @@ def test_half_types_that_share_a_program_have_the_same_bytes(model):
 def test_a_gpu_is_told_and_its_steps_are_solved(small):
     d = derive(SD15, gpu="t4", attention="eager")
     assert "scratch of t4" in chips(d)
-    assert any("UNet calls on" in fact.sentence for fact in does_not_matter(d.equation))
+    assert any("UNet calls on" in fact.sentence for fact in d.equation.irrelevant())
 
 
 def test_every_simplification_step_has_the_same_value(derivation):

@@ -41,17 +41,18 @@ Memory = dict[Hashable, list[Any]]
 class Tape:
     """The record of one symbolic run.
 
-    ``settings`` is what modules read their dtype and attention backend from; ``hint`` holds the sizes that
-    decide guards, ``ones`` the symbols that are 1 in this run, ``fixed`` those with another value;
-    ``events`` holds i + 1 where allocation i appears and -(i + 1) where it dies; ``parameters`` maps a
-    parameter's or buffer's module path to its shape and dtype; ``loops`` holds event ranges (start, end, times)
-    that the real program runs ``times`` times in all; ``iterations`` holds the event at which each recorded pass of the
-    denoising loop begins, ``repeats`` how many timesteps a scheduler has beyond its steps; ``dtypes`` maps a model to its parameters' dtype where that
-    was changed; ``leaves`` holds, for each open scope, the parameters that are on the GPU until it is left;
-    ``tile`` is set where the run stands for every number of VAE tiles, and ``cut`` holds event ranges (start, end,
-    symbols) that belong to cut tiles: they do not occur where a symbol is 0; ``emptied`` holds how many events
-    precede each torch.cuda.empty_cache(); ``asked`` holds the answers that decide what a module does, in order, and
-    ``memory`` what modules have recorded, on this tape or others (``derivation.tape.block``), None for no memory.
+    ``settings`` is what modules read their dtype and attention backend from; ``hint`` holds the sizes that decide
+    guards, ``ones`` the symbols that are 1 in this run, ``fixed`` those with another value; ``events`` holds i + 1
+    where allocation i appears and -(i + 1) where it dies; ``parameters`` maps a parameter's or buffer's module path
+    to its shape and dtype; ``loops`` holds event ranges (start, end, times) that the real program runs ``times``
+    times in all; ``iterations`` holds the event at which each recorded pass of the denoising loop begins,
+    ``repeats`` how many timesteps a scheduler has beyond its steps; ``dtypes`` maps a model to its parameters'
+    dtype where that was changed; ``leaves`` holds, for each open scope, the parameters that are on the GPU until it
+    is left; ``tile`` is set where the run stands for every number of VAE tiles, and ``cut`` holds event ranges
+    (start, end, symbols) that belong to cut tiles: they do not occur where a symbol is 0; ``emptied`` holds how
+    many events precede each torch.cuda.empty_cache(); ``asked`` holds the answers that decide what a module does,
+    in order, and ``memory`` what modules have recorded, on this tape or others (``derivation.tape.block``), None
+    for no memory.
     """
 
     settings: Settings
