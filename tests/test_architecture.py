@@ -190,3 +190,30 @@ def test_a_registry_refuses_a_name_that_is_taken():
     home = "derivation.walk.schedulers.ddim.DDIMScheduler"
     assert str(caught.value) == f"scheduler DDIMScheduler is registered twice: {home} and elsewhere.DDIMScheduler"
     assert SCHEDULERS["DDIMScheduler"] is not taken
+
+
+def named_in(*names: str) -> set[str]:
+    """The files whose code, docstrings apart, has a name or a text that is one of ``names``."""
+    found = set()
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            said = (getattr(node, key, None) for key in ("id", "name", "attr", "value"))
+            if any(isinstance(word, str) and word in names for word in said):
+                found.add(str(path.relative_to(PACKAGE)))
+    return found
+
+
+def test_a_gpu_is_an_entry_of_the_table_alone():
+    assert not named_in("L40S", "l40s", "L4", "T4", "t4")
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_scheduler_is_two_files(name):
+    found = named_in(name)
+    assert "config/schedulers.py" in found
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("target", ["arrays", "c", "document", "javascript"])
+def test_an_export_format_is_two_files(target):
+    assert {name for name, used in USED.items() if f"derivation.export.{target}" in used} == {"derivation.export"}

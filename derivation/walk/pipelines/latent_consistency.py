@@ -23,7 +23,7 @@ from derivation.walk.pipelines.stable_diffusion import (
     prepare_image_latents,
     run_safety_checker,
 )
-from derivation.walk.schedulers import LCMScheduler
+from derivation.walk.schedulers.lcm import LCMScheduler
 
 NAME = "LatentConsistencyModelPipeline"
 
