@@ -11,15 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from rich.console import Console
-
 # Read when NumPy is loaded: the processes share the cores already, threads beside them only wait.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from derivation import DerivationError
 from derivation.cli.arguments import add_options, given_options
 from derivation.errors import one_line
-from derivation.report.job import build_all
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -51,6 +48,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job and return its exit code: 0, or 2 with one line on stderr."""
+    from rich.console import Console
+
+    from derivation.report.job import build_all
+
     args = parser().parse_args(arguments)
     console, start = Console(stderr=True, highlight=False), time.monotonic()
     try:
