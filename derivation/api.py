@@ -279,7 +279,7 @@ def derive(
         traced: Subject = _tracing().TracedTransformer.read(model, options_of(given))
         return Derivation(traced)
     chosen = live_options(model, **given) if is_live(model) else options_of(given)
-    return Derivation(WalkedSubject(load(model, revision, local_files_only), chosen))
+    return Derivation(WalkedSubject(load(model, revision, local_files_only, chosen.scheduler), chosen))
 
 
 def _tracing() -> Any:

@@ -139,7 +139,6 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
         "scheduler = 'EDMDPMSolverMultistepScheduler'",
     ),
     ("a quantized UNet", UNET_FILE, {"quantization_config": {"load_in_8bit": True}}, "quantization_config"),
-    ("a misspelt key", SCHEDULER_FILE, {"use_karas_sigmas": True}, "did you mean use_karras_sigmas?"),
 ]
 
 

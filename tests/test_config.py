@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from conftest import REFINER, SD15, SD_2_1, SDXL
 
-from derivation import config
+from derivation import config, derive
 from derivation.config.checkpoint import BUNDLED, MAX_FILE_BYTES
+from derivation.config.checks import IgnoredKeys
 from derivation.config.schedulers import DEFAULTS
 from derivation.errors import DerivationError, UnsupportedConfig
 
@@ -145,7 +146,6 @@ BAD: list[tuple[str, str, object, str]] = [
     ("unet", "only_cross_attention", True, "false"),
     ("unet", "conv_in_kernel", 4, "1, 3, 5"),
     ("unet", "time_embedding_type", "fourier", "positional"),
-    ("unet", "atention_head_dim", 8, "did you mean attention_head_dim?"),
     ("unet", "_class_name", "UNet2DModel", "UNet2DConditionModel"),
     ("vae", "latent_channels", [4], "integer"),
     ("vae", "scaling_factor", 0, "above 0"),
@@ -156,7 +156,6 @@ BAD: list[tuple[str, str, object, str]] = [
     ("text_encoder", "hidden_size", 770, "num_attention_heads = 12"),
     ("text_encoder", "eos_token_id", [2], "integer"),
     ("text_encoder", "output_hidden_states", True, "false"),
-    ("text_encoder", "d_model", 768, "the keys of CLIPText"),
     ("text_encoder", "architectures", ["T5EncoderModel"], "CLIPTextModel"),
     ("safety_checker", "vision_config", {"patch_size": 0}, "vision_config.patch_size"),
     ("safety_checker", "vision_config", {"patch_size": 500}, "up to image_size = 224"),
@@ -165,7 +164,6 @@ BAD: list[tuple[str, str, object, str]] = [
     ("scheduler", "prediction_type", "noise", "v_prediction"),
     ("scheduler", "skip_prk_steps", 1, "true or false"),
     ("scheduler", "beta_start", math.inf, "finite"),
-    ("scheduler", "surprise", 1, "the keys of diffusers' schedulers"),
 ]
 
 
@@ -194,7 +192,44 @@ def test_bad_value(part: str, key: str, value: object, named: str, expected: str
     rejects(lambda: BUILDERS[part](raw(part) | {key: value}, file), f"{file}: ", named, expected)
 
 
-@pytest.mark.parametrize("value", [None, [], 3, "x", {1: 2}, {"\n": 2}])
+@pytest.mark.parametrize(
+    ("part", "keys", "told"),
+    [
+        ("unet", {"decay": 0.9999, "inv_gamma": 1.0, "use_ema_warmup": False}, "decay, inv_gamma"),
+        ("unet", {"atention_head_dim": 8}, "did you mean attention_head_dim?"),
+        ("text_encoder", {"d_model": 768}, "d_model"),
+        ("scheduler", {"surprise": 1}, "surprise"),
+        ("vae", {"a\nb": 1}, "a\\nb"),
+    ],
+)
+def test_keys_that_diffusers_ignores_are_ignored_and_told_once(part: str, keys: dict[str, Any], told: str) -> None:
+    with pytest.warns(IgnoredKeys) as caught:
+        found = BUILDERS[part](raw(part) | keys, f"{part}.json")
+    assert found == BUILDERS[part](raw(part), f"{part}.json")
+    assert len(caught) == 1 and told in str(caught[0].message) and f"{part}.json: " in str(caught[0].message)
+
+
+def test_a_null_flag_is_off(folder: Path) -> None:
+    file = folder / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"requires_safety_checker": None}))
+    assert not config.load(folder).requires_safety_checker
+
+
+def test_a_foreign_pipeline_is_named_before_its_parts(folder: Path) -> None:
+    file = folder / "model_index.json"
+    file.write_text(json.dumps({"_class_name": "FluxPipeline", "scheduler": ["diffusers", "Unheard"]}))
+    rejects(lambda: config.load(folder), str(file), "_class_name = 'FluxPipeline'", "method = 'trace'")
+
+
+def test_a_scheduler_takes_the_place_of_one_that_is_not_known(folder: Path) -> None:
+    file, own = folder / "model_index.json", folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scheduler": ["diffusers", "LMSDiscreteScheduler"]}))
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"_class_name": "LMSDiscreteScheduler"}))
+    rejects(lambda: config.load(folder), str(file), "LMSDiscreteScheduler")
+    assert derive(folder, scheduler="DDIMScheduler").peak == derive(SD15, scheduler="DDIMScheduler").peak
+
+
+@pytest.mark.parametrize("value", [None, [], 3, "x", {1: 2}])
 @pytest.mark.parametrize("part", BUILDERS)
 def test_bad_mapping(part: str, value: object) -> None:
     rejects(lambda: BUILDERS[part](value, "a/b.json"), "a/b.json")

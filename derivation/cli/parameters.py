@@ -206,7 +206,7 @@ def _checked(key: str, value: Any) -> Any:
 
 def derivation_of(model: str, options: Options, revision: str | None = None) -> Derivation:
     """Return the derivation of what a MODEL argument names."""
-    return Derivation(WalkedSubject(load(model, revision), options))
+    return Derivation(WalkedSubject(load(model, revision, scheduler=options.scheduler), options))
 
 
 def sizes(size: Size, prompt: Prompt) -> dict[str, Any]:

@@ -10,14 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import DerivationError
-from .checks import At, Check, anything, flag, one_of, strict
+from ..errors import DerivationError, UnsupportedConfig
+from .checks import INDEX, At, Check, anything, flag_or_null, one_of, strict
 from .clip import TEXT_CLASSES, CLIPTextConfig, CLIPVisionConfig, clip_text_config, clip_vision_config
 from .models import AutoencoderKLConfig, UNet2DConditionConfig, unet_config, vae_config
 from .schedulers import DEFAULTS, SchedulerConfig, scheduler_config
 
 BUNDLED = Path(__file__).resolve().parent / "configs"
-INDEX = "model_index.json"
 # h94/IP-Adapter: models/image_encoder, OpenCLIP ViT-H/14, which ip-adapter_sd15 and ip-adapter_sdxl_vit-h read
 IMAGE_ENCODER = BUNDLED / "h94" / "IP-Adapter" / "image_encoder" / "config.json"
 MAX_FILE_BYTES = 4 << 20
@@ -107,9 +106,8 @@ INDEX_KEYS: dict[str, Check[Any]] = {
     "image_encoder": _absent,
     "watermark": _absent,
     "add_watermarker": anything,
-    "requires_safety_checker": flag,
-    "requires_aesthetics_score": flag,
-    "force_zeros_for_empty_prompt": flag,
+    **dict.fromkeys(("requires_safety_checker", "requires_aesthetics_score"), flag_or_null),
+    "force_zeros_for_empty_prompt": flag_or_null,
 }
 
 
@@ -143,11 +141,19 @@ def _flags(index: object, file: str) -> dict[str, object]:
     return given
 
 
+def known_pipeline(named: object, file: str) -> str:
+    """Return the class of a pipeline that is walked; raises DerivationError for another, and says what to do."""
+    if isinstance(named, str) and named not in PIPELINES:
+        walked = f"{', '.join(PIPELINES)}; a transformer alone with method = 'trace'"
+        raise UnsupportedConfig(file, "_class_name", named, walked)
+    return one_of(*PIPELINES)(named, At(file, "_class_name"))
+
+
 def assembled(
     name: str, source: str, file: str, named: object, index: object, parts: Mapping[str, Part]
 ) -> Checkpoint:
     """Return the checkpoint of a pipeline's index and components, all checked; raises ``DerivationError``."""
-    pipeline_class = one_of(*PIPELINES)(named, At(file, "_class_name"))
+    pipeline_class = known_pipeline(named, file)
     given = _flags(index, file)
     built: dict[str, Any] = dict.fromkeys(COMPONENTS)
     for part_name, part in parts.items():

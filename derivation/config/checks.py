@@ -6,16 +6,18 @@ import dataclasses
 import difflib
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from ..errors import DerivationError, UnsupportedConfig, shown
+from ..errors import DerivationError, UnsupportedConfig, one_line, shown
 
 T = TypeVar("T")
 
 MAX_SIZE = 1 << 20
 MAX_LAYERS = 1000
 MAX_BLOCKS = 16
+INDEX = "model_index.json"
 
 
 class At(NamedTuple):
@@ -158,7 +160,7 @@ def key(check: Check[Any], default: object) -> Any:
 def read(
     cls: type[Any], mapping: object, file: str, *, extra: Mapping[str, Check[Any]], prefix: str = "", blocks: int = 0
 ) -> dict[str, Any]:
-    """Return the checked fields of the table ``cls``, its defaults filled in; any other key than ``extra`` raises."""
+    """Return the checked fields of the table ``cls``, its defaults filled in, and check those of ``extra``."""
     rows = {field.name: field.metadata for field in dataclasses.fields(cls) if field.metadata}
     given = strict(mapping, file, known=[*rows, *extra], owner=cls.__name__, prefix=prefix)
     for name, value in given.items():
@@ -170,19 +172,38 @@ def read(
     }
 
 
+class IgnoredKeys(UserWarning):
+    """A config holds keys that diffusers and transformers ignore, too."""
+
+
+# Keys that from_pretrained reads of any model's config, beside its class's arguments (modeling_utils.py).
+LOADED = ("quantization_config",)
+
+
 def strict(mapping: object, file: str, *, known: list[str], owner: str, prefix: str = "") -> dict[str, object]:
-    """Return the keys of ``mapping`` without ``_`` metadata; a key that is not ``known`` raises."""
+    """Return the ``known`` keys of ``mapping``, without ``_`` metadata.
+
+    Others are ignored, as diffusers (ConfigMixin.extract_init_dict) and transformers do, with one IgnoredKeys warning;
+    a key that is read when a model is loaded, or a component that nobody knows, raises.
+    """
     if not isinstance(mapping, Mapping):
         raise DerivationError(f"{file}: expected a JSON object of config keys, got {shown(mapping)}")
     given = {name: value for name, value in mapping.items() if not (isinstance(name, str) and name.startswith("_"))}
-    for name, value in given.items():
-        if name in known:
-            continue
-        label = prefix + name if isinstance(name, str) else shown(name)
-        close = difflib.get_close_matches(label[:60], known, 1)
-        hint = f", did you mean {close[0]}?" if close else ""
-        raise UnsupportedConfig(file, label[:60], value, f"the keys of {owner}{hint}")
+    odd = [name for name in given if name not in known]
+    for name in odd:
+        value = given.pop(name)
+        if not isinstance(name, str) or name in LOADED or (owner == INDEX and isinstance(value, list)):
+            label = prefix + name if isinstance(name, str) else shown(name)
+            raise UnsupportedConfig(file, label[:60], value, f"the keys of {owner}")
+    if odd:
+        told = ", ".join(_told(prefix + name, known) for name in odd[:8]) + (", ..." if odd[8:] else "")
+        warnings.warn(one_line(f"{file}: ignored, as by {owner}: {told}"), IgnoredKeys, stacklevel=2)
     return given
+
+
+def _told(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name[:60], known, 1, cutoff=0.8)
+    return name[:60] + (f" (did you mean {close[0]}?)" if close else "")
 
 
 def expect_class(mapping: object, file: str, *supported: str) -> None:

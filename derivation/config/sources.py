@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..errors import DerivationError, shown
 from . import hub
-from .checkpoint import BUNDLED, COMPONENTS, INDEX, Checkpoint, Part, alone, assembled, read_json
-from .checks import At, one_of
+from .checkpoint import BUNDLED, COMPONENTS, Checkpoint, Part, alone, assembled, known_pipeline, read_json
+from .checks import INDEX, At, one_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 FILES = tuple(dict.fromkeys(component.file for component in COMPONENTS.values()))
@@ -21,11 +21,14 @@ MODEL_TYPES = {"clip_text_model": "CLIPTextModel", "clip": "StableDiffusionSafet
 IP_ADAPTER = ("encoder_hid_dim_type", "ip_image_proj")
 
 
-def load(source: object, revision: str | None = None, local_files_only: bool = False) -> Checkpoint:
+def load(
+    source: object, revision: str | None = None, local_files_only: bool = False, scheduler: str | None = None
+) -> Checkpoint:
     """Return the checkpoint of a bundled id, a folder or a file in diffusers' format, a Hub id, or a live pipeline.
 
     A file is a ``model_index.json``, or one component's config. A Hub id is "org/name" or "org/name@revision";
-    with ``local_files_only`` it is read from the Hub's cache alone. Raises DerivationError.
+    with ``local_files_only`` it is read from the Hub's cache alone. The class ``scheduler`` takes the place of the
+    file's before that is read, as ``scheduler.from_config(pipe.scheduler.config)``. Raises DerivationError.
 
     >>> load("stable-diffusion-v1-5").unet.block_out_channels
     (320, 640, 1280, 1280)
@@ -36,10 +39,10 @@ def load(source: object, revision: str | None = None, local_files_only: bool = F
         path = os.fspath(source)
         if not isinstance(path, str):
             raise DerivationError(f"{shown(path)}: a path must be text")
-        found = _local(path) if revision is None else None
-        return found or _named(path, revision, local_files_only)
+        found = _local(path, scheduler) if revision is None else None
+        return found or _named(path, revision, local_files_only, scheduler)
     if is_live(source) and revision is None:
-        return _live(source)
+        return _live(source, scheduler)
     raise DerivationError(f"cannot read {shown(source)}: pass a bundled id, a checkpoint folder, or a pipeline")
 
 
@@ -53,7 +56,7 @@ def is_live(source: object) -> bool:
     return hasattr(source, "unet") or hasattr(source, "vae")
 
 
-def _local(path: str) -> Checkpoint | None:
+def _local(path: str, scheduler: str | None) -> Checkpoint | None:
     """Return the checkpoint of a folder or a file, None where there is neither."""
     folder = Path(path)
     if os.path.isfile(path):
@@ -66,19 +69,19 @@ def _local(path: str) -> Checkpoint | None:
         for file in FILES:
             if os.path.isfile(folder / file):
                 return _component(path, folder / file)
-    return _pipeline(str(folder), str(folder), lambda file: folder / file)
+    return _pipeline(str(folder), str(folder), lambda file: folder / file, scheduler)
 
 
-def _named(given: str, revision: str | None, local_files_only: bool) -> Checkpoint:
+def _named(given: str, revision: str | None, local_files_only: bool, scheduler: str | None) -> Checkpoint:
     """Return the checkpoint of a bundled id, or of a Hub id; a revision is the Hub's."""
     name, _, pinned = (given, "", revision) if revision is not None else given.partition("@")
     ids = bundled()
     short = [known for known in ids if name in (known, known.split("/")[1])]
     name = short[0] if len(short) == 1 else name
     if name in ids and not pinned:
-        return _pipeline(name, "bundled", lambda file: BUNDLED / name / file)
+        return _pipeline(name, "bundled", lambda file: BUNDLED / name / file, scheduler)
     if HUB_ID.fullmatch(name) and not os.path.islink(given):
-        return _hub(name, pinned or None, local_files_only)
+        return _hub(name, pinned or None, local_files_only, scheduler)
     problem = "a broken link" if os.path.islink(given) else "neither a file, a folder nor an id of the Hugging Face Hub"
     if pinned:
         problem = f"not an id of the Hugging Face Hub, so it has no revision {shown(pinned)}"
@@ -86,7 +89,7 @@ def _named(given: str, revision: str | None, local_files_only: bool) -> Checkpoi
     raise DerivationError(f"{shown(name if pinned else given)} is {problem}; {hint}")
 
 
-def _hub(name: str, revision: str | None, local_files_only: bool) -> Checkpoint:
+def _hub(name: str, revision: str | None, local_files_only: bool, scheduler: str | None) -> Checkpoint:
     """Return the checkpoint of a repository: a pipeline, or a component alone; its files are of one commit."""
     label = name if revision is None else f"{name}@{revision}"
     try:
@@ -97,7 +100,7 @@ def _hub(name: str, revision: str | None, local_files_only: bool) -> Checkpoint:
         except hub.MissingFile:
             raise missing from None
     commit = index.parent.name
-    return _pipeline(label, str(index.parent), lambda file: hub.fetch(name, file, commit, local_files_only))
+    return _pipeline(label, str(index.parent), lambda file: hub.fetch(name, file, commit, local_files_only), scheduler)
 
 
 def _entry(value: object, at: At) -> str | None:
@@ -109,15 +112,18 @@ def _entry(value: object, at: At) -> str | None:
     raise at.unsupported(value, "[library, class] or [null, null]")
 
 
-def _pipeline(name: str, source: str, path_of: Callable[[str], Path]) -> Checkpoint:
+def _pipeline(name: str, source: str, path_of: Callable[[str], Path], scheduler: str | None) -> Checkpoint:
     """Return the checkpoint whose files ``path_of`` finds by their path in its folder."""
     index_path = path_of(INDEX)
     index, file = read_json(index_path), str(index_path)
     if not isinstance(index, Mapping):
         raise DerivationError(f"{file}: expected a JSON object, got {shown(index)}")
+    known_pipeline(index.get("_class_name"), file)
     parts = {}
     for part_name, component in COMPONENTS.items():
         class_name = _entry(index.get(part_name), At(file, part_name))
+        if part_name == "scheduler" and class_name is not None:
+            class_name = scheduler or class_name
         if class_name is None:
             continue
         one_of(*component.classes)(class_name, At(file, part_name))
@@ -161,7 +167,7 @@ def _raw_config(component: object, file: str) -> object:
     raise DerivationError(f"{file}: {type(component).__name__} has no config that can be read")
 
 
-def _live(pipeline: object) -> Checkpoint:
+def _live(pipeline: object, scheduler: str | None) -> Checkpoint:
     class_name = type(pipeline).__name__
     parts = {}
     for part_name in COMPONENTS:
@@ -169,7 +175,8 @@ def _live(pipeline: object) -> Checkpoint:
             continue
         component = getattr(component, "_orig_mod", component)  # torch.compile
         file = f"{class_name}.{part_name}.config"
-        parts[part_name] = Part(type(component).__name__, _raw_config(component, file), file)
+        named = scheduler if scheduler and part_name == "scheduler" else type(component).__name__
+        parts[part_name] = Part(named, _raw_config(component, file), file)
     config = getattr(pipeline, "config", None)
     index = dict(config) if isinstance(config, Mapping) else {}
     name = index.get("_name_or_path") or class_name
