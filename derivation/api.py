@@ -18,7 +18,7 @@ from derivation.equation.record import Equation
 from derivation.errors import DerivationError, one_of, unsupported
 from derivation.export import compiled, export
 from derivation.options import Options, options_of
-from derivation.options.live import live_options
+from derivation.options.live import live_options, refuse_other_weights
 from derivation.peak.record import Record
 from derivation.peak.witness import witness_at
 from derivation.tape.grid import Grid
@@ -278,8 +278,18 @@ def derive(
     if method == "trace":
         traced: Subject = _tracing().TracedTransformer.read(model, options_of(given))
         return Derivation(traced)
-    chosen = live_options(model, **given) if is_live(model) else options_of(given)
+    if is_live(model):
+        return derived_live(model, **given)
+    chosen = options_of(given)
     return Derivation(WalkedSubject(load(model, revision, local_files_only, chosen.scheduler), chosen))
+
+
+def derived_live(pipe: object, **given: Any) -> Derivation:
+    """Derive a live pipeline as it is switched now; raises DerivationError for what is not read off it."""
+    options = live_options(pipe, **given)
+    subject = WalkedSubject(load(pipe, scheduler=options.scheduler), options)
+    refuse_other_weights(pipe, subject.parameters)
+    return Derivation(subject)
 
 
 def _tracing() -> Any:

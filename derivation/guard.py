@@ -15,15 +15,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from derivation.api import Derivation
+from derivation.api import Derivation, derived_live
 from derivation.ask.fit import fit, peak_tensor_bytes
 from derivation.ask.recommend import recommend
 from derivation.call import DEFAULT_PROMPT_LENGTH, Call
-from derivation.config import load
-from derivation.errors import DerivationError
-from derivation.options.live import FREEU, live_options
+from derivation.config import is_live
+from derivation.errors import DerivationError, unsupported
+from derivation.options.live import FREEU
 from derivation.options.live.modules import MODELS, attentions, first_parameter, models_of, tuners, up_blocks
-from derivation.walk.subject import WalkedSubject
 
 # What a pipeline can set on its VAE
 VAE_SWITCHES = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_overlap_factor")
@@ -87,6 +86,8 @@ def will_fit(
     the first call spent some seconds on generating code. Raises DerivationError for a pipeline or a size that is
     not supported, or without CUDA and ``free_bytes``.
     """
+    if not is_live(pipe):
+        raise unsupported("pipe", pipe, "a DiffusionPipeline")
     known = _known(pipe, compiled, options)
     call = Call(height, width, batch_size, prompt_length, guidance)
     if (peak := known.answers.get(call)) is None:
@@ -105,7 +106,7 @@ def _known(pipe: Any, compiled: bool, options: dict[str, Any]) -> _Known:
         models = models_of(pipe)
         parameters = {name: first_parameter(model) for name, model in models.items()}
         watched = _watch(models, parameters)
-        derivation = Derivation(WalkedSubject(load(pipe), live_options(pipe, **options)))
+        derivation = derived_live(pipe, **options)
         known = _Known((given, watched(pipe)), watched, parameters, derivation, _peak(derivation, compiled), {})
         _KNOWN[pipe] = known
     return known

@@ -17,7 +17,7 @@ from derivation.options import Options, options_of
 
 
 def test_a_gpu_that_nobody_knows_is_refused_at_once():
-    for options in ({"gpu": "unknown"}, {"gpu": "t4", "torch": "x"}, {"gpu": "t4", "scratch": "most"}):
+    for options in ({"gpu": "unknown"}, {"gpu": "t4", "torch": "x"}, {"torch": "x"}, {"diffusers": "banana"}):
         with pytest.raises(DerivationError):
             derive(SD15, **options)
 

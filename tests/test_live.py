@@ -427,3 +427,68 @@ def test_a_remedys_line_of_python_does_what_it_says(remedy: Any, pipe: Any) -> N
 def test_the_offload_remedies_name_methods_of_the_pipeline(remedy: Any, pipe: Any) -> None:
     method = remedy.call.removeprefix("pipe.").removesuffix("()")
     assert callable(getattr(pipe, method))
+
+
+class Skipping(diffusers.models.attention.BasicTransformerBlock):
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+def _skip(pipe: Any) -> None:
+    for module in pipe.unet.modules():
+        if type(module) is diffusers.models.attention.BasicTransformerBlock:
+            module.__class__ = Skipping
+
+
+def _patch(pipe: Any) -> None:
+    forward = pipe.unet.forward
+    pipe.unet.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+
+
+def _widen(pipe: Any) -> None:
+    pipe.unet.conv_out = torch.nn.Conv2d(32, 8, 3, padding=1, device="meta", dtype=torch.float16)
+
+
+def _extend(pipe: Any) -> None:
+    pipe.vae.spare = torch.nn.Parameter(torch.empty(10, device="meta", dtype=torch.float16))
+
+
+def _mix(pipe: Any) -> None:
+    pipe.unet.conv_out.to(torch.float32)
+
+
+def _prune(pipe: Any) -> None:
+    pipe.unet.mid_block.resnets[0].conv1.bias = None
+
+
+CHANGED: dict[str, tuple[Callable[[Any], None], str]] = {
+    "a class of one's own": (_skip, "'s class = "),
+    "a patched forward": (_patch, "unet.forward = "),
+    "a forward hook": (lambda pipe: pipe.vae.register_forward_hook(print), "vae's forward hooks = "),
+    "a wider module": (_widen, "unet.conv_out.weight = "),
+    "an extra parameter": (_extend, "vae.spare = "),
+    "a module in another type": (_mix, "unet.conv_out.weight = "),
+    "a pruned layer": (_prune, "unet = "),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_runs_otherwise_than_its_config_says_is_refused_by_name(pipe: Any, name: str) -> None:
+    change, said = CHANGED[name]
+    change(pipe)
+    for ask in (lambda: derive(pipe), lambda: will_fit(pipe, 64, 64, free_bytes=1)):
+        with pytest.raises(DerivationError, match="is not supported") as caught:
+            ask()
+        assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("height", [None, "64", {}, [64], 6.4, 0, True])
+def test_will_fit_refuses_what_is_no_size_in_one_line(pipe: Any, height: object) -> None:
+    with pytest.raises(DerivationError, match="height = "):
+        will_fit(pipe, height, 64, free_bytes=1)
+
+
+@pytest.mark.parametrize("pipe", [None, 3, {}, [], "x"])
+def test_will_fit_refuses_what_is_no_pipeline(pipe: object) -> None:
+    with pytest.raises(DerivationError):
+        will_fit(pipe, 64, 64, free_bytes=1)

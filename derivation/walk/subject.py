@@ -11,7 +11,7 @@ from derivation.call import Call
 from derivation.config import VAE_SCALE_FACTOR, Checkpoint
 from derivation.config.document import from_document, to_document
 from derivation.errors import DerivationError, unsupported
-from derivation.gpu.profile import hardware
+from derivation.gpu.profile import hardware, parse_version
 from derivation.options import Options, options_of
 from derivation.tape.grid import Grid, Sides
 from derivation.tape.program import Program
@@ -136,7 +136,10 @@ class WalkedSubject:
 
 
 def _settings(options: Options) -> Settings:
-    if options.gpu is None:
-        return options.settings()
     versions = {"torch": options.torch, "diffusers": options.diffusers}
+    if options.gpu is None:
+        for library, version in versions.items():
+            if version is not None:
+                parse_version(library, version)
+        return options.settings()
     return options.settings(hardware(options.gpu, **versions, scratch=options.scratch))

@@ -7,9 +7,10 @@ from typing import Any
 from derivation.errors import shown
 from derivation.options import Options, options_of
 from derivation.options.live import adapters, readers
+from derivation.options.live.foreign import refuse_foreign, refuse_other_weights
 from derivation.options.live.modules import MODELS, READERS, Models, called, models_of, unsupported, up_blocks
 
-__all__ = ["FREEU", "MODELS", "adapters", "live_options", "readers"]
+__all__ = ["FREEU", "MODELS", "adapters", "live_options", "readers", "refuse_other_weights"]
 
 # free_u: what enable_freeu sets on the up blocks of a UNet
 FREEU = ("s1", "s2", "b1", "b2")
@@ -36,6 +37,7 @@ def _refuse(pipe: Any, models: Models) -> None:
         backend = getattr(getattr(model, "config", None), "_attn_implementation", None)
         if name in CLIP and backend not in (None, "sdpa"):
             raise unsupported(f"{name}'s attn_implementation", shown(backend), "sdpa")
+    refuse_foreign(models)
 
 
 def _hooks(module: Any) -> tuple[str, ...]:

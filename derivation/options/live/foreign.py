@@ -1,0 +1,63 @@
+"""What runs in a live pipeline must be what is derived: the libraries' own modules, with the weights of the configs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from derivation.options.live.modules import Models, called, models_of, tuners, unsupported
+
+# Whose forward() methods are mirrored, or leave a module's tensors as they are.
+LIBRARIES = frozenset({"torch", "diffusers", "transformers", "peft", "accelerate"})
+# What accelerate (hooks.py: add_hook_to_module) leaves on a module whose forward it wraps.
+ACCELERATE = ("_hf_hook", "_old_forward")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def refuse_foreign(models: Models) -> None:
+    """Raise DerivationError for a module whose ``forward`` is not a library's own, or that has forward hooks."""
+    for name, model in models.items():
+        for path, module in called(model, "named_modules"):
+            where = ".".join(filter(None, (name, path)))
+            if not _is_module(module):
+                continue
+            forward = getattr(type(module), "forward", None)
+            if getattr(forward, "__module__", "torch").split(".")[0] not in LIBRARIES:
+                raise unsupported(f"{where}'s class", type(module).__qualname__, "the library's own")
+            if "forward" in vars(module) and not any(hasattr(module, mark) for mark in ACCELERATE):
+                raise unsupported(f"{where}.forward", "replaced", f"that of {type(module).__qualname__}")
+            if any(getattr(module, hooks, None) for hooks in HOOKS):
+                raise unsupported(f"{where}'s forward hooks", "on", "none")
+
+
+def refuse_other_weights(pipe: Any, parameters: Mapping[str, Mapping[str, tuple[tuple[int, ...], str]]]) -> None:
+    """Raise DerivationError where a model's parameters or buffers are not those that its config implies.
+
+    Models that adapters extended are left out: what adapters add is read by itself.
+    """
+    for name, model in models_of(pipe).items():
+        if name in parameters and _is_module(model) and not _extended(model):
+            derived, found = Counter(parameters[name].values()), dict(_weights(model))
+            real = Counter(found.values())
+            for path, entry in found.items():
+                if real[entry] > derived[entry]:
+                    said = f"{list(entry[0])} {entry[1]}"
+                    raise unsupported(f"{name}.{path}", said, f"what {name}'s config and dtype imply")
+            if real != derived:
+                implied = f"{sum(derived.values())}, as its config implies"
+                raise unsupported(name, f"{sum(real.values())} tensors", implied)
+
+
+def _weights(model: Any) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+    for method in ("named_parameters", "named_buffers"):
+        for path, tensor in called(model, method):
+            yield path, (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+def _extended(model: Any) -> bool:
+    return next(tuners(model), None) is not None or getattr(model, "encoder_hid_proj", None) is not None
+
+
+def _is_module(module: Any) -> bool:
+    return any(cls.__module__.startswith("torch.nn.") for cls in type(module).__mro__)
