@@ -17,7 +17,7 @@ PARTS = """
     api ask guard __init__ verify evidence measure report cli __main__
 """
 ORDER = PARTS.split()
-UP_TODAY = {("options", "tape"), ("options", "walk")}
+UP_TODAY: set[tuple[str, str]] = set()
 LOOSE = {"__init__", "__main__", "version", "errors", "registry", "text", "files", "call", "verdict", "api", "guard"}
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate")
 ALLOWED_HEAVY = ("trace", "verify", "measure")
@@ -217,3 +217,14 @@ def test_a_scheduler_is_two_files(name):
 @pytest.mark.parametrize("target", ["arrays", "c", "document", "javascript"])
 def test_an_export_format_is_two_files(target):
     assert {name for name, used in USED.items() if f"derivation.export.{target}" in used} == {"derivation.export"}
+
+
+def test_the_options_name_what_is_registered():
+    from derivation.config.schedulers import DEFAULTS
+    from derivation.options import ATTENTION, ATTENTION_ALIASES, EAGER, SDPA
+    from derivation.walk.attention import BACKENDS, CUDNN
+    from derivation.walk.schedulers import SCHEDULERS
+
+    assert {*ATTENTION, CUDNN} == {EAGER, SDPA, *BACKENDS}
+    assert set(ATTENTION_ALIASES.values()) <= set(BACKENDS)
+    assert DEFAULTS.keys() == SCHEDULERS.keys()

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from conftest import SD15
 from test_pipelines import small_xl
 
-from derivation import derive
+from derivation import Options, derive
 from derivation.export import compiled
 from derivation.tape.tape import Tape
 from derivation.verify import build_unet
@@ -61,7 +61,7 @@ def test_layouts_equal_those_of_the_cpu(shape, kernel, weight_last, input_last):
     """ATen decides formats by the same rule for oneDNN and cuDNN, and once for cat, pad, upsample and add."""
     x = torch.zeros(shape)
     x = x.to(memory_format=torch.channels_last) if input_last else x
-    tape = Tape(derive(SD15, gpu="t4", channels_last=weight_last).subject.settings)
+    tape = Tape(Options(channels_last=weight_last), derive(SD15, gpu="t4").subject.hardware)
     with tape.running(), tape.scope("unet"):
         ours = given(shape, "float32").view_as(shape, tuple(x.stride()))
         out, real = Conv2d("conv", ours, 6, kernel, padding=kernel // 2), real_convolution(x, kernel, weight_last)

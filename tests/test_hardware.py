@@ -15,17 +15,16 @@ from derivation.errors import DerivationError
 from derivation.evidence import table as evidence
 from derivation.evidence.bench import Bench
 from derivation.gpu.profile import Hardware, NearestProfile, hardware, parse_version
-from derivation.options import Options
+from derivation.options import ATTENTION, ATTENTION_ALIASES, Options
 from derivation.peak.headline import Grid
 from derivation.peak.liveness import alive_at
 from derivation.tape.evaluate import Evaluator
 from derivation.tape.events import Category
-from derivation.tape.settings import Settings
 from derivation.tape.symbols import evaluate
 from derivation.tape.tape import Tape, tape
 from derivation.tape.tensor import SymTensor
 from derivation.walk import ops
-from derivation.walk.attention import names, scaled_dot_product_attention
+from derivation.walk.attention import scaled_dot_product_attention
 from derivation.walk.models import decode, encode
 from derivation.walk.ops import Conv2d, GroupNorm, LayerNorm, Linear, elementwise, empty, given
 
@@ -52,7 +51,7 @@ def record(
     run: Callable[[], object], card: Hardware | None, at: dict[str, int], dtype: str = "float16", kept: str = ""
 ) -> Tape:
     ones = frozenset(name for name, value in at.items() if value == 1)
-    recorded = Tape(Settings(dtype, "sdpa", card), hint=at, ones=ones, kept={kept})
+    recorded = Tape(Options(dtype=dtype, attention="sdpa"), card, hint=at, ones=ones, kept={kept})
     with recorded.running():
         outputs = run()
         del outputs
@@ -61,13 +60,13 @@ def record(
 
 def decoder() -> object:
     here = tape()
-    latents = given((here.size("B"), 4, here.size("h0"), here.size("w0")), here.settings.dtype)
+    latents = given((here.size("B"), 4, here.size("h0"), here.size("w0")), here.options.dtype)
     return decode(elementwise("div", latents), CHECKPOINT.vae)
 
 
 def encoder() -> object:
     here = tape()
-    image = given((here.size("B"), 3, 8 * here.size("h0"), 8 * here.size("w0")), here.settings.dtype)
+    image = given((here.size("B"), 3, 8 * here.size("h0"), 8 * here.size("w0")), here.options.dtype)
     return encode(image, CHECKPOINT.vae).sample()
 
 
@@ -301,7 +300,7 @@ def test_sdpa_choice(name, torch, dtype, head_dim, expected):
         return scaled_dot_product_attention(query, key, value)
 
     assert expected in [op for op, _ in allocations(run, gpu(name, torch=torch))]
-    assert "cudnn" not in names()
+    assert "cudnn" not in (*ATTENTION, *ATTENTION_ALIASES)
 
 
 def test_split_kv_of_the_deepest_cross_resolution_on_an_a100():

@@ -17,7 +17,7 @@ def facts(tape):
 
 
 def from_scratch(program: Program, tape: Tape) -> Tape:
-    fresh = Tape(tape.settings, hint=tape.hint, ones=tape.ones, fixed=tape.fixed)
+    fresh = Tape(tape.options, tape.hardware, hint=tape.hint, ones=tape.ones, fixed=tape.fixed)
     with fresh.running():
         outputs = program._run()
         del outputs
@@ -37,10 +37,11 @@ def from_scratch(program: Program, tape: Tape) -> Tape:
 )
 def test_a_remembered_tape_is_a_recorded_one_in_every_regime(model, guidance, options):
     derivation = derive(model, **options)
-    sizes = generic_sizes(derivation)
+    equation = derivation.equation
+    sizes = generic_sizes(equation)
     programs = [derivation.component(name, guidance) for name in derivation.calls]
     whole = derivation.program(guidance)
-    seen = [(program, cell, variant.tape) for program in programs for cell, variant in regimes(program, sizes)]
+    seen = [(program, cell, variant.tape) for program in programs for cell, variant in regimes(program, equation)]
     cells = dict.fromkeys(cell for _, cell, _ in seen)
     seen += [(whole, cell, whole.regime(cell.values(sizes)).tape) for cell in list(cells)[::8]]
     for program, _, tape in seen:

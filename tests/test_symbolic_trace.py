@@ -22,7 +22,6 @@ from derivation.call import Call
 from derivation.config import load
 from derivation.config.checkpoint import BUNDLED
 from derivation.export import export
-from derivation.tape.settings import Settings
 from derivation.tape.symbols import evaluate, symbol
 from derivation.tape.tape import Tape
 from derivation.trace.polynomials import RELATIONS, Decision, Translation, compared, floor_div
@@ -107,7 +106,7 @@ def test_a_difference_is_found():
     traced = symbolic_trace("vae_decode", config_of(SD15, "vae_decode"), attention="eager")
     derivation = derive(SD15)
     assert "derived" in str(agree(derivation.component("vae_decode").generic.tape, traced).parting)
-    assert "derived 162" in str(agree(derivation.component("vae_encode").generic.tape, Tape(traced.settings)).parting)
+    assert "derived 162" in str(agree(derivation.component("vae_encode").generic.tape, Tape(traced.options)).parting)
 
 
 @pytest.mark.parametrize("model", [SD15, SDXL])
@@ -131,7 +130,7 @@ def test_decisions_are_bounds_and_two_of_diffusers_own():
 
 
 def test_a_specialised_symbol_raises():
-    sizes = SymbolicSizes(Tape(Settings("float16", "efficient")), GENERIC)
+    sizes = SymbolicSizes(Tape(Options()), GENERIC)
     assert sizes["B"] == GENERIC["B"]
     with pytest.raises(DerivationError, match="specialised B = 3"):
         sizes.decisions()

@@ -16,10 +16,7 @@ from derivation.call import DEFAULT_PROMPT_LENGTH
 from derivation.cli.output import checked_number
 from derivation.config import bundled, load
 from derivation.errors import DerivationError, shown, unsupported
-from derivation.gpu.profile import SCRATCH
-from derivation.options import DTYPES, OFFLOADS, PIPELINES, Options
-from derivation.walk import attention
-from derivation.walk.schedulers import SCHEDULERS
+from derivation.options import CHOICES, SLICINGS, Options
 from derivation.walk.subject import WalkedSubject
 
 DEFAULT_SIDE = 512
@@ -65,16 +62,7 @@ def _gpus() -> tuple[str, ...]:
     return known()
 
 
-VALUES: dict[str, Callable[[], tuple[str, ...]]] = {
-    "pipeline": lambda: PIPELINES,
-    "dtype": lambda: DTYPES,
-    "attention": attention.names,
-    "gpu": _gpus,
-    "scheduler": lambda: tuple(sorted(SCHEDULERS)),
-    "scratch": lambda: SCRATCH,
-    "offload": lambda: OFFLOADS,
-    "attention_slicing": lambda: ("auto", "max"),
-}
+VALUES: dict[str, Callable[[], tuple[str, ...]]] = {**CHOICES, "gpu": _gpus, "attention_slicing": lambda: SLICINGS}
 
 
 @dataclass(frozen=True, slots=True)

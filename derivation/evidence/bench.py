@@ -13,7 +13,6 @@ from derivation.config import AutoencoderKLConfig, Checkpoint
 from derivation.gpu.profile import Hardware
 from derivation.options import Options
 from derivation.tape.program import decides_alike
-from derivation.tape.settings import Settings
 from derivation.tape.symbols import DTYPE_BYTES, Size
 from derivation.tape.tape import Tape, tape
 from derivation.tape.tensor import SymTensor
@@ -41,7 +40,7 @@ class Bench:
         capacity_bytes: int | None = None,
     ) -> None:
         self.checkpoint, self.options = checkpoint, options
-        self.settings = Settings(options.dtype, attention, hardware)
+        self.run = Options(dtype=options.dtype, attention=attention), hardware
         self.allocator = CachingAllocator(capacity_bytes=capacity_bytes)
         self._kept: set[str] = set()
 
@@ -65,12 +64,12 @@ class Bench:
         """Return a tape of ``run`` whose decisions hold at ``values``; those of equal pipelines are shared."""
         known: list[Tape] = []
         if isinstance(run, Pipeline):
-            known = _PIPELINES.setdefault((run, self.settings, frozenset(self._kept)), [])
+            known = _PIPELINES.setdefault((run, self.run, frozenset(self._kept)), [])
         for recorded in known:
             if decides_alike(recorded, values):
                 return recorded
         ones = frozenset(name for name, value in values.items() if value == 1)
-        recorded = Tape(self.settings, hint=values, ones=ones, kept=set(self._kept))
+        recorded = Tape(*self.run, hint=values, ones=ones, kept=set(self._kept))
         with recorded.running():
             outputs = run()
             del outputs
@@ -102,4 +101,4 @@ class Bench:
         return lambda: tiled_decode(self._scaled(1, height >> levels, width >> levels), self.vae)
 
     def _scaled(self, batch: Size, height: Size, width: Size) -> SymTensor:
-        return elementwise("div", given((batch, self.vae.latent_channels, height, width), self.settings.dtype))
+        return elementwise("div", given((batch, self.vae.latent_channels, height, width), self.options.dtype))

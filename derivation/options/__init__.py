@@ -8,15 +8,19 @@ from functools import cache
 from typing import Any, get_type_hints
 
 from derivation.config.checks import MAX_SIZE
+from derivation.config.schedulers import DEFAULTS
 from derivation.errors import DerivationError, one_of, positive, shown, typed
-from derivation.gpu.profile import SCRATCH, Hardware
-from derivation.tape.settings import Settings
-from derivation.tape.tiles import TILE_OVERLAP_FACTOR
-from derivation.walk import attention
-from derivation.walk.schedulers import SCHEDULERS
+from derivation.gpu.profile import SCRATCH
 
 PIPELINES = ("txt2img", "img2img", "inpaint")
 DTYPES = ("float16", "bfloat16", "float32")
+# diffusers' AttnProcessor, what PyTorch picks on the GPU of the run ("efficient" without one), and single backends
+EAGER, SDPA = "eager", "sdpa"
+ATTENTION = (EAGER, SDPA, "math", "efficient", "flash")
+# xformers.ops.memory_efficient_attention is the kernel that PyTorch took over as its memory-efficient backend.
+ATTENTION_ALIASES = {"xformers": "efficient"}
+# autoencoder_kl.py: tile_overlap_factor
+TILE_OVERLAP_FACTOR = 0.25
 OFFLOADS = ("model", "sequential")
 # diffusers' examples run 50 steps
 DEFAULT_STEPS = 50
@@ -27,8 +31,8 @@ SLICINGS = ("auto", "max")
 CHOICES: Mapping[str, Callable[[], tuple[str, ...]]] = {
     "pipeline": lambda: PIPELINES,
     "dtype": lambda: DTYPES,
-    "attention": attention.names,
-    "scheduler": lambda: tuple(sorted(SCHEDULERS)),
+    "attention": lambda: (*ATTENTION, *ATTENTION_ALIASES),
+    "scheduler": lambda: tuple(sorted(DEFAULTS)),
     "offload": lambda: OFFLOADS,
     "scratch": lambda: SCRATCH,
 }
@@ -89,7 +93,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, hint in _hints(Options).items():
             typed(name, getattr(self, name), hint)
-        object.__setattr__(self, "attention", attention.ALIASES.get(self.attention, self.attention))
+        object.__setattr__(self, "attention", ATTENTION_ALIASES.get(self.attention, self.attention))
         for name, choices in CHOICES.items():
             if getattr(self, name) is not None:
                 one_of(name, getattr(self, name), choices())
@@ -114,12 +118,6 @@ class Options:
             )
         if self.lora_fused and self.lora_rank is None:
             raise DerivationError("lora_fused = True is not supported without a lora_rank")
-
-    def settings(self, hardware: Hardware | None = None) -> Settings:
-        """Return what the symbolic modules read of these options."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
-        read = {field.name: own[field.name] for field in fields(Settings) if field.name in own}
-        return Settings(hardware=hardware, **read)
 
     def as_dict(self) -> dict[str, object]:
         """Return the options by name."""

@@ -15,10 +15,10 @@ from derivation.config import Checkpoint
 from derivation.equation.crossover import Crossover
 from derivation.export import export
 from derivation.gpu.cards import known, lookup
-from derivation.options import DTYPES, Options
+from derivation.options import DTYPES, EAGER, Options
 from derivation.report.answer import PROMPT_LENGTH, STAGE_TITLES, square_peaks, stage_title
 from derivation.text import GIB, NARROW_SPACE
-from derivation.walk.attention import BACKENDS, EAGER
+from derivation.walk.attention import BACKENDS
 
 BACKENDS_SHOWN = (EAGER, "math", "efficient", "flash")
 HEAD_DIMS = (8, 40, 64, 80, 160, 512)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from derivation.api import Derivation, derive
-from derivation.options import Options
+from derivation.options import EAGER, Options
 from derivation.report.answer import SIZES, Answer, PolynomialRow, answer, reference_side
 from derivation.report.assumptions import assumptions, chips, counted, summary
 from derivation.report.calculator import (
@@ -33,7 +33,6 @@ from derivation.report.tiles import Definition, definitions
 from derivation.report.validation import Validation, comparisons, validation
 from derivation.report.walk import Walk, walks
 from derivation.tape.symbols import SYMBOLS, Symbol, is_tile
-from derivation.walk.attention import EAGER
 
 Progress = Callable[[str], None]
 

@@ -1,7 +1,7 @@
 """Modules: a call whose inputs and decisions have been seen before is copied, not run again.
 
-Theorem: what a module records follows from its arguments' layouts, the settings, the model and the answers to the
-questions that it asks of the tape, as long as it frees nothing that was alive before, which ``block`` sees to.
+Theorem: what a module records follows from its arguments' layouts, the options, the GPU, the model and the answers
+to the questions that it asks of the tape, as long as it frees nothing that was alive before, which ``block`` sees to.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def block(forward: Callable[P, R]) -> Callable[Concatenate[str, P], R]:
             return run(name, *args, **kwargs)
         inputs = list(_tensors((args, *kwargs.values())))
         model = here.path[0] if here.path else name
-        known = (here.settings, model, here.dtypes.get(model), frozenset(here.kept))
+        known = (here.options, here.hardware, model, here.dtypes.get(model), frozenset(here.kept))
         key = (forward, known, _form((args, *kwargs.items())), _aliases(inputs))
         try:
             recordings: list[Recording] = here.memory.setdefault(key, [])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from derivation.gpu.profile import Hardware
+from derivation.options import Options
 from derivation.tape.evaluate import Evaluator
-from derivation.tape.settings import Settings
 from derivation.tape.tape import Memory, Tape
 
 MAX_VARIANTS = 256
@@ -40,12 +41,13 @@ class Program:
     def __init__(
         self,
         run: Callable[[], object],
-        settings: Settings,
+        options: Options,
         fixed: Mapping[str, int] | None = None,
         memory: Memory | None = None,
+        hardware: Hardware | None = None,
     ) -> None:
         self._run = run
-        self._settings = settings
+        self._options, self._hardware = options, hardware
         self._fixed = dict(fixed or {})
         self._memory: Memory = {} if memory is None else memory
         self._variants: list[Variant] = []
@@ -63,11 +65,11 @@ class Program:
 
         Values without tile symbols are those of VAE tiles that have no closed form.
         """
-        if not self._settings.vae_tiling or "E" in values:
+        if not self._options.vae_tiling or "E" in values:
             variant = self.regime(values)
             if variant.tape.tile is None:
                 return variant
-        walked = Tape(self._settings, fixed=dict(values))
+        walked = Tape(self._options, self._hardware, fixed=dict(values))
         return self._holding(values, self._walked) or self._record(walked, self._walked)
 
     def regime(self, values: Mapping[str, int]) -> Variant:
@@ -78,7 +80,7 @@ class Program:
         return self._record(self._tape(hint=dict(values), ones=ones), self._variants)
 
     def _tape(self, hint: Mapping[str, int] | None = None, ones: frozenset[str] = frozenset()) -> Tape:
-        return Tape(self._settings, hint=hint, ones=ones, fixed=self._fixed, memory=self._memory)
+        return Tape(self._options, self._hardware, hint=hint, ones=ones, fixed=self._fixed, memory=self._memory)
 
     @staticmethod
     def _holding(values: Mapping[str, int], variants: Iterable[Variant]) -> Variant | None:

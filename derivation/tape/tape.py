@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from derivation.gpu.profile import Hardware
+from derivation.options import Options
 from derivation.tape.events import Allocation, Category, Guard, Mark
-from derivation.tape.settings import Settings
 from derivation.tape.symbols import DTYPE_BYTES, Size, as_whole_tile, evaluate, nonnegative_from_one, product, symbol
 from derivation.tape.tiles import Tile
 
@@ -41,21 +42,22 @@ Memory = dict[Hashable, list[Any]]
 class Tape:
     """The record of one symbolic run.
 
-    ``settings`` is what modules read their dtype and attention backend from; ``hint`` holds the sizes that decide
-    guards, ``ones`` the symbols that are 1 in this run, ``fixed`` those with another value; ``events`` holds i + 1
-    where allocation i appears and -(i + 1) where it dies; ``parameters`` maps a parameter's or buffer's module path
-    to its shape and dtype; ``loops`` holds event ranges (start, end, times) that the real program runs ``times``
-    times in all; ``iterations`` holds the event at which each recorded pass of the denoising loop begins,
-    ``repeats`` how many timesteps a scheduler has beyond its steps; ``dtypes`` maps a model to its parameters'
-    dtype where that was changed; ``leaves`` holds, for each open scope, the parameters that are on the GPU until it
-    is left; ``tile`` is set where the run stands for every number of VAE tiles, and ``cut`` holds event ranges
-    (start, end, symbols) that belong to cut tiles: they do not occur where a symbol is 0; ``emptied`` holds how
-    many events precede each torch.cuda.empty_cache(); ``asked`` holds the answers that decide what a module does,
-    in order, and ``memory`` what modules have recorded, on this tape or others (``derivation.tape.block``), None
-    for no memory.
+    ``options`` are what modules obey; without ``hardware`` operators allocate what PyTorch dispatches on the meta
+    device, and nothing else; ``hint`` holds the sizes that decide guards, ``ones`` the symbols that are 1 in this
+    run, ``fixed`` those with another value; ``events`` holds i + 1 where allocation i appears and -(i + 1) where it
+    dies; ``parameters`` maps a parameter's or buffer's module path to its shape and dtype; ``loops`` holds event
+    ranges (start, end, times) that the real program runs ``times`` times in all; ``iterations`` holds the event at
+    which each recorded pass of the denoising loop begins, ``repeats`` how many timesteps a scheduler has beyond its
+    steps; ``dtypes`` maps a model to its parameters' dtype where that was changed; ``leaves`` holds, for each open
+    scope, the parameters that are on the GPU until it is left; ``tile`` is set where the run stands for every
+    number of VAE tiles, and ``cut`` holds event ranges (start, end, symbols) that belong to cut tiles: they do not
+    occur where a symbol is 0; ``emptied`` holds how many events precede each torch.cuda.empty_cache(); ``asked``
+    holds the answers that decide what a module does, in order, and ``memory`` what modules have recorded, on this
+    tape or others (``derivation.tape.block``), None for no memory.
     """
 
-    settings: Settings
+    options: Options
+    hardware: Hardware | None = None
     hint: Mapping[str, int] | None = None
     ones: frozenset[str] = frozenset()
     fixed: Mapping[str, int] = field(default_factory=dict)
@@ -185,14 +187,14 @@ class Tape:
             self.leaves.pop()
 
     @contextmanager
-    def setting(self, **changes: object) -> Iterator[None]:
-        """Change the settings until the block's end."""
-        settings = self.settings
-        self.settings = replace(settings, **changes)  # type: ignore[arg-type]
+    def choosing(self, **changes: object) -> Iterator[None]:
+        """Change the options until the block's end."""
+        options = self.options
+        self.options = replace(options, **changes)  # type: ignore[arg-type]
         try:
             yield
         finally:
-            self.settings = settings
+            self.options = options
 
     @contextmanager
     def running(self) -> Iterator[Tape]:

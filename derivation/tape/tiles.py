@@ -7,31 +7,21 @@ left over is at most two cut tiles, of r and q latents, since S is at least T / 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import sympy
 
 from derivation.config import AutoencoderKLConfig
 from derivation.errors import DerivationError
+from derivation.options import Options
 from derivation.tape.symbols import SYMBOLS, TILE_AXES, Size, floor_div, free_names, is_tile, symbol
 
-# autoencoder_kl.py: tile_overlap_factor
-TILE_OVERLAP_FACTOR = 0.25
 # The symbols of VAE tiles in an equation in pixels: sides in pixels, and counts.
 IN_PIXELS = {s.name: sympy.Symbol(s.latex, integer=True, nonnegative=True) for s in SYMBOLS if is_tile(s.name)}
 
 MEANINGS_IN_PIXELS = {
     IN_PIXELS[s.name]: s.meaning.split(":")[0].replace("in latents", "in pixels") for s in SYMBOLS if is_tile(s.name)
 }
-
-
-class TilingOptions(Protocol):
-    """The options that are read here."""
-
-    @property
-    def tile_sample_min_size(self) -> int | None: ...
-    @property
-    def tile_overlap_factor(self) -> float: ...
 
 
 class Tile(NamedTuple):
@@ -78,7 +68,7 @@ class Tiling:
     overlap: float
 
     @classmethod
-    def of(cls, vae: AutoencoderKLConfig, options: TilingOptions) -> Tiling:
+    def of(cls, vae: AutoencoderKLConfig, options: Options) -> Tiling:
         """Return the VAE's attributes under ``options``; its ``sample_size`` may be [height, width]."""
         size = vae.sample_size if isinstance(vae.sample_size, int) else vae.sample_size[0]
         return cls(options.tile_sample_min_size or size, vae.scale_factor, options.tile_overlap_factor)

@@ -115,7 +115,7 @@ class TracedTransformer:
 
     def program(self, guidance: bool, fixed: Mapping[str, int]) -> Program:
         """Return the transformer's call as a recordable run."""
-        return Program(lambda: self._run(guidance), self.options.settings(), fixed)
+        return Program(lambda: self._run(guidance), self.options, fixed)
 
     def component(self, name: str, guidance: bool, fixed: Mapping[str, int]) -> Program:
         """Return the transformer's call; raises DerivationError for another name."""

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.functions import FloorDiv
 
 from derivation.errors import DerivationError
+from derivation.options import Options
 from derivation.tape.events import Allocation, Category, Guard
-from derivation.tape.settings import Settings
 from derivation.tape.symbols import MAX_LEVELS, SYMBOLS, Size, as_poly, evaluate, symbol
 from derivation.tape.tape import Tape
 from derivation.tape.tensor import contiguous_strides
@@ -54,7 +54,7 @@ def symbolic_trace(
     With a ``level`` the latents' sides are 2^level times that level's, so that every shallower level divides.
     Raises DerivationError where a storage's size is no polynomial or PyTorch fixes a symbol.
     """
-    tape = Tape(Settings(dtype, attention))
+    tape = Tape(Options(dtype=dtype, attention=attention))
     sizes = SymbolicSizes(tape, GENERIC)
     factor = 1 << (len(config["block_out_channels"]) - 1) if component == "vae_encode" else TRACE_FACTOR
     factor <<= level

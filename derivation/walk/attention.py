@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from derivation.options import EAGER, SDPA
 from derivation.registry import Registry
 from derivation.tape.events import Category
 from derivation.tape.symbols import Size
@@ -19,13 +20,8 @@ from derivation.walk.ops import elementwise, empty, matmul, pad_last, softmax, t
 
 HALF = ("float16", "bfloat16")
 FLASH_MAX_HEAD_DIM = 256
-EAGER = "eager"
-# What PyTorch picks on the GPU of the run; without a GPU that is "efficient".
-SDPA = "sdpa"
 # Taken by that choice alone, never asked for.
 CUDNN = "cudnn"
-# xformers.ops.memory_efficient_attention is the kernel that PyTorch took over as its memory-efficient backend.
-ALIASES = {"xformers": "efficient"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +34,7 @@ class Backend:
 
     def can_run(self, name: str, head_dim: int, dtype: str) -> bool:
         """Return whether it runs, on the run's GPU where there is one."""
-        hardware = tape().settings.hardware
+        hardware = tape().hardware
         if hardware is None or self.fallback is None:
             return self.usable(head_dim, dtype)
         return hardware.runs(name, dtype, head_dim)
@@ -54,18 +50,13 @@ def backend(
     return BACKENDS.register(name, lambda run: Backend(run, usable, fallback))
 
 
-def names() -> tuple[str, ...]:
-    """Return every value that the ``attention`` option takes."""
-    return (EAGER, SDPA, *(name for name in BACKENDS if name != CUDNN), *ALIASES)
-
-
 def scaled_dot_product_attention(
     query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool = False
 ) -> SymTensor:
     """``F.scaled_dot_product_attention`` on the chosen backend, or the next one that can run."""
     head_dim = query.shape[-1]
     assert isinstance(head_dim, int)
-    name = first_tried(tape().settings.attention)
+    name = first_tried(tape().options.attention)
     while not BACKENDS[name].can_run(name, head_dim, query.dtype):
         name = BACKENDS[name].fallback or "math"
     return BACKENDS[name].run(query, key, value, is_causal)
@@ -73,7 +64,7 @@ def scaled_dot_product_attention(
 
 def first_tried(attention: str) -> str:
     """Return the backend that an ``attention`` option tries first (sdp_utils.cpp: priority_order)."""
-    hardware = tape().settings.hardware
+    hardware = tape().hardware
     if attention == SDPA:
         return "efficient" if hardware is None else CUDNN if hardware.prefers_cudnn else "flash"
     return "math" if attention == EAGER else attention
@@ -88,7 +79,7 @@ def math(query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool) ->
     scaled = elementwise("mul", query, category=Category.ATTENTION)
     bias = _causal_bias(query, key) if is_causal else None
     scores = matmul(scaled, elementwise("mul", key.transpose(2, 3), category=Category.ATTENTION))
-    if bias is not None and tape().settings.hardware is None:
+    if bias is not None and tape().hardware is None:
         # in place on CUDA (attention.cpp: areAnyTensorSubclassLike, which meta tensors are)
         scores = elementwise("add", scores, bias, category=Category.ATTENTION)
     probs = softmax(scores, "_safe_softmax")
@@ -117,7 +108,7 @@ def _causal_bias(query: SymTensor, key: SymTensor) -> SymTensor:
 def efficient(query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool) -> SymTensor:
     """The result [N, S, heads, D], and int64 scalars for the dropout seed and offset, on CUDA kept on the CPU."""
     out = _by_tokens(query)
-    state = None if tape().settings.hardware else _scalars("efficient_attention")
+    state = None if tape().hardware else _scalars("efficient_attention")
     kernels.efficient_accumulator(query)
     del state
     return out
@@ -145,7 +136,7 @@ def flash(query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool) -
     out = elementwise("flash_attention", query)
     logsumexp = empty(query.shape[:3], "float32", "flash_attention", Category.STATISTICS)
     kernels.flash_split_buffers(query, key)
-    hardware = tape().settings.hardware
+    hardware = tape().hardware
     state = _flash_state() if hardware is None or hardware.flash_state_on_gpu else None
     del logsumexp, state
     return out.narrow(3, head_dim) if head_dim % 8 else out

@@ -69,7 +69,7 @@ def images(options: Options) -> Size:
 
 
 def _input(*shape: Size) -> SymTensor:
-    return given(shape, tape().settings.dtype)
+    return given(shape, tape().options.dtype)
 
 
 def _text(config: CLIPTextConfig, name: str) -> object:
@@ -167,8 +167,8 @@ def parameters(checkpoint: Checkpoint, options: Options) -> dict[str, dict[str, 
     """Return the parameters and buffers of each model: path -> (shape, dtype)."""
     found: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {}
     for component in components(checkpoint, options).values():
-        whole = replace(options.settings(), attention="efficient", attention_slicing=None, vae_tiling=False)
-        recorded = Tape(replace(whole, offload=None))
+        whole = replace(options, attention="efficient", attention_slicing=None, vae_tiling=False, offload=None)
+        recorded = Tape(whole)
         with recorded.running():
             component.call(options, False)
         found.setdefault(component.model, {}).update(recorded.parameters)

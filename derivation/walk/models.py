@@ -161,11 +161,11 @@ def controlnet(
     """
     off = {"channels_last": False, "lora_rank": None, "ip_adapter_tokens": None}
     if len(controlnet_cond) == 1:
-        with tape().setting(**off):
+        with tape().choosing(**off):
             return ControlNetModel(
                 "controlnet", sample, timestep, encoder_hidden_states, controlnet_cond[0], added_cond, config=config
             )
-    with tape().setting(**off, attention_slicing=None):
+    with tape().choosing(**off, attention_slicing=None):
         return MultiControlNetModel(
             "controlnet", sample, timestep, encoder_hidden_states, tuple(controlnet_cond), added_cond, config=config
         )
@@ -202,7 +202,7 @@ def _process_encoder_hidden_states(
     encoder_hidden_states: SymTensor, image_embeds: SymTensor | None, config: UNet2DConditionConfig
 ) -> Conditions:
     """``process_encoder_hidden_states``: with an IP-Adapter, a tuple with its tokens [N, 1, tokens, K]."""
-    tokens = tape().settings.ip_adapter_tokens
+    tokens = tape().options.ip_adapter_tokens
     if image_embeds is None or tokens is None:
         return encoder_hidden_states
     image_embeds = MultiIPAdapterImageProjection(

@@ -48,8 +48,8 @@ def parameter(name: str, shape: Sequence[int], dtype: str | None = None, runs: b
     here = tape()
     model = here.path[0]
     if dtype is None:
-        dtype = here.dtypes.get(model, here.settings.dtype)
-        if runs and here.settings.offload == "sequential" and model not in EXCLUDED_FROM_CPU_OFFLOAD:
+        dtype = here.dtypes.get(model, here.options.dtype)
+        if runs and here.options.offload == "sequential" and model not in EXCLUDED_FROM_CPU_OFFLOAD:
             here.load_leaf(name, tuple(shape), dtype)
     here.parameters[".".join([*here.path, name])] = (tuple(shape), dtype)
     return given(shape, dtype)
@@ -259,7 +259,7 @@ def convolution(x: SymTensor, weight: SymTensor, shape: tuple[Size, ...]) -> Sym
     On CUDA it runs in channels_last where the input or the weight is, and the input is copied to that format
     (ConvUtils.h: cudnn_conv_suggest_memory_format).
     """
-    if tape().settings.hardware is None:
+    if tape().hardware is None:
         return empty(shape, x.dtype, "convolution")
     channels_last = x.is_channels_last() or _weights_channels_last()
     x = _in_format(x, channels_last)
@@ -271,7 +271,7 @@ def convolution(x: SymTensor, weight: SymTensor, shape: tuple[Size, ...]) -> Sym
 def _weights_channels_last() -> bool:
     """Return whether ``Module.to(memory_format=torch.channels_last)`` was called on the current model."""
     here = tape()
-    return here.settings.channels_last and bool(here.path) and here.path[0] in CHANNELS_LAST_MODELS
+    return here.options.channels_last and bool(here.path) and here.path[0] in CHANNELS_LAST_MODELS
 
 
 def _in_format(x: SymTensor, channels_last: bool) -> SymTensor:
@@ -309,7 +309,7 @@ def Linear(x: SymTensor, out_features: int, *, bias: bool = True, frozen: bool =
         kernels.cublas_workspace()
     else:
         out = _matrix(reshape(x, rows, in_features), rows, out_features, "mm").view(*lead, out_features)
-    return add(out, out) if bias and tape().settings.hardware is None else out
+    return add(out, out) if bias and tape().hardware is None else out
 
 
 def _folds(x: SymTensor) -> bool:
@@ -326,7 +326,7 @@ def LoraLinear(x: SymTensor, out_features: int, *, bias: bool, rank: int) -> Sym
     Every other weight of the model is frozen (lora/model.py: _mark_only_adapters_as_trainable).
     """
     result = Linear("base_layer", x, out_features, bias=bias, frozen=True)
-    if tape().settings.lora_fused:
+    if tape().options.lora_fused:
         in_features = x.shape[-1]
         assert isinstance(in_features, int)
         parameter("lora_A.default.weight", (rank, in_features), runs=False)

@@ -26,7 +26,7 @@ def inside(kernel: Callable[Concatenate[Hardware, P], R]) -> Callable[P, R | Non
 
     @wraps(kernel)
     def call(*args: P.args, **kwargs: P.kwargs) -> R | None:
-        hardware = tape().settings.hardware
+        hardware = tape().hardware
         return None if hardware is None else kernel(hardware, *args, **kwargs)
 
     return call

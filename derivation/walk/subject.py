@@ -11,11 +11,10 @@ from derivation.call import Call
 from derivation.config import VAE_SCALE_FACTOR, Checkpoint
 from derivation.config.document import from_document, to_document
 from derivation.errors import DerivationError, unsupported
-from derivation.gpu.profile import hardware, parse_version
+from derivation.gpu.profile import Hardware, hardware, parse_version
 from derivation.options import Options, options_of
 from derivation.tape.grid import Grid, Sides
 from derivation.tape.program import Program
-from derivation.tape.settings import Settings
 from derivation.tape.subject import Parameters
 from derivation.tape.tape import Memory, tape
 from derivation.tape.tiles import Tiling
@@ -32,7 +31,7 @@ class WalkedSubject:
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
         self.checkpoint = checkpoint
         self.options = options
-        self.settings = _settings(options)
+        self.hardware = _hardware(options)
         self._memory: Memory = {}
 
     def __reduce__(self) -> tuple[type[WalkedSubject], tuple[Checkpoint, Options]]:
@@ -85,7 +84,7 @@ class WalkedSubject:
         """Return the pipeline as a recordable run; of a component alone, its calls, each a stage."""
         pipeline = Pipeline(self.checkpoint, self.options, guidance)
         run = pipeline.__call__ if self.whole else lambda: self._call_each(guidance)
-        return Program(run, self.settings, fixed, self._memory)
+        return Program(run, self.options, fixed, self._memory, self.hardware)
 
     def _call_each(self, guidance: bool) -> None:
         """Run every component call on the active tape, each on inputs that exist before it."""
@@ -101,7 +100,7 @@ class WalkedSubject:
         if name not in self.components:
             raise DerivationError(f"component {name!r} is not part of this checkpoint ({', '.join(self.calls)})")
         call = self.components[name].call
-        return Program(lambda: call(self.options, guidance), self.settings, fixed, self._memory)
+        return Program(lambda: call(self.options, guidance), self.options, fixed, self._memory, self.hardware)
 
     @property
     def sides(self) -> Sides:
@@ -135,11 +134,11 @@ class WalkedSubject:
         return cls(from_document(document["checkpoint"]), options_of(document["options"]))
 
 
-def _settings(options: Options) -> Settings:
+def _hardware(options: Options) -> Hardware | None:
     versions = {"torch": options.torch, "diffusers": options.diffusers}
     if options.gpu is None:
         for library, version in versions.items():
             if version is not None:
                 parse_version(library, version)
-        return options.settings()
-    return options.settings(hardware(options.gpu, **versions, scratch=options.scratch))
+        return None
+    return hardware(options.gpu, **versions, scratch=options.scratch)

@@ -6,9 +6,8 @@ import sys
 from typing import Any
 
 from derivation.errors import shown
-from derivation.options import DTYPES
+from derivation.options import DTYPES, TILE_OVERLAP_FACTOR
 from derivation.options.live.modules import Models, attentions, called, config, first_parameter, option, unsupported
-from derivation.tape.tiles import TILE_OVERLAP_FACTOR
 
 # diffusers' attention processors by class name, and the option they stand for; None: F.scaled_dot_product_attention
 PROCESSORS: dict[str, str | None] = {

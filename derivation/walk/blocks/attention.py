@@ -26,7 +26,7 @@ def FeedForward(hidden_states: SymTensor) -> SymTensor:
 
 def attention_slice(heads: int) -> int | None:
     """Return ``set_attention_slice``'s slice size for a layer; raises DerivationError for one that is too large."""
-    chosen = tape().settings.attention_slicing
+    chosen = tape().options.attention_slicing
     if chosen is None:
         return None
     size = {"auto": heads // 2, "max": 1}.get(chosen, 0) if isinstance(chosen, str) else chosen

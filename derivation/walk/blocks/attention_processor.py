@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from derivation.options import EAGER
 from derivation.tape.block import block
 from derivation.tape.symbols import Size, floor_div
 from derivation.tape.tape import tape
 from derivation.tape.tensor import SymTensor
-from derivation.walk.attention import EAGER, attention_scores, scaled_dot_product_attention
+from derivation.walk.attention import attention_scores, scaled_dot_product_attention
 from derivation.walk.ops import GroupNorm, Linear, LoraLinear, add, bmm, div, empty, mul, reshape
 
 # What cross-attention reads: text [N, L, K], and with an IP-Adapter the image's tokens too, [N, 1, T, K]
@@ -74,7 +75,7 @@ def Attention(
             )
             attn_slice = bmm(attn_slice, value.narrow(0, part))
         hidden_states = batch_to_head_dim(hidden_states, spec)
-    elif tape().settings.attention == EAGER:
+    elif tape().options.attention == EAGER:
         query = head_to_batch_dim(query, spec)
         key = head_to_batch_dim(key, spec)
         value = head_to_batch_dim(value, spec)
@@ -115,7 +116,7 @@ def attend_to_image(query: SymTensor, ip_hidden_states: SymTensor, spec: Attenti
     ip_key = Linear("processor.to_k_ip.0", ip_hidden_states, spec.inner_dim, bias=False)
     ip_value = Linear("processor.to_v_ip.0", ip_hidden_states, spec.inner_dim, bias=False)
     ip_key, ip_value = (x.view(batch, tokens, spec.inner_dim) for x in (ip_key, ip_value))
-    if tape().settings.attention == EAGER:
+    if tape().options.attention == EAGER:
         ip_key = head_to_batch_dim(ip_key, spec)
         ip_value = head_to_batch_dim(ip_value, spec)
         ip_attention_probs = attention_scores(

@@ -34,7 +34,7 @@ def decode(z: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
 
 def _sliced(x: SymTensor, run: Run) -> SymTensor:
     """``torch.cat([run(part) for part in x.split(1)])`` where slicing is on and there is more than one."""
-    if not (tape().settings.vae_slicing and tape().exceeds(x.shape[0], 1)):
+    if not (tape().options.vae_slicing and tape().exceeds(x.shape[0], 1)):
         return run(x)
     part = x.narrow(0, 1)
     first = run(part)
@@ -46,7 +46,7 @@ def _sliced(x: SymTensor, run: Run) -> SymTensor:
 
 
 def _encode(x: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
-    if _tiled(x, Tiling.of(config, tape().settings).sample):
+    if _tiled(x, Tiling.of(config, tape().options).sample):
         return _tiled_encode(x, config)
     enc = Encoder("encoder", x, config=config)
     if config.use_quant_conv:
@@ -55,7 +55,7 @@ def _encode(x: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
 
 
 def _decode(z: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
-    if _tiled(z, Tiling.of(config, tape().settings).latent):
+    if _tiled(z, Tiling.of(config, tape().options).latent):
         return tiled_decode(z, config)
     if config.use_post_quant_conv:
         z = Conv2d("post_quant_conv", z, config.latent_channels, 1)
@@ -64,7 +64,7 @@ def _decode(z: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
 
 
 def _tiled(x: SymTensor, tile_min_size: int) -> bool:
-    if not tape().settings.vae_tiling:
+    if not tape().options.vae_tiling:
         return False
     height, width = x.shape[2:]
     if isinstance(height, int) and isinstance(width, int):
@@ -73,7 +73,7 @@ def _tiled(x: SymTensor, tile_min_size: int) -> bool:
 
 
 def _tiled_encode(x: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
-    tiles = Tiling.of(config, tape().settings)
+    tiles = Tiling.of(config, tape().options)
 
     def run(tile: SymTensor) -> SymTensor:
         tile = Encoder("encoder", tile, config=config)
@@ -86,7 +86,7 @@ def _tiled_encode(x: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
 
 def tiled_decode(z: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
     """``tiled_decode``: every decoded tile is kept until all are blended and joined."""
-    tiles = Tiling.of(config, tape().settings)
+    tiles = Tiling.of(config, tape().options)
 
     def run(tile: SymTensor) -> SymTensor:
         if config.use_post_quant_conv:

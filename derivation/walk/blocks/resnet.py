@@ -44,5 +44,5 @@ def ResnetBlock2D(
 
 def _shortcut_input(input_tensor: SymTensor) -> SymTensor:
     """diffusers 0.33 to 0.36 make it contiguous; only a GPU keeps a format that this changes."""
-    hardware = tape().settings.hardware
+    hardware = tape().hardware
     return contiguous(input_tensor) if hardware and hardware.contiguous_shortcut else input_tensor

@@ -173,7 +173,7 @@ def _transformers(config: UNet2DConditionConfig, level: int, depths: tuple[int, 
             groups=config.norm_num_groups,
             use_linear_projection=config.use_linear_projection,
             upcast_attention=config.upcast_attention,
-            lora_rank=tape().settings.lora_rank,
+            lora_rank=tape().options.lora_rank,
         )
         for depth in depths
     )

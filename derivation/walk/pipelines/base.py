@@ -156,7 +156,7 @@ class Pipeline:
 
     def latent_timestep(self, scheduler: Scheduler) -> SymTensor | None:
         """Return ``timesteps[:1].repeat(images)`` of a run on a GPU; elsewhere the timesteps are on the CPU."""
-        if tape().settings.hardware is None:
+        if tape().hardware is None:
             return None
         return empty((self.images,), scheduler.timestep_dtype, "repeat", Category.PIPELINE)
 

@@ -36,7 +36,7 @@ class Denoising:
         self.image_embeds: SymTensor | None = None
         self.timestep_cond: SymTensor | None = None
         self.timesteps: SymTensor | None = None
-        if tape().settings.hardware is not None:
+        if tape().hardware is not None:
             self.timesteps = empty((scheduler.num_timesteps,), scheduler.timestep_dtype, "_to_copy", Category.PIPELINE)
 
     def run(self, prompt_embeds: SymTensor, added_cond: tuple[SymTensor, SymTensor] | None = None) -> None:
