@@ -4,41 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from derivation.api import Derivation
 from derivation.ask.fit import Image, Request
 from derivation.call import Call
 from derivation.errors import DerivationError, positive
-from derivation.options import Options
+from derivation.options import TABLE, Options
+from derivation.options.row import Remedy
 
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Remedy:
-    """A change of options: what it costs, and the line of Python that makes it."""
-
-    name: str
-    change: Mapping[str, object]
-    cost: str
-    call: str
-
-
-# Lines of Python for diffusers 0.42.1, whose pipelines no longer have enable_vae_slicing and enable_vae_tiling.
-FUSED = "pipe.unet.set_attn_processor(AttnProcessor2_0()); pipe.vae.set_attn_processor(AttnProcessor2_0())"
-MODEL_OFFLOAD, SEQUENTIAL_OFFLOAD = "pipe.enable_model_cpu_offload()", "pipe.enable_sequential_cpu_offload()"
-# In order of cost. A row whose option, or value, this version does not have is left out.
-REMEDIES: tuple[Remedy, ...] = (
-    Remedy("fused attention", {"attention": "efficient"}, "none: the same result, faster", FUSED),
-    Remedy("float16", {"dtype": "float16"}, "none that is visible; faster", "pipe.to(torch.float16)"),
-    Remedy("VAE slicing", {"vae_slicing": True}, "none at batch 1; slightly slower", "pipe.vae.enable_slicing()"),
-    Remedy("one image a prompt", {"num_images_per_prompt": 1}, "one call an image", "num_images_per_prompt=1"),
-    Remedy("VAE tiling", {"vae_tiling": True}, "slower; tones may differ at seams", "pipe.vae.enable_tiling()"),
-    Remedy("sliced attention", {"attention_slicing": "auto"}, "slower", "pipe.enable_attention_slicing()"),
-    Remedy("model offload", {"offload": "model"}, "weights cross the bus once a call", MODEL_OFFLOAD),
-    Remedy("no safety checker", {"safety_checker": False}, "no filter", "pipe.safety_checker = None"),
-    Remedy("sequential offload", {"offload": "sequential"}, "many times slower", SEQUENTIAL_OFFLOAD),
-)
+# In order of cost.
+REMEDIES = tuple(sorted((remedy for row in TABLE.values() for remedy in row.remedies), key=lambda r: r.rank))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +111,9 @@ def _step(peaks: _Peaks, remedy: Remedy, saves_bytes: int, chosen: Sequence[Reme
 
 def _savings(peaks: _Peaks, options: Options) -> dict[Remedy, int]:
     """Return the bytes that each remedy saves alone, for those that change these options and can be derived."""
-    known = {field.name for field in fields(Options)}
     found: dict[Remedy, int] = {}
     for remedy in REMEDIES:
-        if remedy.change.keys() <= known and _improves(options, remedy):
+        if _improves(options, remedy):
             with suppress(DerivationError):
                 found[remedy] = peaks[()] - peaks[[remedy]]
     return found

@@ -16,38 +16,14 @@ from derivation.call import DEFAULT_PROMPT_LENGTH
 from derivation.cli.output import checked_number
 from derivation.config import bundled, load
 from derivation.errors import DerivationError, shown, unsupported
-from derivation.options import CHOICES, SLICINGS, Options
+from derivation.options import TABLE, Options
 from derivation.walk.subject import WalkedSubject
 
 DEFAULT_SIDE = 512
 DEFAULT_GUIDANCE_SCALE = 7.5
 
+# Of a call; an option's own is in its row.
 HELP = {
-    "pipeline": "Pipeline",
-    "dtype": "Type of weights and activations",
-    "attention": "Attention backend; xformers is efficient",
-    "gpu": "GPU or architecture, such as rtx-4090 or sm89: adds its libraries' scratch memory.",
-    "safety_checker": "Whether the safety checker runs.",
-    "torch": "torch version whose allocations count; read with a GPU.",
-    "diffusers": "diffusers version whose allocations count; read with a GPU.",
-    "scratch": "Library scratch on a GPU",
-    "scheduler": "Scheduler class in place of the checkpoint's",
-    "negative_prompt": "Whether a negative prompt is given.",
-    "clip_skip": "Last layers of the text encoder to skip.",
-    "vae_slicing": "As pipe.vae.enable_slicing() does.",
-    "vae_tiling": "As pipe.vae.enable_tiling() does.",
-    "attention_slicing": "As pipe.enable_attention_slicing(...) does: auto, max or a slice size.",
-    "tile_sample_min_size": "Side of a VAE tile in pixels, else the VAE's sample_size.",
-    "tile_overlap_factor": "Part of a VAE tile that the next one repeats, 0 to 0.5.",
-    "channels_last": "Whether the weights of UNet and VAE are in torch.channels_last.",
-    "offload": "As pipe.enable_model_cpu_offload() or enable_sequential_cpu_offload() do: model or sequential.",
-    "lora_rank": "Rank of a LoRA on the UNet's attention projections.",
-    "lora_fused": "Whether pipe.fuse_lora() has merged the LoRA.",
-    "controlnets": "How many ControlNets, each made from the UNet, condition it.",
-    "ip_adapter_tokens": "Image tokens that an IP-Adapter adds to the cross-attention.",
-    "num_images_per_prompt": "Images per prompt.",
-    "num_inference_steps": "Denoising steps.",
-    "strength": "How much img2img and inpainting change the image, in (0, 1].",
     "height": "Image height in pixels.",
     "width": "Image width in pixels.",
     "batch_size": "Prompts in one call.",
@@ -62,7 +38,13 @@ def _gpus() -> tuple[str, ...]:
     return known()
 
 
-VALUES: dict[str, Callable[[], tuple[str, ...]]] = {**CHOICES, "gpu": _gpus, "attention_slicing": lambda: SLICINGS}
+def values_of(name: str) -> Callable[[], tuple[str, ...]] | None:
+    """Return what lists the values of an option, None where there is no list."""
+    if name == "gpu":
+        return _gpus
+    row = TABLE.get(name)
+    return None if row is None else row.choices or ((lambda: row.words) if row.words else None)
+
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +115,13 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
 
 def help_of(name: str) -> str:
     """Return what a field's option says of itself; a text without a full stop lists its values."""
-    text = HELP.get(name, name.replace("_", " ").capitalize() + ".")
-    return text if text.endswith(".") else f"{text}: {', '.join(VALUES[name]())}."
+    text = TABLE[name].help if name in TABLE else HELP.get(name, name.replace("_", " ").capitalize() + ".")
+    values = values_of(name)
+    return text if text.endswith(".") or values is None else f"{text}: {', '.join(values())}."
 
 
 def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
-    values = VALUES.get(field.name)
+    values = values_of(field.name)
     option = typer.Option(help=help_of(field.name), autocompletion=completing(values) if values else None)
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     kind = hint if len(_kinds(hint)) == 1 else str | None

@@ -8,7 +8,7 @@ from typing import Any
 
 from derivation.equation.record import Equation
 from derivation.export.templates import environment
-from derivation.options import Options
+from derivation.options import TABLE, Options
 from derivation.version import __version__
 
 # The versions whose allocations the derivation follows, as in pyproject.toml's "verify" extra.
@@ -29,13 +29,6 @@ EXCLUSIONS = (
     "CUDA context and kernels' images",
     "what the caching allocator reserves beyond live tensors",
     "gradients, optimizer state",
-)
-# What a pipeline may have on top: an option's name, the value that stands for nothing, and the words for it.
-EXTRAS = (
-    ("offload", None, "CPU offload"),
-    ("lora_rank", None, "LoRA"),
-    ("controlnets", 0, "ControlNet"),
-    ("ip_adapter_tokens", None, "IP-Adapter"),
 )
 LIBRARY_SCRATCH = "scratch memory of cuDNN, cuBLAS and the attention kernels"
 
@@ -68,20 +61,13 @@ def facts(equation: Equation) -> Facts:
 
 def assumptions(options: Options) -> tuple[str, ...]:
     """Return what the options take for granted, in words."""
-    fused = "the LoRA's own weights stay beside the merged ones"
-    lora = "a LoRA on to_q, to_k, to_v and to_out.0 of every attention of the UNet, of one rank"
-    given = (
-        (options.lora_rank is not None, lora),
-        (options.lora_fused, fused),
-        (options.controlnets > 0, "each ControlNet has the UNet's architecture and one control image a prompt"),
-        (options.ip_adapter_tokens is not None, "one image for the IP-Adapter, encoded by OpenCLIP ViT-H/14"),
-    )
-    return (PLACES[options.offload], *ASSUMPTIONS, *(text for holds, text in given if holds))
+    told = (row.assumed for name, row in TABLE.items() if row.assumed and options.chosen(name))
+    return (PLACES[options.offload], *ASSUMPTIONS, *told)
 
 
 def exclusions(options: Options) -> tuple[str, ...]:
     """Return what is not part of the bytes, in words: of what a pipeline may have on top, what is switched off."""
-    absent = [words for name, none, words in EXTRAS if getattr(options, name) == none]
+    absent = [row.absent for name, row in TABLE.items() if row.absent and not options.chosen(name)]
     return (*EXCLUSIONS, *([", ".join(absent)] if absent else []))
 
 

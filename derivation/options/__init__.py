@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, get_type_hints
 
 from derivation.config.checks import MAX_SIZE
 from derivation.config.schedulers import DEFAULTS
-from derivation.errors import DerivationError, one_of, positive, shown, typed
+from derivation.errors import DerivationError, typed
 from derivation.gpu.profile import SCRATCH
+from derivation.options.row import Remedy, Row, row
 
 PIPELINES = ("txt2img", "img2img", "inpaint")
 DTYPES = ("float16", "bfloat16", "float32")
@@ -28,24 +29,14 @@ MAX_STEPS = 1000
 MAX_CONTROLNETS = 8
 
 SLICINGS = ("auto", "max")
-CHOICES: Mapping[str, Callable[[], tuple[str, ...]]] = {
-    "pipeline": lambda: PIPELINES,
-    "dtype": lambda: DTYPES,
-    "attention": lambda: (*ATTENTION, *ATTENTION_ALIASES),
-    "scheduler": lambda: tuple(sorted(DEFAULTS)),
-    "offload": lambda: OFFLOADS,
-    "scratch": lambda: SCRATCH,
-}
-# Integers from 1, and up to what: config files are held to MAX_SIZE, too.
-COUNTS = {
-    "num_images_per_prompt": MAX_SIZE,
-    "num_inference_steps": MAX_STEPS,
-    "clip_skip": MAX_SIZE,
-    "tile_sample_min_size": MAX_SIZE,
-    "attention_slicing": MAX_SIZE,
-    "lora_rank": MAX_SIZE,
-    "ip_adapter_tokens": MAX_SIZE,
-}
+
+# Lines of Python for diffusers 0.42.1, whose pipelines no longer have enable_vae_slicing and enable_vae_tiling.
+FUSED = "pipe.unet.set_attn_processor(AttnProcessor2_0()); pipe.vae.set_attn_processor(AttnProcessor2_0())"
+
+
+def _each(name: str, *values: object, **others: object) -> tuple[dict[str, object], ...]:
+    """Return an option set for each of an option's values."""
+    return tuple({name: value, **others} for value in values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,49 +55,220 @@ class Options:
     ``Class.from_config(pipe.scheduler.config)`` does; ``negative_prompt`` says whether one is given.
     """
 
-    pipeline: str = "img2img"
-    dtype: str = "float16"
-    attention: str = "efficient"
-    gpu: str | None = None
-    torch: str | None = None
-    diffusers: str | None = None
-    scratch: str = "expected"
-    safety_checker: bool = True
-    num_images_per_prompt: int = 1
-    num_inference_steps: int = DEFAULT_STEPS
-    strength: float | None = None
-    scheduler: str | None = None
-    negative_prompt: bool = False
-    clip_skip: int | None = None
-    vae_slicing: bool = False
-    vae_tiling: bool = False
-    tile_sample_min_size: int | None = None
-    tile_overlap_factor: float = TILE_OVERLAP_FACTOR
-    attention_slicing: str | int | None = None
-    channels_last: bool = False
-    offload: str | None = None
-    lora_rank: int | None = None
-    lora_fused: bool = False
-    controlnets: int = 0
-    ip_adapter_tokens: int | None = None
+    pipeline: str = row("img2img", "Pipeline", "pipeline", choices=lambda: PIPELINES)
+    dtype: str = row(
+        "float16",
+        "Type of weights and activations",
+        "pipeline",
+        choices=lambda: DTYPES,
+        matrix=_each("dtype", "bfloat16", "float32"),
+        remedies=(
+            Remedy("float16", {"dtype": "float16"}, "none that is visible; faster", "pipe.to(torch.float16)", 2),
+        ),
+    )
+    attention: str = row(
+        "efficient",
+        "Attention backend; xformers is efficient",
+        "pipeline",
+        choices=lambda: (*ATTENTION, *ATTENTION_ALIASES),
+        matrix=_each("attention", EAGER, "math", "flash"),
+        remedies=(
+            Remedy("fused attention", {"attention": "efficient"}, "none: the same result, faster", FUSED, 1),
+        ),
+    )
+    gpu: str | None = row(
+        None, "GPU or architecture, such as rtx-4090 or sm89: adds its libraries' scratch memory.", "machine"
+    )
+    torch: str | None = row(None, "torch version whose allocations count; read with a GPU.", "machine")
+    diffusers: str | None = row(None, "diffusers version whose allocations count; read with a GPU.", "machine")
+    scratch: str = row("expected", "Library scratch on a GPU", "machine", choices=lambda: SCRATCH)
+    safety_checker: bool = row(
+        True,
+        "Whether the safety checker runs.",
+        "pipeline",
+        drawn={"pipeline": (False,)},
+        matrix=({"safety_checker": False},),
+        remedies=(
+            Remedy("no safety checker", {"safety_checker": False}, "no filter", "pipe.safety_checker = None", 8),
+        ),
+    )
+    num_images_per_prompt: int = row(
+        1,
+        "Images per prompt.",
+        "call",
+        most=MAX_SIZE,
+        drawn={"pipeline": (2, 3)},
+        matrix=({"num_images_per_prompt": 2},),
+        remedies=(
+            Remedy(
+                "one image a prompt", {"num_images_per_prompt": 1}, "one call an image", "num_images_per_prompt=1", 4
+            ),
+        ),
+    )
+    num_inference_steps: int = row(DEFAULT_STEPS, "Denoising steps.", "call", most=MAX_STEPS)
+    strength: float | None = row(
+        None,
+        "How much img2img and inpainting change the image, in (0, 1].",
+        "call",
+        drawn={"pipeline": (0.4, 0.75, 1.0)},
+    )
+    scheduler: str | None = row(
+        None,
+        "Scheduler class in place of the checkpoint's",
+        "call",
+        choices=lambda: tuple(sorted(DEFAULTS)),
+        drawn={"pipeline": tuple(sorted(DEFAULTS))},
+        matrix=_each("scheduler", *sorted(DEFAULTS)),
+    )
+    negative_prompt: bool = row(
+        False,
+        "Whether a negative prompt is given.",
+        "call",
+        drawn={"pipeline": (True,)},
+        matrix=({"negative_prompt": True},),
+    )
+    clip_skip: int | None = row(
+        None,
+        "Last layers of the text encoder to skip.",
+        "call",
+        most=MAX_SIZE,
+        drawn={"pipeline": (1,)},
+        matrix=({"clip_skip": 1},),
+    )
+    vae_slicing: bool = row(
+        False,
+        "As pipe.vae.enable_slicing() does.",
+        "pipeline",
+        drawn={"vae": (True,)},
+        matrix=({"vae_slicing": True},),
+        remedies=(
+            Remedy(
+                "VAE slicing",
+                {"vae_slicing": True},
+                "none at batch 1; slightly slower",
+                "pipe.vae.enable_slicing()",
+                3,
+            ),
+        ),
+    )
+    vae_tiling: bool = row(
+        False,
+        "As pipe.vae.enable_tiling() does.",
+        "pipeline",
+        drawn={"vae": (True,)},
+        matrix=({"vae_tiling": True}, {"vae_tiling": True, "vae_slicing": True}),
+        remedies=(
+            Remedy(
+                "VAE tiling", {"vae_tiling": True}, "slower; tones may differ at seams", "pipe.vae.enable_tiling()", 5
+            ),
+        ),
+    )
+    tile_sample_min_size: int | None = row(
+        None,
+        "Side of a VAE tile in pixels, else the VAE's sample_size.",
+        "pipeline",
+        most=MAX_SIZE,
+        drawn={"vae": (32, 64, 100, 128)},
+    )
+    tile_overlap_factor: float = row(
+        TILE_OVERLAP_FACTOR,
+        "Part of a VAE tile that the next one repeats, 0 to 0.5.",
+        "pipeline",
+        drawn={"vae": (0.0, 0.1, 0.3, 0.5)},
+    )
+    attention_slicing: str | int | None = row(
+        None,
+        "As pipe.enable_attention_slicing(...) does: auto, max or a slice size.",
+        "pipeline",
+        words=SLICINGS,
+        most=MAX_SIZE,
+        drawn={"unet": ("max", 1)},
+        matrix=_each("attention_slicing", "auto", "max", 2),
+        remedies=(
+            Remedy("sliced attention", {"attention_slicing": "auto"}, "slower", "pipe.enable_attention_slicing()", 6),
+        ),
+    )
+    channels_last: bool = row(
+        False,
+        "Whether the weights of UNet and VAE are in torch.channels_last.",
+        "pipeline",
+        drawn={"unet": (True,), "vae": (True,)},
+        matrix=({"channels_last": True},),
+    )
+    offload: str | None = row(
+        None,
+        "As pipe.enable_model_cpu_offload() or enable_sequential_cpu_offload() do: model or sequential.",
+        "pipeline",
+        choices=lambda: OFFLOADS,
+        drawn={"unet": ("sequential",), "vae": ("sequential",), "pipeline": OFFLOADS},
+        matrix=_each("offload", *OFFLOADS),
+        remedies=(
+            Remedy(
+                "model offload",
+                {"offload": "model"},
+                "weights cross the bus once a call",
+                "pipe.enable_model_cpu_offload()",
+                7,
+            ),
+            Remedy(
+                "sequential offload",
+                {"offload": "sequential"},
+                "many times slower",
+                "pipe.enable_sequential_cpu_offload()",
+                9,
+            ),
+        ),
+        absent="CPU offload",
+    )
+    lora_rank: int | None = row(
+        None,
+        "Rank of a LoRA on the UNet's attention projections.",
+        "pipeline",
+        most=MAX_SIZE,
+        drawn={"unet": (1, 4, 33)},
+        matrix=({"lora_rank": 4}, {"lora_rank": 64, "lora_fused": True}),
+        assumed="a LoRA on to_q, to_k, to_v and to_out.0 of every attention of the UNet, of one rank",
+        absent="LoRA",
+    )
+    lora_fused: bool = row(
+        False,
+        "Whether pipe.fuse_lora() has merged the LoRA.",
+        "pipeline",
+        drawn={"unet": (True,)},
+        assumed="the LoRA's own weights stay beside the merged ones",
+    )
+    controlnets: int = row(
+        0,
+        "How many ControlNets, each made from the UNet, condition it.",
+        "pipeline",
+        least=0,
+        most=MAX_CONTROLNETS,
+        drawn={"pipeline": (1, 2)},
+        matrix=_each("controlnets", 1, 2),
+        assumed="each ControlNet has the UNet's architecture and one control image a prompt",
+        absent="ControlNet",
+    )
+    ip_adapter_tokens: int | None = row(
+        None,
+        "Image tokens that an IP-Adapter adds to the cross-attention.",
+        "pipeline",
+        most=MAX_SIZE,
+        drawn={"unet": (4, 16)},
+        matrix=({"ip_adapter_tokens": 4},),
+        assumed="one image for the IP-Adapter, encoded by OpenCLIP ViT-H/14",
+        absent="IP-Adapter",
+    )
 
     def __post_init__(self) -> None:
         for name, hint in _hints(Options).items():
             typed(name, getattr(self, name), hint)
         object.__setattr__(self, "attention", ATTENTION_ALIASES.get(self.attention, self.attention))
-        for name, choices in CHOICES.items():
-            if getattr(self, name) is not None:
-                one_of(name, getattr(self, name), choices())
-        for name, most in COUNTS.items():
-            if getattr(self, name) not in (None, *SLICINGS):
-                positive(name, getattr(self, name), most)
+        for name, entry in TABLE.items():
+            entry.check(name, getattr(self, name))
         if self.strength is not None and not 0 < self.strength <= 1:
             raise DerivationError(f"strength = {self.strength} is not in (0, 1]")
         if not 0 <= self.tile_overlap_factor <= 0.5:
             raise DerivationError(f"tile_overlap_factor = {self.tile_overlap_factor} is not in [0, 0.5]")
-        if not 0 <= self.controlnets <= MAX_CONTROLNETS:
-            supported = f"integers from 0 to {MAX_CONTROLNETS}"
-            raise DerivationError(f"controlnets = {shown(self.controlnets)} is not supported (supported: {supported})")
         self._check_together()
 
     def _check_together(self) -> None:
@@ -119,9 +281,18 @@ class Options:
         if self.lora_fused and self.lora_rank is None:
             raise DerivationError("lora_fused = True is not supported without a lora_rank")
 
+    def chosen(self, name: str) -> bool:
+        """Return whether an option differs from its default."""
+        return bool(getattr(self, name) != _DEFAULTS[name])
+
     def as_dict(self) -> dict[str, object]:
         """Return the options by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+_DEFAULTS = {field.name: field.default for field in fields(Options)}
+# Every option by name.
+TABLE: Mapping[str, Row] = {field.name: field.metadata["row"] for field in fields(Options)}
 
 
 def options_of(given: Mapping[str, Any]) -> Options:

@@ -62,8 +62,7 @@ def changed(options: Options) -> tuple[str, ...]:
     >>> changed(Options(offload="model", vae_slicing=True, gpu="t4"))
     ('vae slicing', 'offload model')
     """
-    defaults = Options().as_dict()
-    own = {name: value for name, value in options.as_dict().items() if name not in TOLD and value != defaults[name]}
+    own = {name: value for name, value in options.as_dict().items() if name not in TOLD and options.chosen(name)}
     return tuple(name.replace("_", " ") + ("" if value is True else f" {value}") for name, value in own.items())
 
 

@@ -12,10 +12,11 @@ from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProj
 from peft import LoraConfig
 
 from derivation.config import image_encoder
+from derivation.registry import Registry
 
 Switch = Callable[[Any, Any], None]
 
-SWITCHES: dict[str, Switch] = {}
+SWITCHES: Registry[Switch] = Registry("option switch")
 # read by build_pipeline itself
 PIPELINE_SWITCHES = ("offload", "controlnets")
 
@@ -24,8 +25,10 @@ def switch(*classes: type) -> Callable[[Switch], Switch]:
     """Register a function that sets the option of its name on a new model of one of the classes."""
 
     def register(apply: Switch) -> Switch:
-        SWITCHES[apply.__name__] = lambda model, value: apply(model, value) if isinstance(model, classes) else None
-        return apply
+        def applied(_: Switch) -> Switch:
+            return lambda model, value: apply(model, value) if isinstance(model, classes) else None
+
+        return SWITCHES.register(apply.__name__, applied)(apply)
 
     return register
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from derivation.api import Derivation
 from derivation.config import clip_text_config, clip_vision_config, load, unet_config, vae_config
-from derivation.options import DTYPES, OFFLOADS, PIPELINES, Options
+from derivation.options import DTYPES, PIPELINES, TABLE, Options
+from derivation.options.row import Part
 from derivation.tape.symbols import TILE_AXES
 from derivation.tape.tiles import Tiling, cuts
 from derivation.verify import random_configs
 from derivation.verify.compare import Comparison, compare_component, compare_pipeline, compared
-from derivation.walk.schedulers import SCHEDULERS
 from derivation.walk.subject import WalkedSubject
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -30,41 +30,8 @@ PIPELINE_SHARE = 4
 LENGTHS = {"text_encoder": (1, 2, 8, 77), PIPELINE: (2, 7, 77, 154)}
 SIDES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 24, 31)
 
-# What each option is drawn from where it is drawn at all; a config's own limits are respected.
-BOTH_OPTIONS: Mapping[str, tuple[Any, ...]] = {
-    "channels_last": (True,),
-    "offload": ("sequential",),
-}
-UNET_OPTIONS: Mapping[str, tuple[Any, ...]] = {
-    **BOTH_OPTIONS,
-    "attention_slicing": ("max", 1),
-    "lora_rank": (1, 4, 33),
-    "lora_fused": (True,),
-    "ip_adapter_tokens": (4, 16),
-}
-VAE_OPTIONS: Mapping[str, tuple[Any, ...]] = {
-    **BOTH_OPTIONS,
-    "vae_slicing": (True,),
-    "vae_tiling": (True,),
-    "tile_sample_min_size": (32, 64, 100, 128),
-    "tile_overlap_factor": (0.0, 0.1, 0.3, 0.5),
-}
-CALL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
-    "scheduler": tuple(sorted(SCHEDULERS)),
-    "num_images_per_prompt": (2, 3),
-    "negative_prompt": (True,),
-    "clip_skip": (1,),
-    "safety_checker": (False,),
-    "strength": (0.4, 0.75, 1.0),
-    "offload": OFFLOADS,
-    "controlnets": (1, 2),
-}
-PARTS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "unet": UNET_OPTIONS,
-    "vae_encode": VAE_OPTIONS,
-    "vae_decode": VAE_OPTIONS,
-    PIPELINE: {**UNET_OPTIONS, **VAE_OPTIONS, **CALL_OPTIONS},
-}
+# Options of a component's call by its part of the table; a config's own limits are respected.
+PARTS: Mapping[str, Part] = {"unet": "unet", "vae_encode": "vae", "vae_decode": "vae", PIPELINE: "pipeline"}
 TILE_OPTIONS = ("tile_sample_min_size", "tile_overlap_factor")
 # one option in this many is drawn
 OPTION_SHARE = 6
@@ -129,10 +96,9 @@ def random_case(seed: int, component: str | None = None) -> Case:
 
 def random_options(rng: random.Random, component: str, unet: Mapping[str, Any]) -> Options:
     """Return options that ``component`` reads and ``unet`` can have, each drawn once in OPTION_SHARE times."""
+    values = {name: row.draws(PARTS[component]) for name, row in TABLE.items()} if component in PARTS else {}
     drawn = {
-        name: rng.choice(values)
-        for name, values in PARTS.get(component, {}).items()
-        if rng.randrange(OPTION_SHARE) == 0
+        name: rng.choice(known) for name, known in values.items() if known and rng.randrange(OPTION_SHARE) == 0
     }
     if component == PIPELINE:
         drawn |= {"pipeline": rng.choice(PIPELINES), "num_inference_steps": rng.randint(4, 7)}

@@ -9,9 +9,8 @@ from typing import Any
 from derivation.api import derive
 from derivation.call import Call
 from derivation.config import bundled, load
-from derivation.options import OFFLOADS, PIPELINES, flag
+from derivation.options import PIPELINES, TABLE, flag
 from derivation.verify.compare import Comparison, compare_pipeline, compared
-from derivation.walk.schedulers import SCHEDULERS
 
 # the checkpoints that not every pipeline takes
 TASKS: Mapping[str, tuple[str, ...]] = {
@@ -25,26 +24,7 @@ CALLS = (Call(256, 256), Call(72, 136, 2), Call(264, 56, guidance=False))
 TILED_CALLS = (Call(1032, 536), Call(520, 1200, 2, guidance=False))
 LONG_PROMPT = Call(72, 88, prompt_length=154)
 
-OPTION_SETS: tuple[Mapping[str, Any], ...] = (
-    {},
-    *({"dtype": dtype} for dtype in ("bfloat16", "float32")),
-    *({"attention": attention} for attention in ("eager", "math", "flash")),
-    *({"scheduler": scheduler} for scheduler in sorted(SCHEDULERS)),
-    {"num_images_per_prompt": 2},
-    {"negative_prompt": True},
-    {"clip_skip": 1},
-    {"safety_checker": False},
-    {"vae_slicing": True},
-    {"vae_tiling": True},
-    {"vae_tiling": True, "vae_slicing": True},
-    *({"attention_slicing": size} for size in ("auto", "max", 2)),
-    {"channels_last": True},
-    *({"offload": offload} for offload in OFFLOADS),
-    {"lora_rank": 4},
-    {"lora_rank": 64, "lora_fused": True},
-    *({"controlnets": count} for count in (1, 2)),
-    {"ip_adapter_tokens": 4},
-)
+OPTION_SETS: tuple[Mapping[str, Any], ...] = ({}, *(chosen for row in TABLE.values() for chosen in row.matrix))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from derivation.errors import DerivationError
+from derivation.registry import Registry
 
 Models = Mapping[str, Any]
 Reader = Callable[[Any, Models], Any]
 
 MODELS = ("text_encoder", "text_encoder_2", "image_encoder", "vae", "controlnet", "unet", "safety_checker")
-READERS: dict[str, Reader] = {}
+READERS: Registry[Reader] = Registry("option reader")
 
 
 def models_of(pipe: Any) -> dict[str, Any]:
@@ -39,8 +40,7 @@ def attentions(models: Iterable[Any]) -> Iterator[Any]:
 
 def option(read: Reader) -> Reader:
     """Register how the option of the function's name is read."""
-    READERS[read.__name__] = read
-    return read
+    return READERS.register(read.__name__)(read)
 
 
 def up_blocks(models: Models) -> Iterator[Any]:
