@@ -128,7 +128,15 @@ def _peak(derivation: Derivation, compiled: bool) -> Peak:
     if compiled:
         generated = derivation.lambdify("math")
         return lambda call: int(generated(**call.as_dict()))
+    if derivation.options.gpu is not None:
+        return lambda call: _device_peak(derivation, call)
     return lambda call: peak_tensor_bytes(derivation, call)[1]
+
+
+def _device_peak(derivation: Derivation, call: Call) -> int:
+    """Return the bytes that the allocator reserves on the GPU named; more than the card has where they do not fit."""
+    found = derivation.device_memory(call)
+    return found.reserved if found.failed is None else (found.total or found.reserved) + found.failed["short_bytes"]
 
 
 def _advice(derivation: Derivation, budget: int, call: Call) -> tuple[str, ...]:

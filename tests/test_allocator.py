@@ -539,3 +539,11 @@ def test_a_pipeline_sized_replay_is_fast() -> None:
     started = time.perf_counter()
     Replay(events, sizes, [(0, len(events), 40)]).run(allocator)
     assert time.perf_counter() - started < 1.5
+
+
+def test_a_run_does_without_an_optional_tensor_that_does_not_fit():
+    events, sizes = [1, 2, -2, 3, -3, -1], [40 * MIB, 200 * MIB, 30 * MIB]
+    done = Replay(events, sizes, optional=frozenset([1])).run(CachingAllocator(capacity_bytes=100 * MIB))
+    assert (done.out_of_memory, done.left_out, done.reserved_bytes.nbytes) == (None, 1, 70 * MIB)
+    failed = Replay(events, sizes).run(CachingAllocator(capacity_bytes=100 * MIB))
+    assert failed.out_of_memory is not None and failed.left_out == 0

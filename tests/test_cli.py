@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import SD15
+from conftest import SD15, SDXL
 
 from derivation import derive
 from derivation.cli import run
@@ -372,3 +372,20 @@ def test_build_report_says_one_line_and_writes_nothing(
     assert captured.err.startswith("build_report.py: ") and captured.err.count("\n") == 1
     assert named in captured.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_call_that_does_not_fit_says_so_first_and_last_and_exits_with_one(capsys):
+    asked = ["estimate", SD15, "--gpu", "rtx-3060", "--attention", "eager", "--height", "2048", "--width", "2048"]
+    assert run(asked) == 1
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0] == lines[-1] and "needs more than" in lines[0] and "out of memory at vae.encoder." in lines[0]
+    assert "short" in lines[0] and " of 11.66 GiB: " in lines[0]
+    assert run([*asked[:6], "--height", "512", "--width", "512"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0] == lines[-1] and lines[0].startswith("needs ") and lines[0].endswith(": fits")
+
+
+def test_a_card_that_the_weights_do_not_fit_is_no_traceback(capsys):
+    asked = ["estimate", SDXL, "--gpu", "rtx-3060", "--dtype", "float32", "--json"]
+    assert run(asked) == 1
+    assert "while they are loaded" in json.loads(capsys.readouterr().out)["verdict"]

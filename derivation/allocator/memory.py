@@ -9,9 +9,11 @@ from math import prod
 from typing import Any
 
 from derivation.allocator.allocator import CachingAllocator
-from derivation.allocator.replay import ReplayResult, load_weights
+from derivation.allocator.replay import OutOfMemoryEvent, ReplayResult, load_weights
+from derivation.allocator.report import OutOfMemory, OutOfMemoryError, format_size
 from derivation.allocator.simulate import replay
 from derivation.gpu.cards import Gpu, lookup
+from derivation.options import Options
 from derivation.tape.symbols import DTYPE_BYTES, evaluate
 from derivation.tape.tape import Tape
 from derivation.walk.pipelines.weights import registered
@@ -24,7 +26,9 @@ class DeviceMemory:
     """Peaks in bytes over loading and one call, named as torch.cuda.memory_stats names them.
 
     ``device`` is nvidia-smi's used memory: reserved plus the CUDA context; ``device_before_run`` the same
-    with weights only; ``headroom`` what is left of the card at the peak. Unknown figures are None.
+    with weights only; ``headroom`` what is left of the card at the peak. Unknown figures are None. Where the call
+    runs out of memory the peaks are those reached until then, ``failed`` is the request that failed, and nothing is
+    left. ``slower_convolutions`` counts convolutions whose workspace did not fit, so that cuDNN's next plan runs.
     """
 
     requested: int
@@ -38,7 +42,14 @@ class DeviceMemory:
     context_source: str
     num_alloc_retries: int
     fragmentation: float
+    slower_convolutions: int
+    failed: dict[str, Any] | None
     verdict: str
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the call runs on the card, None where the card is not known."""
+        return None if self.total is None else self.failed is None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name, ready for JSON."""
@@ -51,25 +62,33 @@ def device_memory(gpu: str, parameters: Parameters, tape: Tape, values: Mapping[
     context, source = _context(card)
     capacity = None if card.total_memory_bytes is None else card.total_memory_bytes - (context or 0)
     allocator = CachingAllocator(capacity_bytes=capacity)
-    weights = load_pipeline(allocator, parameters)
-    loaded = allocator.reserved_bytes.current
-    result = replay(tape, values, weights).run(allocator)
-    reserved = result.reserved_bytes.nbytes
+    failed: dict[str, Any] | None
+    try:
+        weights = load_pipeline(allocator, parameters)
+    except OutOfMemoryError as error:
+        weights, failed = {}, _failed("the weights, while they are loaded", "load", (), error.report)
+        result = replay(Tape(Options()), {}).run(allocator)
+    else:
+        loaded = allocator.reserved_bytes.current
+        result = replay(tape, values, weights).run(allocator)
+        failed = None if result.out_of_memory is None else _failed_at(result.out_of_memory, tape, values)
+    reserved, total = result.reserved_bytes.nbytes, card.total_memory_bytes
     device = None if context is None else reserved + context
-    total = card.total_memory_bytes
     return DeviceMemory(
         requested=result.requested_bytes.nbytes,
         allocated=result.allocated_bytes.nbytes,
         reserved=reserved,
         device=device,
-        device_before_run=None if context is None else loaded + context,
+        device_before_run=None if context is None or not weights else loaded + context,
         total=total,
-        headroom=None if total is None or device is None else total - device,
+        headroom=None if total is None or device is None or failed else total - device,
         context=context,
         context_source=source,
         num_alloc_retries=result.num_alloc_retries,
         fragmentation=result.fragmentation.ratio,
-        verdict=_verdict(result, tape, values, total),
+        slower_convolutions=result.left_out,
+        failed=failed,
+        verdict=_verdict(result, failed, total),
     )
 
 
@@ -92,16 +111,27 @@ def _context(card: Gpu) -> tuple[int | None, str]:
     return (None, "unknown") if nearest is None else (nearest[0], f"nearest documented card: {nearest[1].name}")
 
 
-def _verdict(result: ReplayResult, tape: Tape, values: Mapping[str, int], total: int | None) -> str:
+def _verdict(result: ReplayResult, failed: Mapping[str, Any] | None, total: int | None) -> str:
     if total is None:
         return "no verdict: the architecture names no card"
-    if result.out_of_memory is not None:
-        return f"out of memory at {_place(result.out_of_memory.tensor, tape, values)}"
+    if failed is not None:
+        asked = format_size(failed["bytes"]) + (f" for {failed['shape']}" if failed["shape"] else "")
+        room = f"{format_size(failed['free_bytes'])} free, {format_size(failed['short_bytes'])} short"
+        return f"out of memory at {failed['module']}: {asked}, {room}"
+    if result.left_out:
+        return "fits with slower convolutions"
     return "fits only with allocator retries" if result.num_alloc_retries else "fits"
 
 
-def _place(tensor: int, tape: Tape, values: Mapping[str, int]) -> str:
-    """Return the module path (or the operator, outside modules) of a replayed tensor."""
+def _failed_at(event: OutOfMemoryEvent, tape: Tape, values: Mapping[str, int]) -> dict[str, Any]:
+    """Return the request that failed: its module path, or the operator outside modules."""
     numbered = (a for a in tape.allocations for _ in range(evaluate(a.count, values)))
-    allocation = next(islice(numbered, tensor, None))
-    return allocation.path or f"the pipeline's {allocation.op}"
+    a = next(islice(numbered, event.tensor, None))
+    shape = tuple(evaluate(dim, values) for dim in a.shape)
+    return _failed(a.path or f"the pipeline's {a.op}", a.op, shape, event.report)
+
+
+def _failed(module: str, op: str, shape: tuple[int, ...], report: OutOfMemory) -> dict[str, Any]:
+    short = max(report.tried_bytes - report.free_bytes, 0)
+    sizes = {"bytes": report.requested_bytes, "free_bytes": report.free_bytes, "short_bytes": short}
+    return {"module": module, "op": op, "shape": list(shape), **sizes}

@@ -58,7 +58,8 @@ class ReplayResult:
     """Peaks in bytes since the replay began, with what was on the allocator already included.
 
     `live` maps tensors still alive to handles; `first_retry_index` is the event at which the allocator
-    first had to give cached memory back; after `out_of_memory` no event was run.
+    first had to give cached memory back; after `out_of_memory` no event was run; `left_out` counts optional tensors
+    that did not fit.
     """
 
     requested_bytes: Peak
@@ -68,6 +69,7 @@ class ReplayResult:
     num_alloc_retries: int
     first_retry_index: int | None
     out_of_memory: OutOfMemoryEvent | None
+    left_out: int
     live: Mapping[int, int]
     allocator: CachingAllocator
 
@@ -76,13 +78,15 @@ class ReplayResult:
 class Replay:
     """Events, sizes and loops of one run; raises DerivationError where they do not fit together.
 
-    ``loaded`` maps tensors that are alive before the run to handles of the allocator it runs on.
+    ``loaded`` maps tensors that are alive before the run to handles of the allocator it runs on; ``optional`` holds
+    tensors that the run does without where they do not fit.
     """
 
     events: Sequence[int]
     sizes: Sequence[int]
     loops: Sequence[Loop | tuple[int, int, int]] = ()
     loaded: Mapping[int, int] = field(default_factory=dict)
+    optional: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         end = 0
@@ -118,6 +122,7 @@ class _Run:
         self.retries_before = allocator.num_alloc_retries
         self.first_retry: int | None = None
         self.failed: OutOfMemoryEvent | None = None
+        self.left_out, self.missing = 0, set[int]()
 
     def result(self) -> ReplayResult:
         try:
@@ -136,6 +141,7 @@ class _Run:
             stats.num_alloc_retries - self.retries_before,
             self.first_retry,
             self.failed,
+            self.left_out,
             self.live,
             stats,
         )
@@ -177,6 +183,9 @@ class _Run:
                 self.allocator.empty_cache()
                 continue
             if event < 0:
+                if -event - 1 in self.missing:
+                    self.missing.discard(-event - 1)
+                    continue
                 handle = live.pop(-event - 1, None)
                 if handle is None:
                     raise DerivationError(f"event {index}: frees tensor {-event - 1}, which is not alive")
@@ -185,7 +194,13 @@ class _Run:
             self.index = index
             if event - 1 in live:
                 raise DerivationError(f"event {index}: cannot allocate tensor {event - 1}")
-            live[event - 1] = malloc(sizes[event - 1])
+            try:
+                live[event - 1] = malloc(sizes[event - 1])
+            except OutOfMemoryError:
+                if event - 1 not in self.replay.optional:
+                    raise
+                self.left_out += 1
+                self.missing.add(event - 1)
             if requested.peak > highest[0]:
                 highest[0], self.peaks[0] = requested.peak, index
             if allocated.peak > highest[1]:

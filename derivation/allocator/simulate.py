@@ -10,6 +10,9 @@ from derivation.allocator.replay import Loop, Replay
 from derivation.tape.symbols import evaluate
 from derivation.tape.tape import Tape
 
+# A convolution whose workspace does not fit runs cuDNN's next plan, at last one without (Conv_v8.cpp: try_plans).
+WORKSPACE = "convolution workspace"
+
 
 def replay(tape: Tape, values: Mapping[str, int], weights: Mapping[str, int] | None = None) -> Replay:
     """Return ``tape`` at ``values`` with ``count`` alike storages written out one by one.
@@ -38,7 +41,8 @@ def replay(tape: Tape, values: Mapping[str, int], weights: Mapping[str, int] | N
         events += [0] * emptied[done]
         position.append(len(events))
     loops = [_loop(events, sizes, position[start], position[end], times) for start, end, times in tape.loops]
-    return Replay(events, sizes, loops, loaded)
+    optional = {t for i, a in enumerate(tape.allocations) if a.op == WORKSPACE for t in range(first[i], first[i + 1])}
+    return Replay(events, sizes, loops, loaded, frozenset(optional))
 
 
 def _loop(events: Sequence[int], sizes: Sequence[int], start: int, end: int, times: int) -> Loop:

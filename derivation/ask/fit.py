@@ -17,7 +17,6 @@ from typing import Any
 
 import sympy
 
-from derivation.allocator.report import OutOfMemoryError
 from derivation.api import Derivation
 from derivation.call import DEFAULT_PROMPT_LENGTH, MAX_SIDE_PIXELS, Call
 from derivation.errors import positive, unsupported
@@ -37,7 +36,8 @@ UNITS = {"": 1, "b": 1, "bytes": 1} | {
 class Image:
     """An image size with its exact peak: bytes, bytes left of the budget, and the stage that peaks.
 
-    ``reserved_bytes`` is the caching allocator's peak where it was replayed, None elsewhere.
+    ``reserved_bytes`` is the caching allocator's peak where it was replayed, None elsewhere; the bytes left are then
+    what the allocator leaves.
     """
 
     height: int
@@ -82,22 +82,16 @@ class Request:
         """Return the exact peak of one call."""
         stage, peak = peak_tensor_bytes(self.derivation, call)
         image = Image(call.height, call.width, call.batch_size, peak, self.budget_bytes - peak, stage)
-        return replace(image, reserved_bytes=self._reserved_bytes(image, call)) if self.replayed else image
+        if not self.replayed or self.derivation.options.gpu is None:
+            return image
+        found = self.derivation.device_memory(call)
+        if found.failed:
+            return replace(image, headroom_bytes=-int(found.failed["short_bytes"]))
+        return replace(image, headroom_bytes=self.budget_bytes - found.reserved, reserved_bytes=found.reserved)
 
     def fits(self, call: Call) -> bool:
-        """Return whether the exact peak of one call, and its allocator replay if asked for, is within the budget."""
-        image = self.image(call)
-        return image.headroom_bytes >= 0 and (image.reserved_bytes is not None or not self.replayed)
-
-    def _reserved_bytes(self, image: Image, call: Call) -> int | None:
-        """Return the reserved bytes' peak on the derivation's GPU, None where it runs out of memory."""
-        if image.headroom_bytes < 0 or self.derivation.options.gpu is None:
-            return None
-        try:
-            found = self.derivation.device_memory(call)
-        except OutOfMemoryError:
-            return None
-        return None if found.verdict.startswith("out of memory") else found.reserved
+        """Return whether one call is within the budget: as its GPU's replay says where there is one."""
+        return self.image(call).headroom_bytes >= 0
 
     def headlines(self, call: Call) -> list[sympy.Expr]:
         """Return the polynomials in H, W and B whose largest, plus the weights, is the peak."""

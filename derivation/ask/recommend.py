@@ -70,8 +70,7 @@ class _Peaks:
 
     def fits(self, remedies: Sequence[Remedy]) -> bool:
         """Return whether the call is within the budget, and served by the caching allocator where it is replayed."""
-        image = self.image(remedies)
-        return image.headroom_bytes >= 0 and (image.reserved_bytes is not None or not self._replayed)
+        return self.image(remedies).headroom_bytes >= 0
 
     def image(self, remedies: Sequence[Remedy]) -> Image:
         """Return the call's peak with some remedies."""

@@ -40,7 +40,7 @@ def root(
 ) -> None:
     """How much GPU memory does a diffusion pipeline need? The equation, derived from its config files.
 
-    Exit codes: 0 done, 1 a check failed, 2 a request that cannot be answered.
+    Exit codes: 0 done, 1 a check failed or a call does not fit its GPU, 2 a request that cannot be answered.
     """
     if debug:
         os.environ[DEBUG] = "1"

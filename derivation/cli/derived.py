@@ -38,6 +38,8 @@ def estimate(
     found = derivation_of(model, options, revision).estimate(**sizes(size, prompt))
     result = {**found, "guidance_scale": prompt.guidance_scale}
     output.emit(result, json, lambda result: show_estimate(result, options))
+    if result.get("failed"):
+        raise typer.Exit(1)
 
 
 def show_estimate(result: Mapping[str, Any], options: Options) -> None:
@@ -45,6 +47,8 @@ def show_estimate(result: Mapping[str, Any], options: Options) -> None:
     chosen, usual = options.as_dict(), Options().as_dict()
     asked = {**chosen, "guidance_scale": result["guidance_scale"]}
     said = [name for name in asked if name in MAIN or chosen[name] != usual[name]]
+    if needs := _needs(result):
+        output.line(needs, style="bold")
     output.line(f"{result['model']}, {result['width']} x {result['height']} pixels", style="bold")
     output.line(", ".join(f"{name}={asked[name]}" for name in said))
     output.line("")
@@ -57,6 +61,16 @@ def show_estimate(result: Mapping[str, Any], options: Options) -> None:
     _show_more({key: result[key] for key in result if key not in KNOWN | asked.keys() | _CALL})
     peak = result["peak_tensor_bytes"]
     output.line(f"Peak: {human(peak)} ({peak:,} bytes) in {result['peak_stage']}", style="bold")
+    if needs:
+        output.line(needs, style="bold")
+
+
+def _needs(result: Mapping[str, Any]) -> str:
+    """Return what the card says of the call, "" where no card with a known memory is named."""
+    if result.get("total") is None or result.get("device") is None:
+        return ""
+    reached = "needs more than" if result["failed"] else "needs"
+    return f"{reached} {human(result['device'])} of {human(result['total'])}: {result['verdict']}"
 
 
 MAIN = ("pipeline", "dtype", "attention", "guidance_scale")
