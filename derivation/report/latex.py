@@ -118,6 +118,6 @@ def _row(row: Row, shown: list[int], columns: int) -> str:
     first = inline(cells[0])
     first = rf"\textbf{{{first}}}" if row.kind in ("group", "sum", "total") else first
     covered = sum(i < span for i in shown)
-    wide = rf"\multicolumn{{{covered}}}{{@{{}}l}}{{{first}}}" if covered > 1 else first
-    line = " & ".join([wide, *(inline(cells[i]) for i in shown if i >= span)])
+    lead = [rf"\multicolumn{{{covered}}}{{@{{}}l}}{{{first}}}" if covered > 1 else first] if covered else []
+    line = " & ".join([*lead, *(inline(cells[i]) for i in shown if i >= span)])
     return {"group": r"\addlinespace ", "total": r"\midrule "}.get(row.kind, "") + line + r" \\"
