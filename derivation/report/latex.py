@@ -58,9 +58,8 @@ def _breakable(text: str) -> str:
 def _block(block: Block, folder: str, level: int) -> str:
     match block:
         case Section():
-            return (
-                rf"\{HEADINGS[level]}{{{tex(block.title)}}}" + "\n" + blocks(block.blocks, folder, level + 1).rstrip()
-            )
+            inside = blocks(block.blocks, folder, level + 1).rstrip()
+            return rf"\{HEADINGS[level]}{{{tex(block.title)}}}" + f"\n{inside}" if inside else ""
         case Paragraph():
             return inline(block.text)
         case Formula():
