@@ -124,12 +124,12 @@ def cuda_free_bytes() -> int:
 
 
 def _peak(derivation: Derivation, compiled: bool) -> Peak:
-    """Return the exact peak as a function of the sizes: from the tape, or as generated code."""
+    """Return the peak as a function of the call: the GPU's where one is named, else from the tape or generated code."""
+    if derivation.options.gpu is not None:
+        return lambda call: _device_peak(derivation, call)
     if compiled:
         generated = derivation.lambdify("math")
         return lambda call: int(generated(**call.as_dict()))
-    if derivation.options.gpu is not None:
-        return lambda call: _device_peak(derivation, call)
     return lambda call: peak_tensor_bytes(derivation, call)[1]
 
 
@@ -142,11 +142,12 @@ def _device_peak(derivation: Derivation, call: Call) -> int:
 def _advice(derivation: Derivation, budget: int, call: Call) -> tuple[str, ...]:
     if budget < 1:
         return ("free some GPU memory: not even the weights fit",)
-    found = recommend(derivation, budget, call)
+    replayed = derivation.options.gpu is not None
+    found = recommend(derivation, budget, call, replayed)
     lines = [f"{step.name} saves {step.adds_bytes:,} bytes: {step.call}" for step in found.needed]
     if not found.fits:
         shape, rest = (call.width, call.height), (call.batch_size, call.prompt_length, call.guidance)
-        largest = fit(derivation, budget, shape, *rest).image
+        largest = fit(derivation, budget, shape, *rest, replayed).image
         where = f"{largest.width}x{largest.height}" if largest else "none"
         lines.append(f"not enough even so; the largest image of this shape that fits as it is: {where}")
     return tuple(lines)

@@ -197,7 +197,7 @@ def test_traced_transformers_equal_the_numeric_trace(config, attention):
         assert total == numeric + derivation.weights_bytes
 
 
-@pytest.mark.parametrize("config", [SD3, FLUX], ids=lambda config: config["_class_name"])
+@pytest.mark.parametrize("config", [SD3], ids=lambda config: config["_class_name"])
 def test_a_traced_equation_is_exported_as_a_walked_one_is(config):
     derivation = traced(config)
     peak_vram, rng = derivation.lambdify("math"), random.Random(7)
@@ -209,7 +209,7 @@ def test_a_traced_equation_is_exported_as_a_walked_one_is(config):
     assert derivation.lambdify("numpy")(*columns).tolist() == [peak_vram(h, w, n, b) for h, w, b, n, _ in calls]
     document = json.loads(export(derivation.equation, "json"))
     assert [a["multiple_of"] for a in document["arguments"][:2]] == [16, 16]
-    assert "M_{\\mathrm{transformer}}" in derivation.latex()
+    assert "transformer" in derivation.latex() and "\\begin{align" in derivation.latex()
     for size in (520, 8, *([3088] if config is SD3 else [])):
         with pytest.raises(ValueError, match="height and width"):
             peak_vram(size, 512)

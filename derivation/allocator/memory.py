@@ -120,7 +120,7 @@ def _verdict(result: ReplayResult, failed: Mapping[str, Any] | None, total: int 
         return f"out of memory at {failed['module']}: {asked}, {room}"
     if result.left_out:
         return "fits with slower convolutions"
-    return "fits only with allocator retries" if result.num_alloc_retries else "fits"
+    return "fits after cached blocks are released" if result.num_alloc_retries else "fits"
 
 
 def _failed_at(event: OutOfMemoryEvent, tape: Tape, values: Mapping[str, int]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from derivation.errors import shown
 from derivation.options.live.modules import Models, called, models_of, tuners, unsupported
 
 # Whose forward() methods are mirrored, or leave a module's tensors as they are.
@@ -16,19 +17,23 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def refuse_foreign(models: Models) -> None:
-    """Raise DerivationError for a module whose ``forward`` is not a library's own, or that has forward hooks."""
-    for name, model in models.items():
+    """Raise DerivationError for a module whose ``forward`` is not a library's own, or that has other forward hooks.
+
+    transformers keeps hooks of its own on encoder layers once they have run (utils/output_capturing.py).
+    """
+    for own, model in models.items():
         for path, module in called(model, "named_modules"):
-            where = ".".join(filter(None, (name, path)))
+            where = ".".join(filter(None, (own, path)))
             if not _is_module(module):
                 continue
             forward = getattr(type(module), "forward", None)
-            if getattr(forward, "__module__", "torch").split(".")[0] not in LIBRARIES:
+            if forward is not None and not _of_a_library(forward):
                 raise unsupported(f"{where}'s class", type(module).__qualname__, "the library's own")
             if "forward" in vars(module) and not any(hasattr(module, mark) for mark in ACCELERATE):
                 raise unsupported(f"{where}.forward", "replaced", f"that of {type(module).__qualname__}")
-            if any(getattr(module, hooks, None) for hooks in HOOKS):
-                raise unsupported(f"{where}'s forward hooks", "on", "none")
+            hooks = (hook for name in HOOKS for hook in getattr(module, name, {}).values())
+            if odd := [hook for hook in hooks if not _of_a_library(hook)]:
+                raise unsupported(f"{where}'s forward hooks", shown(odd[0]), "the libraries' own")
 
 
 def refuse_other_weights(pipe: Any, parameters: Mapping[str, Mapping[str, tuple[tuple[int, ...], str]]]) -> None:
@@ -47,6 +52,11 @@ def refuse_other_weights(pipe: Any, parameters: Mapping[str, Mapping[str, tuple[
             if real != derived:
                 implied = f"{sum(derived.values())}, as its config implies"
                 raise unsupported(name, f"{sum(real.values())} tensors", implied)
+
+
+def _of_a_library(function: Any) -> bool:
+    function = getattr(function, "func", function)  # functools.partial
+    return str(getattr(function, "__module__", None)).split(".")[0] in LIBRARIES
 
 
 def _weights(model: Any) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
