@@ -188,12 +188,11 @@ def test_traced_transformers_equal_the_numeric_trace(config, attention):
             traced(config, Options(attention=attention))
         return
     derivation = traced(config, Options(attention=attention))
-    peak_vram = derivation.lambdify()
     for height, width, batch_size, prompt_length, guidance in CALLS:
         numeric = derivation.subject.measure(Call(height, width, batch_size, prompt_length, guidance)).peak_bytes
         peaks = derivation.component_peaks(height, width, batch_size, prompt_length, guidance)
         assert peaks == {"transformer": numeric}
-        total = peak_vram(height, width, prompt_length, batch_size, guidance)
+        total = derivation.estimate(height, width, batch_size, prompt_length, guidance)["peak_tensor_bytes"]
         assert total == numeric + derivation.weights_bytes
 
 

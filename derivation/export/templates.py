@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from typing import TYPE_CHECKING
 
 from derivation.errors import DerivationError
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 INSTALLED = Path("share", "diffusion-vram-derivation", "templates")
 
@@ -27,6 +29,8 @@ def template_folder() -> Path:
 @cache
 def environment() -> Environment:
     """Return the jinja environment: an undefined name is an error, and what goes into HTML is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     return Environment(
         loader=FileSystemLoader(template_folder()),
         undefined=StrictUndefined,
