@@ -29,6 +29,7 @@ from derivation.trace.subject import TracedTransformer
 from derivation.trace.symbolic import GENERIC, SymbolicSizes, symbolic_trace, with_levels
 from derivation.verify.agree import agree
 from derivation.verify.fuzz import READERS, random_case
+from derivation.verify.streams import naive_peak
 from derivation.walk.subject import WalkedSubject
 
 COMPONENTS = ("vae_encode", "vae_decode", "unet")
@@ -133,7 +134,7 @@ def test_a_specialised_symbol_raises():
     sizes = SymbolicSizes(Tape(Options()), GENERIC)
     assert sizes["B"] == GENERIC["B"]
     with pytest.raises(DerivationError, match="specialised B = 3"):
-        sizes.decisions()
+        sizes.decide()
 
 
 def test_floor_division_equals_integers():
@@ -189,7 +190,7 @@ def test_traced_transformers_equal_the_numeric_trace(config, attention):
         return
     derivation = traced(config, Options(attention=attention))
     for height, width, batch_size, prompt_length, guidance in CALLS:
-        numeric = derivation.subject.measure(Call(height, width, batch_size, prompt_length, guidance)).peak_bytes
+        numeric = naive_peak(derivation.subject.measure(Call(height, width, batch_size, prompt_length, guidance)))
         peaks = derivation.component_peaks(height, width, batch_size, prompt_length, guidance)
         assert peaks == {"transformer": numeric}
         total = derivation.estimate(height, width, batch_size, prompt_length, guidance)["peak_tensor_bytes"]
@@ -202,7 +203,7 @@ def test_a_traced_equation_is_exported_as_a_walked_one_is(config):
     peak_vram, rng = derivation.lambdify("math"), random.Random(7)
     calls = [(16 * rng.randint(1, 60), 16 * rng.randint(1, 60), rng.choice((1, 2, 5)), 77, True) for _ in range(6)]
     for height, width, batch_size, length, guidance in calls:
-        numeric = derivation.subject.measure(Call(height, width, batch_size, length, guidance)).peak_bytes
+        numeric = naive_peak(derivation.subject.measure(Call(height, width, batch_size, length, guidance)))
         assert peak_vram(height, width, length, batch_size, guidance) == derivation.weights_bytes + numeric
     columns = [numpy.array(column) for column in zip(*((h, w, n, b) for h, w, b, n, _ in calls))]
     assert derivation.lambdify("numpy")(*columns).tolist() == [peak_vram(h, w, n, b) for h, w, b, n, _ in calls]

@@ -16,15 +16,18 @@ pytest.importorskip("transformers")
 
 from conftest import SD15, SDXL
 
+from derivation.peak.liveness import alive_at
+from derivation.tape.evaluate import Evaluator, stages
+from derivation.tape.tape import Tape
 from derivation.verify import (
-    Alloc,
     SdpaMode,
-    Trace,
     Tracer,
     build_safety_checker,
     build_text_encoder,
     build_unet,
     build_vae,
+    naive_peak,
+    naive_peaks,
     trace_component,
     trace_pipeline,
 )
@@ -44,8 +47,12 @@ def meta(*shape: int, dtype: Any = torch.float32) -> Any:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def steps(trace: Trace) -> list[int]:
-    return [event.id if isinstance(event, Alloc) else -event.id for event in trace.events]
+def live_curve(tape: Tape) -> list[int]:
+    return list(Evaluator(tape).live_bytes({}))
+
+
+def recorded(tape: Tape) -> tuple[object, ...]:
+    return tape.events, tape.allocations, tape.marks
 
 
 def test_sequential_holds_the_input_of_a_layer_while_it_runs() -> None:
@@ -54,14 +61,11 @@ def test_sequential_holds_the_input_of_a_layer_while_it_runs() -> None:
     x = meta(4, 256)
     with torch.no_grad(), Tracer({"": model}, [x]) as tracer:
         y = model(x)
-    trace = tracer.trace
+    tape = tracer.tape
     # [4, 256] after each of the first two layers, then [4, 256] and [4, 64]
-    assert trace.live_curve() == [0, 4096, 8192, 4096, 5120, 1024]
-    assert trace.peak_bytes == 8192 and tuple(y.shape) == (4, 64)
-    assert [(w.path, w.op) for w in trace.peak_witness()] == [
-        ("0", "aten.addmm.default"),
-        ("1", "aten.relu.default"),
-    ]
+    assert live_curve(tape) == [0, 4096, 8192, 4096, 5120, 1024]
+    assert naive_peak(tape) == 8192 and tuple(y.shape) == (4, 64)
+    assert [(a.path, a.op) for a in alive_at(tape, 1)] == [("0", "addmm"), ("1", "relu")]
 
 
 def test_views_known_storages_and_empty_tensors_count_nothing() -> None:
@@ -70,21 +74,21 @@ def test_views_known_storages_and_empty_tensors_count_nothing() -> None:
     x = meta(8, 8)
     with torch.no_grad(), Tracer({"": model}, [x]) as tracer:
         _ = model.weight.t(), x.view(64)[3:], x.mul_(2), meta(0, 8)
-    assert tracer.trace.events == []
+    assert tracer.tape.events == []
 
 
 def test_each_storage_is_rounded_up_to_512_bytes() -> None:
     with Tracer() as tracer:
         a, b = meta(1), meta(129)
         del a, b
-    assert tracer.trace.live_curve() == [0, 512, 1536, 1024, 0]
+    assert live_curve(tracer.tape) == [0, 512, 1536, 1024, 0]
 
 
 def test_a_resize_allocates_before_it_frees() -> None:
     with Tracer() as tracer:
         a = meta(128)
         a.resize_(256)
-    assert tracer.trace.live_curve() == [0, 512, 1536, 1024]
+    assert live_curve(tracer.tape) == [0, 512, 1536, 1024]
 
 
 def test_values_read_back_are_zeros_on_the_cpu_and_count_nothing() -> None:
@@ -94,7 +98,7 @@ def test_values_read_back_are_zeros_on_the_cpu_and_count_nothing() -> None:
         values = x[0, 0].item(), bool(x[0, 0])
         wide = x.to("cpu", torch.float32)
     assert on_cpu.shape == (3, 4) and not on_cpu.any() and wide.dtype == torch.float32
-    assert values == (0.0, False) and tracer.trace.events == []
+    assert values == (0.0, False) and tracer.tape.events == []
 
 
 @pytest.mark.parametrize(
@@ -117,8 +121,8 @@ def test_sdpa_takes_the_backend_that_cuda_would_take(
     q = meta(1, 2, 4, head_dim, dtype=getattr(torch, dtype))
     with torch.no_grad(), SdpaMode(backend), Tracer(inputs=[q]) as tracer:
         out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
-    allocs = {e.id: e.op for e in tracer.trace.events if isinstance(e, Alloc) and len(e.shape) == 4}
-    assert [label for op in allocs.values() for name, label in names.items() if name in op] == ops
+    allocated = [a.op for a in tracer.tape.allocations if len(a.shape) == 4]
+    assert [label for op in allocated for name, label in names.items() if name in op] == ops
     assert out.shape == q.shape
 
 
@@ -146,7 +150,7 @@ def test_parameter_counts_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("component", "attention", "peak_bytes"),
+    ("component", "attention", "expected_bytes"),
     [
         ("unet", "efficient", 136_321_536),
         ("unet", "eager", 1_131_420_160),
@@ -154,10 +158,11 @@ def test_parameter_counts_are_the_published_ones() -> None:
         ("vae_decode", "efficient", 402_685_952),
     ],
 )
-def test_orientation_numbers(component: str, attention: str, peak_bytes: int) -> None:
-    trace = trace_component(component, config(component), attention=attention)
-    assert trace.peak_bytes == peak_bytes
-    assert sum(-(-w.nbytes // 512) * 512 for w in trace.peak_witness()) == peak_bytes
+def test_orientation_numbers(component: str, attention: str, expected_bytes: int) -> None:
+    tape = trace_component(component, config(component), attention=attention)
+    [(peak, event)] = Evaluator(tape).peaks({}).values()
+    assert peak == naive_peak(tape) == expected_bytes
+    assert sum(-(-a.nbytes // 512) * 512 for a in alive_at(tape, event)) == expected_bytes
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "vae_encode", "unet", "vae_decode", "safety_checker"])
@@ -167,8 +172,8 @@ def test_tracking_paths_changes_no_event(component: str, attention: str) -> None
         trace_component(component, config(component), attention=attention, height=72, width=136, paths=paths)
         for paths in (True, False)
     ]
-    assert steps(traces[0]) == steps(traces[1])
-    assert traces[0].live_curve() == traces[1].live_curve()
+    assert traces[0].events == traces[1].events
+    assert live_curve(traces[0]) == live_curve(traces[1])
 
 
 def test_no_storage_waits_for_the_cyclic_collector(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,23 +181,23 @@ def test_no_storage_waits_for_the_cyclic_collector(monkeypatch: pytest.MonkeyPat
     without = trace_pipeline(CHECKPOINT, **sizes)
     monkeypatch.setattr(gc, "disable", lambda: gc.set_threshold(1, 1, 1))
     monkeypatch.setattr(gc, "enable", lambda: gc.set_threshold(700, 10, 10))
-    assert steps(trace_pipeline(CHECKPOINT, **sizes)) == steps(without)
+    assert recorded(trace_pipeline(CHECKPOINT, **sizes)) == recorded(without)
 
 
 @pytest.mark.parametrize("pipeline", ["img2img", "txt2img"])
 def test_a_pipeline_runs_to_its_end_stage_after_stage(pipeline: str) -> None:
-    trace = trace_pipeline(CHECKPOINT, pipeline, num_inference_steps=2)
-    stages = [s if pipeline == "img2img" else s.replace("vae_encode", "prepare_latents") for s in STAGES]
-    order = [e.stage for e, before in zip(trace.events[1:], trace.events) if e.stage != before.stage]
-    assert [trace.events[0].stage, *order] == stages == list(trace.stage_peaks())
-    assert trace.peak_bytes == max(trace.stage_peaks().values()) == trace.stage_peaks()["vae_decode"]
+    tape = trace_pipeline(CHECKPOINT, pipeline, num_inference_steps=2)
+    names = [s if pipeline == "img2img" else s.replace("vae_encode", "prepare_latents") for s in STAGES]
+    assert [name for name, _, _ in stages(tape)] == names == list(naive_peaks(tape))
+    assert {name: peak for name, (peak, _) in Evaluator(tape).peaks({}).items()} == naive_peaks(tape)
+    assert naive_peak(tape) == naive_peaks(tape)["vae_decode"]
 
 
 def test_tracing_a_pipeline_twice_gives_the_same_events_with_and_without_paths() -> None:
     sizes: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
     first, second = (trace_pipeline(CHECKPOINT, **sizes) for _ in range(2))
-    assert first.events == second.events
-    assert steps(trace_pipeline(CHECKPOINT, **sizes, paths=False)) == steps(first)
+    assert recorded(first) == recorded(second)
+    assert trace_pipeline(CHECKPOINT, **sizes, paths=False).events == first.events
 
 
 @pytest.mark.parametrize(
@@ -211,7 +216,7 @@ def test_remembered_kernels_change_no_event(options: dict[str, Any], monkeypatch
     _, remembered = (trace_pipeline(**call) for _ in range(2))
     forgetful = SimpleNamespace(run=lambda func, args, kwargs: func(*args, **kwargs))
     monkeypatch.setattr("derivation.trace.tracer.kernels_for", lambda inputs: forgetful)
-    assert trace_pipeline(**call).events == remembered.events
+    assert recorded(trace_pipeline(**call)) == recorded(remembered)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +236,5 @@ def test_remembered_kernels_change_no_event(options: dict[str, Any], monkeypatch
 @pytest.mark.parametrize("pipeline", ["img2img", "txt2img"])
 def test_every_option_of_the_pipelines_runs(pipeline: str, options: dict[str, Any]) -> None:
     sizes: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
-    trace = trace_pipeline(CHECKPOINT, pipeline, **(sizes | options), paths=False)
-    assert list(trace.stage_peaks())[-1] == "postprocess"
-    assert all(event.stage for event in trace.events)
+    tape = trace_pipeline(CHECKPOINT, pipeline, **(sizes | options), paths=False)
+    assert list(naive_peaks(tape))[-1] == "postprocess" and tape.marks[0].event == 0

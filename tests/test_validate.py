@@ -13,7 +13,7 @@ from derivation.measure.records import Records
 from derivation.measure.validate import RECORDS, measured_calls, predict, recorded, summary
 from derivation.options import Options
 from derivation.tape.symbols import evaluate
-from derivation.verify.compare import unrolled
+from derivation.verify.streams import unrolled
 from derivation.walk.pipelines import POSTPROCESS
 
 HISTORIES = Records.open(RECORDS.with_name("gpu-history.json"), must_exist=True).records
@@ -95,7 +95,7 @@ def _derived(record: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
     [end] = [mark.event for mark in variant.tape.marks if mark.stage == POSTPROCESS]
     last = variant.tape.events[end]
     before = ""
-    for event in unrolled(variant):
+    for event in unrolled(variant.tape):
         if event == last:
             return
         allocation = variant.tape.allocations[abs(event) - 1]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers.utils import logging as diffusers_logging
 
+from derivation.tape.tape import Tape
 from derivation.trace.modules import (
     Config,
     Switches,
@@ -26,7 +27,7 @@ from derivation.trace.modules import (
 )
 from derivation.trace.offload import meta_as_gpu, offload_model
 from derivation.trace.sdpa import SdpaMode
-from derivation.trace.tracer import Trace, Tracer
+from derivation.trace.tracer import Onto, Tracer
 
 # A module, its inputs and the call to watch.
 Call = tuple[torch.nn.Module, dict[str, torch.Tensor], Callable[..., object]]
@@ -75,7 +76,8 @@ def trace_component(
     guidance: bool = True,
     switches: Switches = (),
     paths: bool = True,
-) -> Trace:
+    onto: Onto | None = None,
+) -> Tape:
     """Trace one call of a component: ``text_encoder``, ``unet``, ``vae_decode`` and the other keys of ``_CALLS``.
 
     ``config`` is the component's, the UNet's for ``controlnet``; ``height`` and ``width`` are the image's, and
@@ -88,10 +90,10 @@ def trace_component(
         raise ValueError(f"component {component!r}: expected one of {', '.join(_CALLS)}")
     sizes = Sizes(height, width, batch_size, prompt_length, guidance, dtype, switches)
     module, inputs, call = _CALLS[component](config, attention, sizes)
-    tracer = Tracer({"": module}, inputs.values(), paths=paths, stage=component)
+    tracer = Tracer({"": module}, inputs.values(), paths=paths, stage=component, onto=onto)
     with torch.no_grad(), sdpa_mode(attention), meta_as_gpu(), tracer:
         _output = call(**inputs)
-    return tracer.trace
+    return tracer.tape
 
 
 def trace_pipeline(
@@ -114,7 +116,7 @@ def trace_pipeline(
     clip_skip: int | None = None,
     switches: Switches = (),
     paths: bool = True,
-) -> Trace:
+) -> Tape:
     """Trace the whole ``__call__`` of a real pipeline, every event marked with its stage.
 
     Stages are contiguous, in this order, and each begins where the one before ends:
@@ -158,7 +160,7 @@ def trace_pipeline(
             num_inference_steps=num_inference_steps,
             clip_skip=clip_skip,
         )
-    return tracer.trace
+    return tracer.tape
 
 
 def sdpa_mode(attention: str) -> SdpaMode:

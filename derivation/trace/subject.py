@@ -21,11 +21,11 @@ from derivation.options import Options, options_of
 from derivation.tape.grid import Grid, Sides
 from derivation.tape.program import Program
 from derivation.tape.subject import Parameters
-from derivation.tape.tape import tape
+from derivation.tape.tape import Tape, tape
 from derivation.trace.architectures import Inputs, MaskedAttention, Shapes, build_transformer, checked
 from derivation.trace.runs import sdpa_mode
-from derivation.trace.symbolic import SymbolicSizes, record
-from derivation.trace.tracer import Trace, Tracer
+from derivation.trace.symbolic import SymbolicSizes
+from derivation.trace.tracer import Onto, Tracer
 
 MODEL = "transformer"
 # Distinct primes below every table of positions: they decide what the program asks of generic sizes.
@@ -139,7 +139,7 @@ class TracedTransformer:
         """Return the same transformer under other options."""
         return TracedTransformer(self.config, self.file, replace(self.options, **options))
 
-    def measure(self, call: Call) -> Trace:
+    def measure(self, call: Call) -> Tape:
         """Trace the real module at one size with plain integers: what the closed form must equal."""
         for key, side in (("height", call.height), ("width", call.width)):
             self.sides.check(key, side)
@@ -149,20 +149,19 @@ class TracedTransformer:
     def _run(self, guidance: bool) -> None:
         """Record the module's call on the active tape."""
         sizes = SymbolicSizes(tape(), {**GENERIC, **tape().fixed})
-        tape().mark(MODEL)
         try:
             with sizes.kernels():
-                trace = self._trace(sizes, guidance)
+                self._trace(sizes, guidance, sizes.onto)
         except DerivationError as error:
             raise DerivationError(sizes.named(str(error))) from None
-        record(trace, sizes)
+        sizes.decide()
 
-    def _trace(self, sizes: Any, guidance: bool) -> Trace:
+    def _trace(self, sizes: Any, guidance: bool, onto: Onto | None = None) -> Tape:
         """Call the module at ``sizes``, symbolic or not, under the tracer; what it rejects is the user's input."""
         rows = sizes["B"] * self.options.num_images_per_prompt * (2 if guidance and self.architecture.doubled else 1)
         shapes = Shapes(rows, sizes["L"], sizes["h1"], sizes["w1"], self.options.dtype)
         inputs = self.architecture.inputs(self.module.config, shapes)
-        tracer = Tracer({MODEL: self.module}, _tensors(inputs), stage=MODEL)
+        tracer = Tracer({MODEL: self.module}, _tensors(inputs), stage=MODEL, onto=onto)
         try:
             with torch.no_grad(), _attention(self.options.attention), tracer:
                 _output = self.module(**inputs, return_dict=False)
@@ -170,7 +169,7 @@ class TracedTransformer:
             raise
         except (ValueError, TypeError, RuntimeError) as error:
             raise DerivationError(f"{self.name}: the real module rejects the call: {error}") from None
-        return tracer.trace
+        return tracer.tape
 
 
 def _attention(backend: str) -> ExitStack:

@@ -24,13 +24,13 @@ from torch.utils._sympy.functions import FloorDiv
 
 from derivation.errors import DerivationError
 from derivation.options import Options
-from derivation.tape.events import Allocation, Category, Guard
+from derivation.tape.events import Guard
 from derivation.tape.symbols import MAX_LEVELS, SYMBOLS, Size, as_poly, evaluate, symbol
 from derivation.tape.tape import Tape
 from derivation.tape.tensor import contiguous_strides
 from derivation.trace.polynomials import RELATIONS, Decision, Translation, compared
 from derivation.trace.runs import trace_component
-from derivation.trace.tracer import Alloc, Trace
+from derivation.trace.tracer import Onto
 
 aten = torch.ops.aten
 
@@ -59,7 +59,7 @@ def symbolic_trace(
     factor = 1 << (len(config["block_out_channels"]) - 1) if component == "vae_encode" else TRACE_FACTOR
     factor <<= level
     with sizes.kernels():
-        trace = trace_component(
+        trace_component(
             component,
             config,
             dtype=dtype,
@@ -69,8 +69,9 @@ def symbolic_trace(
             batch_size=sizes["B"],
             prompt_length=sizes["L"],
             guidance=guidance,
+            onto=sizes.onto,
         )
-    record(trace, sizes)
+    sizes.decide()
     return tape
 
 
@@ -126,8 +127,13 @@ class SymbolicSizes:
         with _Upsampling(), _Kernels(self):
             yield
 
-    def decisions(self) -> list[Guard]:
-        """Return what the run decided about sizes; raises DerivationError where it took a symbol for a number.
+    @property
+    def onto(self) -> Onto:
+        """Where the run is recorded."""
+        return Onto(self.tape, self.polynomial)
+
+    def decide(self) -> None:
+        """Record what the run decided about sizes; raises DerivationError where it took a symbol for a number.
 
         A run with a hint may: what it says then holds where the guard "equal" does.
         """
@@ -141,7 +147,7 @@ class SymbolicSizes:
                 guards += self._stated(relation)
             except DerivationError:
                 guards.append(Decision(i + 1, 0, True, self.translation.named(relation)))
-        return guards
+        self.tape.guards.update({(guard.size, guard.bound): guard for guard in guards})
 
     def _stated(self, relation: Any) -> list[Guard]:
         if relation.func not in RELATIONS:
@@ -197,33 +203,6 @@ def _nearest(x: Any, size: Any, scale_factor: float | None) -> Any:
     if scale_factor is not None:
         size = [int(scale_factor) * side for side in x.shape[2:]]
     return aten.upsample_nearest2d.default(x, list(size))
-
-
-def record(trace: Trace, sizes: SymbolicSizes, root: str = "") -> None:
-    """Write a symbolic trace and its decisions onto the tape of ``sizes``."""
-    tape, first = sizes.tape, len(sizes.tape.allocations) - 1
-    for event in trace.events:
-        if isinstance(event, Alloc):
-            tape.allocations.append(_allocation(event, sizes, root))
-            tape.events.append(first + event.id + 1)
-        else:
-            tape.events.append(-(first + event.id) - 1)
-    tape.guards.update({(guard.size, guard.bound): guard for guard in sizes.decisions()})
-
-
-def _allocation(event: Alloc, sizes: SymbolicSizes, root: str) -> Allocation:
-    shape = tuple(sizes.polynomial(dim) for dim in event.shape)
-    path, op = ".".join(filter(None, (root, event.path))), event.op.split(".")[1]
-    return Allocation(path, op, shape, event.dtype, sizes.polynomial(event.nbytes), category(op, shape))
-
-
-def category(op: str, shape: tuple[Size, ...]) -> Category:
-    """Return what an operator's output is for, as far as its name and rank tell."""
-    if "attention" in op or op in ("bmm", "baddbmm", "_softmax", "_safe_softmax"):
-        return Category.ATTENTION
-    if op == "native_group_norm" and len(shape) == 2:
-        return Category.STATISTICS
-    return Category.STATISTICS if op == "native_layer_norm" and shape[-1] == 1 else Category.ACTIVATION
 
 
 def with_levels(values: Mapping[str, int]) -> dict[str, int]:

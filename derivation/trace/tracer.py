@@ -6,9 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -19,110 +17,49 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from derivation.options import Options
+from derivation.tape.events import Allocation, Category
+from derivation.tape.symbols import Size
+from derivation.tape.tape import Tape
 from derivation.trace.kernels import kernels_for
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True, slots=True)
-class Alloc:
-    """A storage of ``nbytes`` bytes appeared: as the output of ``op`` in module ``path``."""
+class Onto(NamedTuple):
+    """Where a tracer records: a tape, and how a size (an int or a SymInt) is written on it."""
 
-    id: int
-    nbytes: int
-    op: str
-    shape: tuple[int, ...]
-    dtype: str
-    path: str
-    stage: str
+    tape: Tape
+    size: Callable[[Any], Size]
 
 
-@dataclass(frozen=True, slots=True)
-class Free:
-    """The storage of the alloc event with the same ``id`` died; below 0, a weight known beforehand did."""
-
-    id: int
-    nbytes: int
-    stage: str
-
-
-class Witness(NamedTuple):
-    """One line of a witness: a tensor alive at the peak."""
-
-    path: str
-    op: str
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
+def category(op: str, shape: tuple[Size, ...]) -> Category:
+    """Return what an operator's output is for, as far as its name and rank tell."""
+    if "attention" in op or op in ("bmm", "baddbmm", "_softmax", "_safe_softmax"):
+        return Category.ATTENTION
+    if op == "native_group_norm" and len(shape) == 2:
+        return Category.STATISTICS
+    return Category.STATISTICS if op == "native_layer_norm" and shape[-1] == 1 else Category.ACTIVATION
 
 
-def ceil512(nbytes: int) -> int:
-    """Round up to the CUDA caching allocator's smallest block, 512 bytes."""
-    return -(-nbytes // 512) * 512
-
-
-@dataclass
-class Trace:
-    """The ordered alloc and free events of one run, and what follows from them."""
-
-    events: list[Alloc | Free] = field(default_factory=list)
-
-    def live_curve(self) -> list[int]:
-        """Return the live bytes at each program point: before the first event, then after each one."""
-        steps = (ceil512(e.nbytes) * (1 if isinstance(e, Alloc) else -1) for e in self.events)
-        return list(accumulate(steps, initial=0))
-
-    def points(self, stage: str | None = None) -> range:
-        """Return the program points of ``stage`` (of the run by default), its entry and its exit included."""
-        marked = [i for i, event in enumerate(self.events) if stage in (None, event.stage)]
-        return range(marked[0], marked[-1] + 2) if marked else range(1)
-
-    def peak_point(self, stage: str | None = None) -> int:
-        """Return the first program point of ``stage`` (of the run by default) with the most live bytes."""
-        curve = self.live_curve()
-        return max(self.points(stage), key=curve.__getitem__)
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes alive at any program point, each storage rounded up to 512; 0 without events."""
-        return max(self.live_curve())
-
-    def stage_peaks(self) -> dict[str, int]:
-        """Return each stage's most live bytes, in the order in which the stages run."""
-        curve = self.live_curve()
-        stages = dict.fromkeys(event.stage for event in self.events)
-        return {stage: max(curve[i] for i in self.points(stage)) for stage in stages}
-
-    def alive_at(self, point: int) -> list[Alloc]:
-        """Return the alloc events whose storages are alive at a program point, oldest first."""
-        alive: dict[int, Alloc] = {}
-        for event in self.events[:point]:
-            if isinstance(event, Alloc):
-                alive[event.id] = event
-            else:
-                alive.pop(event.id, None)
-        return list(alive.values())
-
-    def peak_witness(self, stage: str | None = None) -> list[Witness]:
-        """Return the tensors alive at the first peak of ``stage`` (of the run by default), oldest first."""
-        alive = self.alive_at(self.peak_point(stage))
-        return [Witness(e.path, e.op, e.shape, e.dtype, e.nbytes) for e in alive]
+def _tensors(owner: torch.nn.Module | torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a ``meta`` tensor, or a module's parameters and buffers, by name."""
+    named = [("", owner)] if isinstance(owner, torch.Tensor) else [*owner.named_parameters(), *owner.named_buffers()]
+    yield from ((name, tensor) for name, tensor in named if tensor.is_meta)
 
 
 def storages(*owners: torch.nn.Module | torch.Tensor) -> Iterator[torch.UntypedStorage]:
     """Yield the ``meta`` storages of tensors and of modules' parameters and buffers."""
-    for owner in owners:
-        tensors = [owner] if isinstance(owner, torch.Tensor) else [*owner.parameters(), *owner.buffers()]
-        yield from (tensor.untyped_storage() for tensor in tensors if tensor.is_meta)
+    yield from (tensor.untyped_storage() for owner in owners for _, tensor in _tensors(owner))
 
 
 class Tracer(TorchDispatchMode):
-    """Record each new untyped ``meta`` storage and, by a weak reference's callback, its death.
+    """Record each new untyped ``meta`` storage and, by a weak reference's callback, its death on a tape.
 
     ``modules`` maps a name to a module: its parameters and buffers are known beforehand, so they and
     their views count nothing, but the death of one (``vae.to(dtype=...)``) lowers the live bytes; its
     submodules' names become the events' paths (``""`` is a name without prefix). ``inputs`` are tensors
-    known beforehand. ``stage`` marks the events from now on.
+    known beforehand. ``stage`` marks the events from now on. It records ``onto`` a new tape of integers by default.
     Reading a value back (``.cpu()``, ``.item()``, ``bool()``) gives zeros on the CPU, which nothing counts.
     The cyclic collector is off while tracing: a storage dies when its last reference is dropped.
     """
@@ -134,18 +71,16 @@ class Tracer(TorchDispatchMode):
         *,
         paths: bool = True,
         stage: str = "",
+        onto: Onto | None = None,
     ) -> None:
         super().__init__()
         modules, inputs = modules or {}, list(inputs)
-        self.trace = Trace()
+        self.tape, self._size = onto or Onto(Tape(Options()), int)
         self.stage = stage
         self._kernels = kernels_for(inputs)
         self._known = {s._cdata for s in storages(*modules.values(), *inputs)}
-        self._weights = [
-            weakref.ref(s, partial(self._unload, s._cdata, s.nbytes())) for s in storages(*modules.values())
-        ]
+        self._weights = list(self._watched(modules))
         self._alive: dict[int, tuple[int, int, weakref.ref[Any]]] = {}
-        self._allocs = self._unloads = 0
         self._track_paths = paths
         self._names = {id(m): name for root, top in modules.items() for name, m in _qualified(root, top)}
         self._path = [""]
@@ -190,25 +125,42 @@ class Tracer(TorchDispatchMode):
         seen = self._alive.get(key)
         if nbytes == 0 or (seen and seen[1] == nbytes):
             return
-        self._allocs += 1
-        self._alive[key] = (self._allocs, nbytes, weakref.ref(storage, partial(self._free, key)))
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        shape = tuple(tensor.shape)
-        self.trace.events.append(
-            Alloc(self._allocs, nbytes, str(func), shape, dtype, self._path[-1], self.stage)
-        )
+        shape, op = tuple(map(self._size, tensor.shape)), str(func).split(".")[1]
+        dtype, path = str(tensor.dtype).removeprefix("torch."), self._path[-1]
+        allocation = Allocation(path, op, shape, dtype, self._size(nbytes), category(op, shape))
+        self._alive[key] = (self._begin(allocation), nbytes, weakref.ref(storage, partial(self._free, key)))
+        self.tape.events.append(len(self.tape.allocations))
         if seen:  # ATen/native/cuda/Resize.cpp: resize_bytes_cuda allocates, copies, then frees
-            self.trace.events.append(Free(seen[0], seen[1], self.stage))
+            self.tape.events.append(-seen[0] - 1)
+
+    def _begin(self, allocation: Allocation) -> int:
+        """Put an allocation on the tape, in the present stage, and return its index."""
+        self._mark()
+        self.tape.allocations.append(allocation)
+        return len(self.tape.allocations) - 1
+
+    def _mark(self) -> None:
+        if self.stage != (self.tape.marks[-1].stage if self.tape.marks else ""):
+            self.tape.mark(self.stage)
 
     def _free(self, key: int, _: object) -> None:
         if (seen := self._alive.pop(key, None)) is not None:
-            self.trace.events.append(Free(seen[0], seen[1], self.stage))
+            self._mark()
+            self.tape.events.append(-seen[0] - 1)
 
-    def _unload(self, key: int, nbytes: int, _: object) -> None:
+    def _watched(self, modules: Mapping[str, torch.nn.Module]) -> Iterator[weakref.ref[Any]]:
+        """Yield a reference to every weight's storage, whose death is an event."""
+        for name, tensor in (item for top in modules.values() for item in _tensors(top)):
+            storage, dtype = tensor.untyped_storage(), str(tensor.dtype).removeprefix("torch.")
+            weight = Allocation(
+                name, "load", tuple(tensor.shape), dtype, storage.nbytes(), Category.WEIGHT, loaded=True
+            )
+            yield weakref.ref(storage, partial(self._unload, storage._cdata, weight))
+
+    def _unload(self, key: int, weight: Allocation, _: object) -> None:
         if key in self._known:
             self._known.remove(key)
-            self._unloads += 1
-            self.trace.events.append(Free(-self._unloads, nbytes, self.stage))
+            self.tape.events.append(-self._begin(weight) - 1)
 
     def _enter_module(self, module: torch.nn.Module, _args: object) -> None:
         self._path.append(self._names.get(id(module), self._path[-1]))

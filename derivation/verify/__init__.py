@@ -9,20 +9,19 @@ from derivation.trace.modules import (
 )
 from derivation.trace.runs import trace_component, trace_pipeline
 from derivation.trace.sdpa import SdpaMode
-from derivation.trace.tracer import Alloc, Free, Trace, Tracer, Witness
+from derivation.trace.tracer import Tracer
+from derivation.verify.streams import naive_peak, naive_peaks
 
 __all__ = [
-    "Alloc",
-    "Free",
     "SdpaMode",
-    "Trace",
     "Tracer",
-    "Witness",
     "build_pipeline",
     "build_safety_checker",
     "build_text_encoder",
     "build_unet",
     "build_vae",
+    "naive_peak",
+    "naive_peaks",
     "trace_component",
     "trace_pipeline",
 ]

@@ -17,11 +17,10 @@ from derivation.call import Call, takes_call
 from derivation.config.checkpoint import BUNDLED, IMAGE_ENCODER
 from derivation.errors import DerivationError
 from derivation.options import Options
-from derivation.tape.program import Variant
-from derivation.tape.symbols import evaluate
+from derivation.tape.evaluate import stages
 from derivation.trace.modules import Switches
 from derivation.trace.runs import trace_component, trace_pipeline
-from derivation.trace.tracer import Alloc, Trace
+from derivation.verify.streams import births_at, naive_peak, naive_peaks, parting
 from derivation.walk.pipelines import POSTPROCESS
 
 CONFIG_FILES = {
@@ -45,19 +44,6 @@ GROUPING_OPTIONS = ("vae_slicing", "attention_slicing")
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One allocation: its bytes, the bytes of the storages that died since the one before, and where it is."""
-
-    nbytes: int
-    died: tuple[int, ...]
-    where: str
-
-    def same(self, other: Step) -> bool:
-        """Return True if both steps allocate and free the same sizes."""
-        return (self.nbytes, self.died) == (other.nbytes, other.died)
-
-
-@dataclass(frozen=True, slots=True)
 class Comparison:
     """One component or stage: derived and traced peak bytes, and where the event streams part, if they do."""
 
@@ -72,59 +58,6 @@ class Comparison:
         return self.derived_bytes == self.traced_bytes and self.parting is None
 
 
-def unrolled(variant: Variant) -> Iterator[int]:
-    """Yield the tape's events in program order, loops repeated."""
-    tape, position = variant.tape, 0
-    for start, end, times in tape.loops:
-        yield from tape.events[position:start]
-        for _ in range(times):
-            yield from tape.events[start:end]
-        position = end
-    yield from tape.events[position:]
-
-
-def derived_steps(variant: Variant, values: Mapping[str, int]) -> list[Step]:
-    """Return the steps of a tape at ``values``."""
-    steps: list[Step] = []
-    died: list[int] = []
-    for event in unrolled(variant):
-        allocation = variant.tape.allocations[abs(event) - 1]
-        nbytes = evaluate(allocation.nbytes, values)
-        for _ in range(evaluate(allocation.count, values)):
-            if event > 0:
-                steps.append(Step(nbytes, tuple(sorted(died)), f"{allocation.path} {allocation.op}"))
-                died = []
-            else:
-                died.append(nbytes)
-    return steps
-
-
-def traced_steps(trace: Trace) -> list[Step]:
-    """Return the steps of a trace."""
-    steps: list[Step] = []
-    died: list[int] = []
-    for event in trace.events:
-        if isinstance(event, Alloc):
-            steps.append(Step(event.nbytes, tuple(sorted(died)), f"{event.path} {event.op} {list(event.shape)}"))
-            died = []
-        else:
-            died.append(event.nbytes)
-    return steps
-
-
-def parting(derived: list[Step], traced: list[Step]) -> str | None:
-    """Return where two streams part, in one sentence, or None where they are the same."""
-    for i, (ours, theirs) in enumerate(zip(derived, traced, strict=False)):
-        if not ours.same(theirs):
-            return (
-                f"allocation {i}: derived {ours.nbytes} B at {ours.where} after deaths {list(ours.died)}, "
-                f"traced {theirs.nbytes} B at {theirs.where} after deaths {list(theirs.died)}"
-            )
-    if len(derived) != len(traced):
-        return f"derived {len(derived)} allocations, traced {len(traced)}"
-    return None
-
-
 def compare_component(
     derivation: Derivation, name: str, config: Mapping[str, Any], values: Mapping[str, int], guidance: bool
 ) -> Comparison:
@@ -133,7 +66,7 @@ def compare_component(
     [(peak, _)] = variant.evaluator.peaks(values).values()
     factor = derivation.grid.vae_scale_factor if name == "vae_encode" else TRACE_FACTOR
     images = 1 if name in ("text_encoder", "text_encoder_2", "vae_encode") else derivation.options.num_images_per_prompt
-    trace = trace_component(
+    traced = trace_component(
         "text_encoder" if name == "text_encoder_2" else name,
         config,
         dtype=derivation.options.dtype,
@@ -145,8 +78,8 @@ def compare_component(
         guidance=guidance,
         switches=switches(derivation.options),
     )
-    where = None if groups(derivation) else parting(derived_steps(variant, values), traced_steps(trace))
-    return Comparison(name, peak, trace.peak_bytes, where)
+    where = None if groups(derivation) else parting(births_at(variant.tape, values), births_at(traced, {}))
+    return Comparison(name, peak, naive_peak(traced), where)
 
 
 @takes_call
@@ -168,7 +101,7 @@ def compare_pipeline(derivation: Derivation, call: Call) -> list[Comparison]:
     """
     values = derivation.sizes(call)
     variant = derivation.program(call.guidance).at(values)
-    trace = trace_pipeline(
+    tape = trace_pipeline(
         checkpoint_folder(derivation),
         height=call.height,
         width=call.width,
@@ -178,10 +111,11 @@ def compare_pipeline(derivation: Derivation, call: Call) -> list[Comparison]:
         switches=switches(derivation.options),
         **_trace_options(derivation),
     )
-    derived, traced = variant.evaluator.peaks(values), trace.stage_peaks()
-    ours, theirs = derived_steps(variant, values), traced_steps(trace)
+    derived, traced = variant.evaluator.peaks(values), naive_peaks(tape)
+    ours, theirs = births_at(variant.tape, values), births_at(tape, {})
     if call.batch_size * derivation.options.num_images_per_prompt > 1:
-        keep = sum(isinstance(e, Alloc) and e.stage != POSTPROCESS for e in trace.events)
+        [end] = [start for stage, start, _ in stages(tape) if stage == POSTPROCESS]
+        keep = sum(event > 0 for event in tape.events[:end])
         ours, theirs = ours[:keep], theirs[:keep]
     where = None if groups(derivation) else parting(ours, theirs)
     names = list(dict.fromkeys([*derived, *traced]))
