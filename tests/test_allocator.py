@@ -473,6 +473,8 @@ def expanded(events: list[int], loop: Loop) -> tuple[list[int], list[int]]:
                 current[event - 1] = len(stands_for)
                 stands_for.append(event - 1)
                 out.append(len(stands_for))
+            elif event == 0:
+                out.append(0)
             else:
                 out.append(-(current.pop(-event - 1) + 1))
 
@@ -498,6 +500,81 @@ def test_loop_equals_its_unrolling(repeat: int) -> None:
         assert getattr(looped, name).nbytes == getattr(plain, name).nbytes
     assert looped.allocator.snapshot() == plain.allocator.snapshot()
     assert looped.fragmentation == plain.fragmentation and not looped.live
+
+
+def rotating_loop(rng: random.Random, repeat: int) -> tuple[list[int], list[int], Loop, frozenset[int]]:
+    """A denoising loop: transients, a new tensor that takes the youngest's place in a history, the oldest dropped."""
+    kinds = [512, 32 * KIB, rng.randrange(1, MIB), 600 * KIB, 3 * MIB, 12 * MIB, rng.randrange(1, 40 * MIB)]
+    history = rng.randrange(1, 6)
+    size = rng.choice(kinds)
+    sizes = [size] * history + [rng.choice(kinds) for _ in range(3)]
+    events = [tensor + 1 for tensor in range(len(sizes))]
+    start, live, made = len(events), list[int](), -1
+    for step in range(30):
+        if step == 15:
+            sizes.append(size)
+            made = len(sizes) - 1
+            events.append(len(sizes))
+        sizes.append(rng.choice(kinds))
+        events.append(len(sizes))
+        live.append(len(sizes))
+        while len(live) > rng.randrange(6):
+            events.append(-live.pop(rng.randrange(len(live))))
+        if rng.random() < 0.02:
+            events.append(0)
+    events += [-tensor for tensor in live] + [-1]
+    roles = {made: history - 1} | {tensor: tensor - 1 for tensor in range(1, history)}
+    loop = Loop(start, len(events), repeat, roles)
+    events += [-(made + 1)] + [-(tensor + 1) for tensor in range(1, history)]
+    optional = frozenset(t for t in range(len(sizes)) if t > history + 3 and t != made and rng.random() < 0.1)
+    return events, sizes, loop, optional
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_iterations_that_repeat_are_left_out_exactly(seed: int) -> None:
+    rng = random.Random(seed)
+    events, sizes, loop, optional = rotating_loop(rng, rng.choice([2, 7, 50]))
+    unrolled, stands_for = expanded(events, loop)
+    config = AllocatorConfig.parse(rng.choice(["", "", *CONFIGS.elements]))
+    capacity = rng.choice([None, None, 120 * MIB, 180 * MIB])
+    looped, plain = (
+        Replay(*run, optional=kept).run(CachingAllocator(config, capacity, 240 * MIB))
+        for run, kept in (
+            ((events, sizes, [loop]), optional),
+            (
+                (unrolled, [sizes[tensor] for tensor in stands_for]),
+                frozenset(i for i, tensor in enumerate(stands_for) if tensor in optional),
+            ),
+        )
+    )
+    for name in ("requested_bytes", "allocated_bytes", "reserved_bytes"):
+        assert getattr(looped, name).nbytes == getattr(plain, name).nbytes
+    for name in ("fragmentation", "num_alloc_retries", "left_out"):
+        assert getattr(looped, name) == getattr(plain, name)
+    assert (looped.out_of_memory is None) == (plain.out_of_memory is None)
+    stats, expected = looped.allocator.memory_stats(), plain.allocator.memory_stats()
+    assert {key: n for key, n in stats.items() if "inactive_split_bytes.all.peak" not in key} == {
+        key: n for key, n in expected.items() if "inactive_split_bytes.all.peak" not in key
+    }
+    shapes = [
+        [[(b.size, b.requested_size) for b in s.blocks] for s in run.allocator.snapshot()] for run in (looped, plain)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_long_loop_plays_few_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {name: 0 for name in ("malloc", "reuse")}
+    for name in calls:
+        plain = getattr(CachingAllocator, name)
+
+        def counted(self: CachingAllocator, nbytes: int, plain=plain, name=name) -> int:
+            calls[name] += 1
+            return plain(self, nbytes)
+
+        monkeypatch.setattr(CachingAllocator, name, counted)
+    events, sizes, loop, _ = rotating_loop(random.Random(3), 1000)
+    Replay(events, sizes, [loop]).run()
+    assert calls["malloc"] < 10 * len(sizes) and calls["reuse"] < 100 * len(sizes)
 
 
 def test_loops_that_do_not_close_raise() -> None:

@@ -4,7 +4,7 @@ Facts: c10/cuda/CUDACachingAllocator.cpp of torch 2.13. The one liberty: cudaMal
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 
 from derivation.allocator.config import AllocatorConfig
 from derivation.allocator.report import (
@@ -110,9 +110,10 @@ class CachingAllocator:
         self.allowed_bytes = int(fraction * self.total_memory_bytes) if fraction < 1 else None
         self.requested_bytes, self.allocated_bytes = Stat(), Stat()
         self.reserved_bytes, self.inactive_split_bytes = Stat(), Stat()
-        self.num_alloc_retries = self.num_ooms = 0
+        self.num_alloc_retries = self.num_ooms = self.num_device_free = 0
         self._small, self._large = _Pool(True), _Pool(False)
         self._live: dict[int, _Block] = {}
+        self._rounded: dict[int, int] = {}
         self._heads: dict[int, _Block] = {}
         self._next_address = self._large_bytes = config.large_segment_size_mb * MIB
         split = config.max_split_size_mb
@@ -120,6 +121,11 @@ class CachingAllocator:
         self._rounding_bytes = config.max_non_split_rounding_mb * MIB
         self._expandable, self._divisions = config.expandable_segments, config.roundup_power2_divisions
         self._collects = self.allowed_bytes is not None and config.garbage_collection_threshold > 0
+
+    @property
+    def pools_are_apart(self) -> bool:
+        """Whether the small and the large pool see nothing of each other until the driver refuses."""
+        return not self._collects
 
     @property
     def active_bytes(self) -> Stat:
@@ -132,12 +138,27 @@ class CachingAllocator:
             if nbytes < 0:
                 raise DerivationError(f"malloc of {nbytes} bytes, expected 0 or more")
             return 0
-        size = round_size(nbytes, self._divisions)
+        size = self._rounded.get(nbytes) or self.rounded(nbytes)
         pool = self._small if size <= SMALL_BYTES else self._large
         block = self._find_free(pool, size) or self._new_block(pool, size)
         if block is None:
             raise self._out_of_memory(nbytes, size)
-        self._occupy(pool, block, size)
+        return self._hand_out(block, size, nbytes)
+
+    def reuse(self, nbytes: int) -> int | None:
+        """Allocate `nbytes` as `malloc` does if that takes nothing from the driver, else return None."""
+        if not nbytes:
+            return 0
+        size = self._rounded.get(nbytes) or self.rounded(nbytes)
+        block = self._find_free(self._small if size <= SMALL_BYTES else self._large, size)
+        return None if block is None else self._hand_out(block, size, nbytes)
+
+    def rounded(self, nbytes: int) -> int:
+        """Bytes of the block that a request is rounded to."""
+        return self._rounded.setdefault(nbytes, round_size(nbytes, self._divisions))
+
+    def _hand_out(self, block: _Block, size: int, nbytes: int) -> int:
+        self._occupy(block.pool, block, size)
         block.requested = nbytes
         self.requested_bytes.add(nbytes)
         self.allocated_bytes.add(block.size)
@@ -151,14 +172,16 @@ class CachingAllocator:
         block = self._live.pop(handle, None)
         if block is None:
             raise DerivationError(f"free of {handle}: not an allocated handle")
+        size = block.size
         block.allocated = False
         self.requested_bytes.current -= block.requested
-        self.allocated_bytes.current -= block.size
+        self.allocated_bytes.current -= size
         block.requested = 0
-        merged, subsumed = self._merge(block)
+        merged = self._merge(block)
         merged.pool.insert(merged)
         if not self._expandable:
-            self.inactive_split_bytes.add((merged.size if merged.is_split else 0) - subsumed)
+            split = merged.prev is not None or merged.next is not None
+            self.inactive_split_bytes.add(size if split else size - merged.size)
 
     def empty_cache(self) -> None:
         """Return every unsplit free segment (every free page of expandable ones) to the driver."""
@@ -192,6 +215,22 @@ class CachingAllocator:
         """Segments and blocks by address, as torch.cuda.memory_snapshot lists them."""
         runs = (run for address in sorted(self._heads) for run in _mapped_runs(self._heads[address]))
         return tuple(_segment_info(run, self._expandable) for run in runs)
+
+    def state(self, live: Mapping[int, int], small: bool) -> Hashable:
+        """All that a pool's later calls depend on where names stand for handles and no other block is ever freed.
+
+        Addresses are compared by order alone: a segment's rank stands for its own.
+        """
+        rank = {base: i for i, base in enumerate(self._heads)}  # by address: those only grow
+        pool = self._small if small else self._large
+        idle = [(block, None) for _, _, block in pool.free] + [(block, None) for _, block in pool.unmapped]
+        named = ((self._live[handle], name) for name, handle in sorted(live.items()) if handle)
+        used = [(block, name) for block, name in named if block.pool is pool]
+        rows = (
+            (rank[b.base], b.address - b.base, b.size, b.mapped, name, self._collects and pool.searches - b.born)
+            for b, name in (*idle, *used)
+        )
+        return len(rank), *rows
 
     def _find_free(self, pool: _Pool, size: int) -> _Block | None:
         """Best fit: the smallest free block that holds `size`, at the lowest address (get_free_block)."""
@@ -242,7 +281,7 @@ class CachingAllocator:
 
     def _occupy(self, pool: _Pool, block: _Block, size: int) -> None:
         """Mark `block` allocated, splitting off what should_split lets go (alloc_found_block)."""
-        was_split, rest_bytes = block.is_split, block.size - size
+        was_split, rest_bytes = block.prev is not None or block.next is not None, block.size - size
         block.allocated = True
         if pool.is_small or self._expandable:
             splits = rest_bytes >= MIN_BLOCK_BYTES
@@ -256,9 +295,9 @@ class CachingAllocator:
             elif splits:
                 self.inactive_split_bytes.add(rest_bytes)
 
-    def _merge(self, block: _Block) -> tuple[_Block, int]:
-        """Merge an unlisted free block with equal neighbours; returns it and the bytes it subsumed."""
-        size, pool = block.size, block.pool
+    def _merge(self, block: _Block) -> _Block:
+        """Merge an unlisted free block with equal neighbours and return it."""
+        pool = block.pool
         previous, following = block.prev, block.next
         if following is not None and not following.allocated and following.mapped == block.mapped:
             pool.remove(following)
@@ -267,12 +306,13 @@ class CachingAllocator:
             pool.remove(previous)
             previous.absorb_next()
             block = previous
-        return block, block.size - size
+        return block
 
     def _release(self, block: _Block) -> None:
         block.pool.remove(block)
         del self._heads[block.address]
         self.reserved_bytes.current -= block.size
+        self.num_device_free += 1
 
     def _release_oversize(self, pool: _Pool, size: int) -> bool:
         """Free one cached block that is large enough, or the largest ones until they sum up to it."""
@@ -353,7 +393,7 @@ class CachingAllocator:
         if nbytes < block.size:
             block.pool.insert(block.carve(nbytes, mapped=False))
         self.reserved_bytes.add(nbytes)
-        merged, _ = self._merge(block)
+        merged = self._merge(block)
         merged.pool.insert(merged)
         return merged
 
@@ -373,7 +413,8 @@ class CachingAllocator:
             pool.insert(block.carve(end - block.address, mapped=True))
         block.mapped = False
         self.reserved_bytes.current -= block.size
-        merged, _ = self._merge(block)
+        self.num_device_free += 1
+        merged = self._merge(block)
         if merged.is_split:
             pool.insert(merged)
         else:

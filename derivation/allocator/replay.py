@@ -4,11 +4,12 @@ Event `+(i + 1)` allocates tensor i, `-(i + 1)` frees it, `0` is torch.cuda.empt
 requested bytes.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from derivation.allocator.allocator import CachingAllocator
-from derivation.allocator.report import Fragmentation, OutOfMemory, OutOfMemoryError
+from derivation.allocator.report import SMALL_BYTES, Fragmentation, OutOfMemory, OutOfMemoryError
 from derivation.errors import DerivationError
 
 
@@ -150,17 +151,104 @@ class _Run:
         position = 0
         for loop in self.replay._loops():
             self._run_events(position, loop.start)
-            alive = set(self.live)
-            for remaining in reversed(range(loop.repeat)):
-                self._run_events(loop.start, loop.end)
-                if remaining:
-                    self._relabel(loop, alive)
+            self._run_loop(loop)
             position = loop.end
         self._run_events(position, len(self.replay.events))
 
-    def _relabel(self, loop: Loop, alive: set[int]) -> None:
-        """Hand each survivor the role it plays in the next iteration."""
-        renamed = {loop.roles.get(tensor, tensor): handle for tensor, handle in self.live.items()}
+    def _run_loop(self, loop: Loop) -> None:
+        """Run a loop's iterations, but for those that repeat earlier ones.
+
+        Theorem 1: an iteration begins where the last one ended, and all that it does follows from which tensor is in
+        which block and what else is free, up to a renaming of addresses that keeps their order, and from what is
+        missing. Where these are after an iteration what they were p iterations earlier, so are they p iterations on,
+        and no counter takes a value that it has not had: whole periods can be left out, their retries counted.
+
+        Theorem 2: until the driver refuses, a pool's blocks follow from its own events. Where those of the large pool
+        are after an iteration what they were before it, and nothing was given back, so are they after the next one:
+        the small pool's events alone can be played until that pool asks the driver. Its blocks are as large as their
+        requests, so no peak of requested or allocated bytes moves; that of inactive splits is not followed.
+        """
+        alive, small = set(self.live), self._small(loop)
+        seen, counts, large = dict[Hashable, tuple[int, tuple[int, ...]]](), self._counts(), self._state(small=False)
+        remaining, steady = loop.repeat, False
+        while remaining > 1:
+            only_small = steady and self._run_small(loop, small)
+            if not steady:
+                self._run_events(loop.start, loop.end)
+            remaining -= 1
+            self._relabel(loop, alive, self.small_tensors if only_small else loop.roles.keys())
+            counts, before = self._counts(), counts
+            large, last = large if only_small else self._state(small=False), large
+            steady = only_small or (bool(small) and large == last and counts == before and not self.missing)
+            state = large, self._state(small=True), frozenset(self.missing)
+            then, at = seen.setdefault(state, (remaining, counts))
+            if then > remaining:
+                periods = (remaining - 1) // (then - remaining)
+                remaining -= periods * (then - remaining)
+                self._count(periods * (now - earlier) for now, earlier in zip(counts, at, strict=True))
+                seen.clear()
+        self._run_events(loop.start, loop.end)
+
+    def _small(self, loop: Loop) -> list[int]:
+        """Return the events of the small pool where theorem 2 can hold, else none."""
+        events, small = self.replay.events, self.small_tensors
+        mixed = any((tensor in small) != (role in small) for tensor, role in loop.roles.items())
+        if mixed or not self.allocator.pools_are_apart or 0 in events[loop.start : loop.end]:
+            return []
+        return [index for index in range(loop.start, loop.end) if abs(events[index]) - 1 in small]
+
+    @cached_property
+    def small_tensors(self) -> set[int]:
+        """Tensors whose blocks are in the small pool."""
+        rounded = self.allocator.rounded
+        return {tensor for tensor, nbytes in enumerate(self.replay.sizes) if rounded(nbytes) <= SMALL_BYTES}
+
+    def _run_small(self, loop: Loop, indices: Sequence[int]) -> bool:
+        """Play the small pool's events; where it asks the driver play all the others, too, and return False."""
+        events, sizes, live, allocator = self.replay.events, self.replay.sizes, self.live, self.allocator
+        for index in indices:
+            event = events[index]
+            if event < 0:
+                allocator.free(live.pop(-event - 1))
+                continue
+            handle = allocator.reuse(sizes[event - 1])
+            if handle is None:
+                self._catch_up(loop.start, index)
+                self._run_events(index, loop.end)
+                return False
+            live[event - 1] = handle
+        return True
+
+    def _catch_up(self, start: int, end: int) -> None:
+        """Play the large pool's events behind the small pool's, at which no peak is reached."""
+        stats = (self.allocator.requested_bytes, self.allocator.allocated_bytes)
+        peaks = [stat.peak for stat in stats]
+        for event in self.replay.events[start:end]:
+            if abs(event) - 1 in self.small_tensors:
+                continue
+            if event < 0:
+                self.allocator.free(self.live.pop(-event - 1))
+            else:
+                self.live[event - 1] = self.allocator.malloc(self.replay.sizes[event - 1])
+        for stat, peak in zip(stats, peaks, strict=True):
+            stat.peak = peak
+
+    def _state(self, small: bool) -> Hashable:
+        return self.allocator.state(self.live, small)
+
+    def _counts(self) -> tuple[int, ...]:
+        stats = self.allocator
+        return self.left_out, stats.num_alloc_retries, stats.num_ooms, stats.num_device_free
+
+    def _count(self, more: Iterable[int]) -> None:
+        stats = self.allocator
+        counts = (count + new for count, new in zip(self._counts(), more, strict=True))
+        self.left_out, stats.num_alloc_retries, stats.num_ooms, stats.num_device_free = counts
+
+    def _relabel(self, loop: Loop, alive: set[int], moving: Container[int]) -> None:
+        """Hand each survivor of those ``moving`` the role it plays in the next iteration."""
+        roles = {tensor: role for tensor, role in loop.roles.items() if tensor in moving}
+        renamed = {roles.get(tensor, tensor): handle for tensor, handle in self.live.items()}
         if len(renamed) != len(self.live) or renamed.keys() != alive:
             extra, missing = sorted(renamed.keys() - alive), sorted(alive - renamed.keys())
             raise DerivationError(

@@ -93,7 +93,8 @@ class Stat:
     def add(self, nbytes: int) -> None:
         """Change the counter, keeping the peak."""
         self.current = current = self.current + nbytes
-        self.peak = max(self.peak, current)
+        if current > self.peak:
+            self.peak = current
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,17 @@ def replay(tape: Tape, values: Mapping[str, int], weights: Mapping[str, int] | N
     as staying where it has none.
     """
     weights = weights or {}
-    counts = [evaluate(a.count, values) for a in tape.allocations]
+    known: dict[Size, int] = {}
+
+    def at(size: Size) -> int:
+        if size not in known:
+            known[size] = evaluate(size, values)
+        return known[size]
+
+    counts = [at(a.count) for a in tape.allocations]
     first = [0, *accumulate(counts)]
-    sizes = [
-        nbytes
-        for allocation, count in zip(tape.allocations, counts, strict=True)
-        for nbytes in [evaluate(allocation.nbytes, values)] * count
-    ]
+    nbytes = [at(a.nbytes) for a in tape.allocations]
+    sizes = [n for n, count in zip(nbytes, counts, strict=True) for n in [n] * count]
     loaded = {first[i]: weights[a.path] for i, a in enumerate(tape.allocations) if a.loaded and a.path in weights}
     staying = {i for i, a in enumerate(tape.allocations) if a.loaded and a.path not in weights}
     emptied = Counter(tape.emptied)
