@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 from derivation.allocator.replay import Loop, Replay
-from derivation.tape.symbols import evaluate
+from derivation.tape.symbols import Size, evaluate
 from derivation.tape.tape import Tape
 
 # A convolution whose workspace does not fit runs cuDNN's next plan, at last one without (Conv_v8.cpp: try_plans).
