@@ -264,7 +264,8 @@ def derive(
 ) -> Derivation:
     """Derive the peak memory of ``model``: a bundled id, a folder, a config file, a Hub id or a live pipeline.
 
-    What is not given is read off a live pipeline, and is Options' default elsewhere. A Hub id is "org/name" or
+    What is not given is read off a live pipeline, and is Options' default elsewhere. ``gpu`` is a card's name or JSON
+    file, ``memory`` among the options another capacity of it, such as "12GiB". A Hub id is "org/name" or
     "org/name@revision"; with ``local_files_only`` it is read from the Hub's cache alone. The derivation of one
     component's config is that of its calls.
 

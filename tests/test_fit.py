@@ -20,12 +20,12 @@ from derivation.ask.fit import (
     largest_batch,
     last_that_fits,
     parse_aspect,
-    parse_bytes,
     sides,
 )
 from derivation.ask.recommend import REMEDIES, recommend
 from derivation.call import Call
 from derivation.gpu.cards import lookup
+from derivation.text import parse_bytes
 
 GIB = 1 << 30
 

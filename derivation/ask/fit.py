@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from decimal import Decimal
 from fractions import Fraction
 from math import isqrt, sqrt
 from typing import Any
@@ -25,11 +24,6 @@ from derivation.tape.symbols import Size, as_poly
 
 ALIGNED = 64
 MAX_BATCH = 1 << 20
-UNITS = {"": 1, "b": 1, "bytes": 1} | {
-    prefix + suffix: base**power
-    for power, letter in enumerate("kmgt", 1)
-    for prefix, suffix, base in ((letter, "b", 1000), (letter, "ib", 1024))
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,21 +231,6 @@ def grows(derivation: Derivation, guidance: bool = True) -> bool:
 
 def _growing(size: Size) -> bool:
     return all(coefficient >= 0 for monomial, coefficient in as_poly(size).items() if any(monomial))
-
-
-def parse_bytes(text: str, key: str = "vram") -> int:
-    """Return the bytes of a quantity such as "8GiB", "8 GB", "8192MiB" or "8589934592".
-
-    >>> parse_bytes("8GiB"), parse_bytes("1.5 GB"), parse_bytes("4096")
-    (8589934592, 1500000000, 4096)
-    """
-    found = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", text)
-    unit = UNITS.get(found[2].lower()) if found else None
-    nbytes = int(Decimal(found[1]) * unit) if found and unit else 0
-    if not 0 < nbytes < 1 << 62:
-        units = "KiB, MiB, GiB, TiB, kB, MB, GB or TB"
-        raise unsupported(key, text, f"a positive number of bytes, {units}, such as 8GiB")
-    return nbytes
 
 
 def parse_aspect(text: str) -> tuple[int, int]:

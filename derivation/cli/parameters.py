@@ -16,6 +16,7 @@ from derivation.call import DEFAULT_PROMPT_LENGTH
 from derivation.cli.output import checked_number
 from derivation.config import bundled, load
 from derivation.errors import DerivationError, shown, unsupported
+from derivation.gpu.cards import known, with_memory
 from derivation.options import TABLE, Options
 from derivation.walk.subject import WalkedSubject
 
@@ -32,16 +33,10 @@ HELP = {
 }
 
 
-def _gpus() -> tuple[str, ...]:
-    from derivation.gpu.cards import known
-
-    return known()
-
-
 def values_of(name: str) -> Callable[[], tuple[str, ...]] | None:
     """Return what lists the values of an option, None where there is no list."""
     if name == "gpu":
-        return _gpus
+        return known
     row = TABLE.get(name)
     return None if row is None else row.choices or ((lambda: row.words) if row.words else None)
 
@@ -88,7 +83,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """Return ``command`` with each dataclass parameter replaced by one command line option a field.
 
-    A field with the name of another parameter of the command is left out and keeps its default.
+    A field with the name of another parameter of the command is left out and keeps its default. Beside the options
+    there is ``--memory``, which becomes part of ``gpu``.
     """
     parameters = inspect.signature(command, eval_str=True).parameters.values()
     groups: dict[str, Any] = {p.name: p.annotation for p in parameters if is_dataclass(p.annotation)}
@@ -100,6 +96,8 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(**values: Any) -> None:
         given = {name: _checked(name, value) for name, value in values.items()}
+        if (memory := given.pop("memory", None)) is not None:
+            given["gpu"] = with_memory(given["gpu"], memory)
         built = {
             name: group(**{f.name: value_of(f.name, hints[name][f.name], given.pop(f.name)) for f in members[name]})
             for name, group in groups.items()
@@ -107,10 +105,15 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
         command(**given, **built)
 
     found += [_parameter(field, hints[name][field.name]) for name in groups for field in members[name]]
+    found += [MEMORY] if Options in groups.values() else []
     found = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found]
     run.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in found}
     return run
+
+
+_CAPACITY = Annotated[str | None, typer.Option(help="Another capacity of the GPU: nvidia-smi's total, such as 12GiB.")]
+MEMORY = inspect.Parameter("memory", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_CAPACITY)
 
 
 def help_of(name: str) -> str:

@@ -14,7 +14,7 @@ from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, derivation_of, expanded, sizes, value_of
 from derivation.errors import DerivationError, unsupported
 from derivation.options import Options
-from derivation.text import human
+from derivation.text import human, parse_bytes
 
 Vram = Annotated[str | None, typer.Option("--vram", help="Memory for the pipeline, such as 8GiB or 7500MiB.")]
 
@@ -204,8 +204,6 @@ def _show_pairs(title: str, pairs: list[dict[str, Any]]) -> None:
 
 def _budget(vram: str | None, options: Options) -> tuple[int, str]:
     """Return the bytes that the pipeline may take, and where they come from; raises DerivationError without any."""
-    from derivation.ask.fit import parse_bytes
-
     if vram is not None:
         return parse_bytes(vram), "budget as given"
     if options.gpu is None:

@@ -1,17 +1,26 @@
 """The GPU table: what each card is, how much memory torch and nvidia-smi see, and where that is written."""
 
+from __future__ import annotations
+
+import difflib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from derivation.errors import DerivationError
+from derivation.errors import DerivationError, UnsupportedConfig, positive, shown, unsupported
+from derivation.text import GIB, human, parse_bytes
 
 TABLE = Path(__file__).with_name("gpus.json")
 _FIGURES = ("compute_capability", "sm_count", "total_memory_bytes", "nvidia_smi_bytes", "context_bytes")
+# Devices of torch whose libraries and allocators are not modelled, by how their names begin.
+FOREIGN = re.compile(r"amd|radeon|instinct|mi\d{2,3}|rx\d|rocm|mps|apple|m\d(pro|max|ultra)?$|xpu|intel|arc|gaudi|tpu")
+_WORDS = re.compile(r"nvidia|geforce|tesla|generation|graphics|gpu|card|[\s_\-()]")
+_CAPACITY = re.compile(r"(.+?)[\s_\-]+(([0-9.]+)\s*([kmgt]?i?b?))", re.IGNORECASE)
+_CARD_KEYS = ("name", "compute_capability", "sm_count", "total_memory_bytes", "nvidia_smi_bytes", "context_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +29,7 @@ class Gpu:
 
     `total_memory_bytes` is torch.cuda.get_device_properties().total_memory, `nvidia_smi_bytes` is
     nvidia-smi's memory.total, `context_bytes` what the process holds beside torch's reserved memory.
+    `estimated` says that the total was not read on the card but follows from nvidia-smi's (``_estimated``).
     """
 
     key: str
@@ -32,6 +42,7 @@ class Gpu:
     context_bytes: int | None
     context_nearest: str | None
     sources: Mapping[str, str]
+    estimated: bool = False
 
     @property
     def sm(self) -> str:
@@ -43,46 +54,93 @@ class Gpu:
         """Whether this stands for every card of an architecture."""
         return self.key == self.sm
 
-    def nearest_context(self) -> tuple[int, "Gpu"] | None:
+    def nearest_context(self) -> tuple[int, Gpu] | None:
         """Context bytes of this card, else of the nearest card with a documented figure, and that card."""
         source = self if self.context_nearest is None else lookup(self.context_nearest)
         return None if source.context_bytes is None else (source.context_bytes, source)
 
 
 def lookup(name: str) -> Gpu:
-    """Find a card or architecture by name, ignoring case, spaces, dashes and underscores.
+    """Find a card or architecture by a name as people write it, or in a JSON file; a capacity may follow.
 
-    >>> lookup("NVIDIA GeForce RTX 4090").key, lookup("rtx4090").sm, lookup("sm_89").total_memory_bytes
-    ('rtx-4090', 'sm89', None)
+    The capacity is nvidia-smi's memory.total: a whole number of gigabytes that the card has anyway is the card
+    itself. Raises DerivationError for an unknown card, with the one that was meant where a name is close.
+
+    >>> lookup("NVIDIA GeForce RTX 4090").key, lookup("4070 laptop").key, lookup("rtx 3060 12gb").key
+    ('rtx-4090', 'rtx-4070-laptop', 'rtx-3060')
+    >>> lookup("sm_89").total_memory_bytes, lookup("rtx 3060 8GiB").total_memory_bytes
+    (None, 8345419776)
     """
-    found = _by_alias().get(_squeeze(name))
-    if found is None:
-        raise DerivationError(f"unknown GPU {name!r}; known: {', '.join(known())}")
-    return found
+    if (card := _named(name)) is not None:
+        return card
+    found = _CAPACITY.fullmatch(re.sub(r"[()]", " ", name).strip())
+    if found is not None and (card := _named(found[1])) is not None:
+        return _sized(card, found)
+    raise _unknown(name)
 
 
 def known() -> tuple[str, ...]:
     """Keys of the table: cards first, then architectures."""
-    return tuple(gpu.key for gpu in _table())
+    return tuple(_table())
+
+
+def with_memory(gpu: str | None, memory: str | None) -> str | None:
+    """Return the name of ``gpu`` with another capacity, such as "12GiB"; raises DerivationError without a GPU."""
+    if memory is None:
+        return gpu
+    parse_bytes(memory, "memory")
+    if gpu is None:
+        raise unsupported("memory", memory, "a capacity of the card that gpu names")
+    return f"{gpu} {memory.strip()}"
+
+
+def _named(name: str) -> Gpu | None:
+    if name.endswith(".json"):
+        return _from_file(Path(name))
+    return _by_alias().get(_squeeze(name))
+
+
+def _sized(card: Gpu, capacity: re.Match[str]) -> Gpu:
+    nbytes = parse_bytes(capacity[2], "memory")
+    nominal = card.nvidia_smi_bytes or card.total_memory_bytes or 0
+    if capacity[4].lower() in ("g", "gb", "gib") and float(capacity[3]) == round(nominal / GIB):
+        return card
+    key = f"{card.key} {capacity[2]}"
+    sources = {**card.sources, "nvidia_smi_bytes": "as given"}
+    other = replace(card, key=key, nvidia_smi_bytes=nbytes, total_memory_bytes=None, sources=sources)
+    return _estimated(replace(other, context_bytes=None, context_nearest=card.context_nearest or card.key))
+
+
+def _unknown(name: str) -> DerivationError:
+    text = _squeeze(name)
+    if FOREIGN.match(text):
+        return unsupported("gpu", name, "NVIDIA cards: other vendors' libraries and allocators are not modelled")
+    close = difflib.get_close_matches(text, _by_alias(), n=1, cutoff=0.75)
+    if close:
+        return DerivationError(f"gpu = {shown(name)} is not supported (did you mean {_by_alias()[close[0]].key}?)")
+    return unsupported("gpu", name, f"{', '.join(known())}, or a JSON file with {', '.join(_CARD_KEYS)}")
 
 
 def _squeeze(name: str) -> str:
-    return re.sub(r"[\s_\-]|nvidia|geforce|tesla|generation", "", name.lower())
+    return re.sub(r"(\d)gib$", r"\1gb", _WORDS.sub("", name.lower()))
 
 
 @cache
 def _by_alias() -> dict[str, Gpu]:
+    """Return every spelling: keys, names and aliases, each also without "rtx" or "gtx" before a figure."""
     aliases: dict[str, Gpu] = {}
-    for gpu in _table():
-        for alias in {_squeeze(text) for text in (gpu.key, gpu.name, *_entries()[gpu.key]["aliases"])}:
+    for gpu in _table().values():
+        full = {_squeeze(text) for text in (gpu.key, gpu.name, *_entries()[gpu.key]["aliases"])}
+        for alias in full | {re.sub(r"^[rg]tx(?=a?\d)", "", text) for text in full}:
             if aliases.setdefault(alias, gpu) is not gpu:
                 raise DerivationError(f"{TABLE.name}: {alias!r} names both {aliases[alias].key} and {gpu.key}")
     return aliases
 
 
 @cache
-def _table() -> tuple[Gpu, ...]:
-    return tuple(_gpu(key, entry) for key, entry in _entries().items())
+def _table() -> dict[str, Gpu]:
+    read = {key: _gpu(key, entry) for key, entry in _entries().items()}
+    return {key: _estimated(gpu, tuple(read.values())) for key, gpu in read.items()}
 
 
 @cache
@@ -96,17 +154,54 @@ def _gpu(key: str, entry: Mapping[str, Any]) -> Gpu:
     for name, figure in figures.items():
         if figure is not None and not figure.get("source"):
             raise DerivationError(f"{TABLE.name}: {key}.{name} has no source")
-    major, minor = figures["compute_capability"]["value"]
     value = {name: figure and figure["value"] for name, figure in figures.items()}
+    value["compute_capability"] = tuple(value["compute_capability"])
     return Gpu(
         key=key,
         name=entry["name"],
         architecture=entry["architecture"],
-        compute_capability=(major, minor),
-        sm_count=value["sm_count"],
-        total_memory_bytes=value["total_memory_bytes"],
-        nvidia_smi_bytes=value["nvidia_smi_bytes"],
-        context_bytes=value["context_bytes"],
+        **value,
         context_nearest=entry["context_nearest"],
         sources={name: figure["source"] for name, figure in figures.items() if figure is not None},
     )
+
+
+def _estimated(card: Gpu, table: tuple[Gpu, ...] = ()) -> Gpu:
+    """Return the card with a total: nvidia-smi's, less the share that the driver keeps of the nearest card.
+
+    Nearest is the card of the same compute capability whose nvidia-smi total is nearest, of two such the one that the
+    driver keeps more of; where it keeps nothing the total was read on Windows.
+    """
+    smi, others = card.nvidia_smi_bytes, table or tuple(_table().values())
+    alike = [gpu for gpu in others if gpu.compute_capability == card.compute_capability and not gpu.estimated]
+    pairs = [(gpu.nvidia_smi_bytes, gpu.total_memory_bytes, gpu) for gpu in alike]
+    both = [(s, t, gpu) for s, t, gpu in pairs if s and t and t < s]
+    if card.total_memory_bytes is not None or smi is None or not both:
+        return card
+    near_smi, near_total, near = min(both, key=lambda pair: (abs(pair[0] - smi), pair[1] / pair[0]))
+    source = f"estimated: {human(smi)} by the ratio of torch's to nvidia-smi's total of {near.name}"
+    sources = {**card.sources, "total_memory_bytes": source}
+    return replace(card, total_memory_bytes=smi * near_total // near_smi, estimated=True, sources=sources)
+
+
+def _from_file(path: Path) -> Gpu:
+    """Return the card of a JSON file: a compute capability, nvidia-smi's or torch's total, and what else is known."""
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DerivationError(f"gpu = {str(path)!r} cannot be read: {error}") from None
+    if not isinstance(entry, dict) or (unknown := [key for key in entry if key not in _CARD_KEYS]):
+        key = unknown[0] if isinstance(entry, dict) else "the document"
+        raise UnsupportedConfig(path.name, key, None, f"an object with {', '.join(_CARD_KEYS)}")
+    sm = "sm" + "".join(map(str, entry.get("compute_capability") or ()))
+    near = _table().get(sm)
+    if near is None:
+        listed = ", ".join(str(list(gpu.compute_capability)) for gpu in _table().values() if gpu.is_architecture)
+        raise UnsupportedConfig(path.name, "compute_capability", entry.get("compute_capability"), listed)
+    given: dict[str, Any] = {key: positive(key, entry[key]) for key in _FIGURES[1:] if entry.get(key) is not None}
+    if not given.keys() & {"total_memory_bytes", "nvidia_smi_bytes"}:
+        raise UnsupportedConfig(path.name, "nvidia_smi_bytes", None, "bytes of nvidia-smi's memory.total, or torch's")
+    if "context_bytes" in given:
+        given["context_nearest"] = None
+    sources = dict.fromkeys(entry, path.name)
+    return _estimated(replace(near, key=str(path), name=str(entry.get("name", path.stem)), sources=sources, **given))

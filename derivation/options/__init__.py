@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 from derivation.config.checks import MAX_SIZE
 from derivation.config.schedulers import DEFAULTS
 from derivation.errors import DerivationError, typed
+from derivation.gpu.cards import with_memory
 from derivation.gpu.profile import SCRATCH
 from derivation.options.row import Remedy, Row, row
 
@@ -77,7 +78,9 @@ class Options:
         ),
     )
     gpu: str | None = row(
-        None, "GPU or architecture, such as rtx-4090 or sm89: adds its libraries' scratch memory.", "machine"
+        None,
+        "GPU, architecture or a card's JSON file, such as rtx-4090 or sm89: adds its libraries' scratch memory.",
+        "machine",
     )
     torch: str | None = row(None, "torch version whose allocations count; read with a GPU.", "machine")
     diffusers: str | None = row(None, "diffusers version whose allocations count; read with a GPU.", "machine")
@@ -296,9 +299,15 @@ TABLE: Mapping[str, Row] = {field.name: field.metadata["row"] for field in field
 
 
 def options_of(given: Mapping[str, Any]) -> Options:
-    """Return the options called ``given``; raises DerivationError for a name that is none."""
+    """Return the options called ``given``; raises DerivationError for a name that is none.
+
+    ``memory`` beside them is another capacity of the ``gpu``, such as "12GiB".
+    """
+    own = {name: value for name, value in given.items() if name != "memory"}
+    if (memory := given.get("memory")) is not None:
+        own["gpu"] = with_memory(given.get("gpu"), memory)
     try:
-        return Options(**given)
+        return Options(**own)
     except TypeError as error:
         raise DerivationError(str(error).replace("Options.__init__() ", "")) from None
 
