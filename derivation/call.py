@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import wraps
 from typing import Any, TypeVar
 
-from derivation.errors import positive, typed
+from derivation.errors import positive, typed, unsupported
 
 R = TypeVar("R")
 
@@ -47,6 +48,19 @@ class Call:
 
 SIZES = ("height", "width", "batch_size", "prompt_length")
 NAMES = tuple(field.name for field in fields(Call))
+
+
+def parse_size(text: str, key: str = "size") -> tuple[int, int]:
+    """Return (height, width) in pixels of "HxW", or of one number, a square; raises DerivationError.
+
+    >>> parse_size("512x768"), parse_size("1024")
+    ((512, 768), (1024, 1024))
+    """
+    found = re.fullmatch(r"\s*([0-9]{1,7})(?:\s*[xX*\N{MULTIPLICATION SIGN}]\s*([0-9]{1,7}))?\s*", text)
+    height, width = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not (0 < height <= MAX_SIDE_PIXELS and 0 < width <= MAX_SIDE_PIXELS):
+        raise unsupported(key, text, "HEIGHTxWIDTH in pixels, such as 512x768; one number is a square")
+    return height, width
 
 
 def takes_call(method: Callable[..., R]) -> Callable[..., R]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
 from collections.abc import Iterable
 from typing import Any, get_args
@@ -64,7 +65,17 @@ def one_of(key: str, value: object, supported: Iterable[str]) -> None:
     """Raise DerivationError unless ``value`` is one of ``supported``."""
     listed = tuple(supported)
     if value not in listed:
-        raise unsupported(key, value, ", ".join(listed))
+        raise unsupported(key, value, f"{', '.join(listed)}{meant(value, listed)}")
+
+
+def meant(value: object, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" where a word of ``known`` is close to ``value``, else "".
+
+    >>> meant("flsh", ("eager", "flash")), meant("zzz", ("eager", "flash"))
+    ('; did you mean flash?', '')
+    """
+    found = difflib.get_close_matches(str(value).lower(), list(known), n=1) if isinstance(value, str) else []
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def positive(key: str, value: object, most: int | None = None) -> int:

@@ -1,4 +1,4 @@
-"""How numbers of bytes are written for people, and read from them."""
+"""How numbers of bytes are written for people, and read from what they type."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from derivation.errors import unsupported
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 UNITS = ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
-MULTIPLES = {"": 1, "b": 1, "bytes": 1} | {
-    prefix + suffix: base**power
+# A bare number is GiB, as the cards' own sizes are; a letter alone is binary, as CUDA's tools print it.
+TYPED = {"": GIB, "b": 1, "bytes": 1} | {
+    letter + suffix: base**power
     for power, letter in enumerate("kmgt", 1)
-    for prefix, suffix, base in ((letter, "b", 1000), (letter, "ib", 1024))
+    for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
 }
 NARROW_SPACE = "\N{NARROW NO-BREAK SPACE}"
 
@@ -38,16 +39,16 @@ def grouped(number: int, space: str = NARROW_SPACE) -> str:
     return f"{number:,}".replace(",", space)
 
 
-def parse_bytes(text: str, key: str = "vram") -> int:
-    """Return the bytes of a quantity such as "8GiB", "8 GB", "8192MiB" or "8589934592".
+def parse_bytes(text: str, key: str = "memory") -> int:
+    """Return the bytes of a quantity such as "12", "12G", "12GiB", "12 GB" or "8192MiB"; raises DerivationError.
 
-    >>> parse_bytes("8GiB"), parse_bytes("1.5 GB"), parse_bytes("4096")
-    (8589934592, 1500000000, 4096)
+    >>> parse_bytes("12") == parse_bytes("12G") == parse_bytes("12GiB") == 12 * GIB, parse_bytes("1.5 GB")
+    (True, 1500000000)
     """
     found = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", text)
-    unit = MULTIPLES.get(found[2].lower()) if found else None
+    unit = TYPED.get(found[2].lower()) if found else None
     nbytes = int(Decimal(found[1]) * unit) if found and unit else 0
     if not 0 < nbytes < 1 << 62:
-        names = "KiB, MiB, GiB, TiB, kB, MB, GB or TB"
-        raise unsupported(key, text, f"a positive number of bytes, {names}, such as 8GiB")
+        units = "B, KiB, MiB, GiB, TiB, kB, MB, GB or TB"
+        raise unsupported(key, text, f"a positive number of {units}, such as 12GiB; a bare number is GiB")
     return nbytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import runpy
 import subprocess
@@ -17,8 +18,9 @@ import pytest
 from conftest import SD15, SDXL
 
 from derivation import derive
-from derivation.cli import run
+from derivation.cli import PANELS, run
 from derivation.config.checkpoint import BUNDLED
+from derivation.measure.validate import measured_calls
 
 # a component alone is exported in no time
 VAE = str(BUNDLED / SD15 / "vae" / "config.json")
@@ -99,13 +101,90 @@ def test_no_color_and_ascii_streams(capsys: pytest.CaptureFixture[str]) -> None:
     assert done.stdout.isascii()
 
 
-COMMANDS = ("estimate", "fit", "recommend", "compare", "export", "verify", "measure", "calibrate", "report", "models")
+VERBS = {command.__name__: (panel, command) for panel, commands in PANELS.items() for command in commands}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_has_an_example_for_every_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([name, "--help"]) == 0
-    assert f"Example: derivation {name}" in " ".join(capsys.readouterr().out.split())
+@pytest.mark.parametrize("name", VERBS)
+def test_the_one_example_of_every_verb_works_as_printed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "verify":
+        pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("derivation.measure.runner.PROBE", ("false",))
+    monkeypatch.setattr("derivation.report.build", lambda models, folder, *_, **__: [folder / models[0].name])
+    monkeypatch.setattr("derivation.measure.validate.measured_calls", lambda _: measured_calls()[:3])
+    [example] = re.findall(r"Example: derivation (.*)", VERBS[name][1].__doc__ or "")
+    assert example.split()[0] == name
+    code, printed = run(example.split()), capsys.readouterr()
+    if name == "measure":  # all that it lacks is a GPU
+        assert (code, printed.err.startswith("error: measure needs")) == (2, True)
+    else:
+        assert (code, "error: " in printed.err, bool(printed.out)) == (0, False, True)
+
+
+def test_help_is_in_panels_and_whole_at_100_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert run([]) == 0
+    printed = capsys.readouterr().out
+    for name, (panel, command) in VERBS.items():
+        summary = (command.__doc__ or "").splitlines()[0]
+        assert f"{panel}:" in printed and f"  {name}".ljust(13) + summary in printed
+    assert max(map(len, printed.splitlines())) <= 100
+    assert run(["fit", "--help"]) == 0
+    printed = capsys.readouterr().out
+    places = ("The call:", "--size", "The pipeline:", "--dtype", "The machine:", "--gpu")
+    assert sorted(places, key=printed.index) == list(places)
+
+
+@pytest.mark.parametrize(
+    ("typed", "written"),
+    [
+        ("estimate sd15 --size 512x768", f"estimate {SD15} --height 512 --width 768"),
+        ("estimate sd-1.5 --size 640", "estimate stable-diffusion-v1-5 --height 640 --width 640"),
+        ("estimate sd2.1", "estimate stabilityai/stable-diffusion-2-1"),
+        ("estimate sdxl --pipeline txt2img", "estimate stabilityai/stable-diffusion-xl-base-1.0 --pipeline txt2img"),
+        ("estimate refiner", "estimate stabilityai/stable-diffusion-xl-refiner-1.0"),
+        ("estimate sd15 --dtype bf16", f"estimate {SD15} --dtype bfloat16"),
+        ("fit sd15 --memory 8", f"fit {SD15} --memory 8GiB"),
+        ("fit sd15 --memory 8G --size 512", f"fit {SD15} --vram 8192MiB --height 512 --width 512"),
+        (f"export {VAE} --to js", f"export {VAE} --to javascript"),
+    ],
+)
+def test_what_people_type_means_what_is_written_out(
+    typed: str, written: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = []
+    for text in (typed, written):
+        assert run([*text.split(), *["--json"] * (not text.startswith("export"))]) == 0
+        printed = capsys.readouterr().out
+        answers.append(printed if text.startswith("export") else {**json.loads(printed), "counted": ""})
+    assert answers[0] == answers[1]
+
+
+def test_a_bare_number_of_memory_is_said_to_be_gib(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["fit", "sd15", "--memory", "12", "--size", "512"]) == 0
+    assert "memory 12 is 12.00 GiB (12,884,901,888 bytes)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("estimte sd15", "estimate"),
+        ("estimate sd15 --heigth 512", "--height"),
+        ("estimate sd15 --attention flahs", "flash"),
+        ("estimate sd15 --dtype floatt16", "float16"),
+        ("export sd15 --to pyton", "python"),
+        ("estimate stable-difusion-v1-5", "stable-diffusion-v1-5"),
+    ],
+)
+def test_an_unknown_word_is_answered_with_the_one_that_was_meant(
+    typed: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = failing(typed.split(), capsys)
+    assert meant in line.lower().partition("did you mean")[2]
 
 
 def test_models_lists_every_bundled_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,14 +248,16 @@ def test_a_bad_value_is_one_line_that_names_the_key_and_the_value(
         ("estimate", "model"),
         ("estimate no/such-model", "no/such-model"),
         (f"estimate {SD15} --gpu gtx-nothing", "gtx-nothing"),
-        (f"fit {SD15}", "vram"),
-        (f"fit {SD15} --vram 8", "nothing"),
-        (f"fit {SD15} --vram 8G", "8G"),
+        (f"fit {SD15}", "memory"),
+        (f"fit {SD15} --vram 8B", "nothing"),
+        (f"fit {SD15} --memory 8X", "8X"),
+        (f"fit {SD15} --memory 8 --size 512 --height 512", "size"),
+        (f"fit {SD15} --memory 8 --size 512y512", "512y512"),
+        ("estimate xl", "several"),
         (f"fit {SD15} --vram -8GiB", "-8GiB"),
         (f"fit {SD15} --vram 1e400GiB", "1e400GiB"),
         (f"fit {SD15} --vram 8GiB --aspect 0:1", "0:1"),
         (f"fit {SD15} --vram 8GiB --aspect 16", "16"),
-        (f"fit {SD15} --vram 8GiB --height 512", "width"),
         (f"fit {SD15} --gpu sm89", "sm89"),
         (f"recommend {SD15} --gpu gtx-nothing", "gtx-nothing"),
         (f"compare {SD15} --with attention", "attention"),
@@ -292,8 +373,8 @@ def test_interrupting_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 TYPICAL = (
     "estimate fit recommend compare export verify models measure calibrate report --help --json --height --width "
-    "--batch-size --prompt-length --guidance-scale --dtype --attention --pipeline --gpu --vram --aspect --with --to "
-    "--output --grid --scratch --no-safety-checker --version --debug -- - = : 8GiB 0 -1 512 77 1e9 nan inf -inf "
+    "--batch-size --prompt-length --guidance-scale --dtype --attention --pipeline --gpu --memory --aspect --with --to "
+    "--size --output --grid --scratch --no-safety-checker --version --debug -- - = : 8GiB 0 -1 512 77 1e9 nan inf -inf "
     "9999999999999999999999 float16 eager 16:9 t4 sm89 [red]x[/red] ../.. /dev/null /proc/self/mem \x1b[31m \u202e é"
 )
 WORDS = [*TYPICAL.split(), "", " ", "\n", SD15, "stable-diffusion-v1-5"]

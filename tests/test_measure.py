@@ -126,14 +126,14 @@ def test_points_are_the_product_and_keys_tell_them_apart() -> None:
     found = list(points(SD15, Options(), parse_sizes("512,768x512"), [1, 2], ["efficient", "eager"], ["float16"]))
     assert len(found) == 8
     assert len({key(point) for point in found}) == 8
-    assert {(p["height"], p["width"]) for p in found} == {(512, 512), (512, 768)}
+    assert {(p["height"], p["width"]) for p in found} == {(512, 512), (768, 512)}
     with pytest.raises(DerivationError, match="attention"):
         list(points(SD15, Options(), [(512, 512)], [1], ["fast"], ["float16"]))
     with pytest.raises(DerivationError, match="grid"):
         list(points(SD15, Options(), [(8, 8)] * 20_000, [1], ["eager"], ["float16"]))
 
 
-@pytest.mark.parametrize("text", ["", ",", "512x", "0", "512x0", "-1", "1e3", "999999", "512;512", "x" * 10_000])
+@pytest.mark.parametrize("text", ["", ",", "512x", "0", "512x0", "-1", "1e3", "9999999", "512;512", "x" * 10_000])
 def test_bad_grids(text: str) -> None:
     with pytest.raises(DerivationError, match="grid"):
         parse_sizes(text)

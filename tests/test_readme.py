@@ -12,21 +12,21 @@ from derivation.measure.validate import Row, recorded, summary
 README = Path(__file__).resolve().parent.parent / "README.md"
 START, END = "<!-- measured: start -->\n", "<!-- measured: end -->"
 MIB = 1 << 20
-HEAD = """| GPU, what | metric | measured MiB | predicted MiB | error | within | rules of thumb |
+HEAD = """| GPU, what (height x width) | metric | measured MiB | predicted MiB | error | within | rules of thumb |
 |---|---|--:|--:|--:|---|---|
 """
 COUNTERS = """| peak | calls | predicted to the byte | within 1 KiB | mean error | largest |
 |---|--:|--:|--:|--:|--:|
 """
 SAID = ("gpu", "model", "height", "width", "batch_size", "guidance_scale", "num_inference_steps", "strength")
-SMI = """| GPU, call (img2img, float16 and efficient unless said) | size | nvidia-smi MiB | predicted MiB | error |
+SMI = """| GPU, call (img2img, float16, efficient unless said) | H x W | nvidia-smi MiB | predicted MiB | error |
 |---|---|--:|--:|--:|
 """
 
 
 def cells(comparison: Comparison) -> list[str]:
     m = comparison.measurement
-    size = f" {m.width}x{m.height}" if m.width else ""
+    size = f" {m.height}x{m.width}" if m.width else ""
     thumb = [value / m.value - 1 for value in comparison.rules_of_thumb.values()]
     bound = f"{m.tolerance or 0:.1%}"
     verdict = {True: bound, False: f"no ({bound})", None: "-"}[comparison.within]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from typing import Annotated, Any, NoReturn
@@ -10,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from derivation.cli import derived, gpu, planning
+from derivation.cli.panels import PanelledCommand, PanelledGroup
 from derivation.errors import DerivationError, one_line
 from derivation.version import __version__
 
@@ -22,14 +24,20 @@ _ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ 
 
 app = typer.Typer(
     name="derivation",
+    cls=PanelledGroup,
     no_args_is_help=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # rich's panels cut option names off at 80 columns
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for group in (derived, planning, gpu):
-    for command in group.COMMANDS:
-        app.command()(command)
+PANELS = {
+    "What fits": (derived.estimate, planning.fit, planning.recommend, planning.compare),
+    "The equation": (derived.export, derived.report, derived.models),
+    "How it is checked": (derived.verify, gpu.validate, gpu.measure, gpu.calibrate),
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        app.command(cls=PanelledCommand, rich_help_panel=panel)(command)
 
 
 @app.callback(invoke_without_command=True)
@@ -83,7 +91,7 @@ def run(arguments: list[str] | None = None) -> int:
 def _usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
     hint = f" (see {context.command_path} --help)" if context else ""
-    return f"{error.format_message()}{hint}"
+    return re.sub(r"\(Possible options: (.*?)\)", r"Did you mean \1?", error.format_message()) + hint
 
 
 def _fail(message: str, code: int = EXIT_USAGE) -> int:

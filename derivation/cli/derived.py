@@ -10,9 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from derivation.call import Call
 from derivation.cli import output
-from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, completing, derivation_of, expanded, sizes
+from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, call_of, completing, derivation_of, expanded
 from derivation.config import bundled, load
 from derivation.errors import DerivationError
 from derivation.options import Options
@@ -25,17 +24,13 @@ VERIFY_EXTRA = "pip install 'diffusion-vram-derivation[verify]'"
 
 @expanded
 def estimate(
-    model: Model, options: Options, size: Size, prompt: Prompt, revision: Revision = None, json: Json = False
+    model: Model, size: Size, prompt: Prompt, options: Options, revision: Revision = None, json: Json = False
 ) -> None:
-    """The peak memory of one call, stage by stage, and the tensors that are alive at the peak.
+    """The peak memory of one call, stage by stage, and what is alive at the peak.
 
-    Example: derivation estimate stable-diffusion-v1-5 --height 512 --width 768 --attention efficient
-
-    Example: derivation estimate ./my-checkpoint --pipeline txt2img --dtype bfloat16 --gpu rtx-4090 --json
-
-    Example: derivation estimate ./my-unet/config.json --height 1024 --width 1024
+    Example: derivation estimate sd15 --size 512x768 --gpu rtx-3060
     """
-    found = derivation_of(model, options, revision).estimate(**sizes(size, prompt))
+    found = derivation_of(model, options, revision).estimate(call_of(size, prompt))
     result = {**found, "guidance_scale": prompt.guidance_scale}
     output.emit(result, json, lambda result: show_estimate(result, options))
     if result.get("failed"):
@@ -49,7 +44,7 @@ def show_estimate(result: Mapping[str, Any], options: Options) -> None:
     said = [name for name in asked if name in MAIN or chosen[name] != usual[name]]
     if needs := _needs(result):
         output.line(needs, style="bold")
-    output.line(f"{result['model']}, {result['width']} x {result['height']} pixels", style="bold")
+    output.line(f"{result['model']}, {result['height']} x {result['width']} pixels (height x width)", style="bold")
     output.line(", ".join(f"{name}={asked[name]}" for name in said))
     output.line("")
     output.bytes_table("Weights", "model", {**result["weights"], "all": result["weights_bytes"]})
@@ -103,7 +98,9 @@ def _targets() -> Iterable[str]:
 
 
 To = typer.Option(
-    "--to", help="latex, python, numpy, torch, json, javascript or c.", autocompletion=completing(_targets)
+    "--to",
+    help="latex (tex), python (py), numpy, torch, json, javascript (js) or c.",
+    autocompletion=completing(_targets),
 )
 
 
@@ -115,11 +112,9 @@ def export(
     output_path: Annotated[Path | None, typer.Option("--output", help="Folder to write into, else stdout.")] = None,
     revision: Revision = None,
 ) -> None:
-    """The equation as source text: LaTeX, Python, NumPy, PyTorch, JSON, JavaScript or C.
+    """The equation as LaTeX, Python, NumPy, PyTorch, JSON, JavaScript or C.
 
-    Example: derivation export stable-diffusion-v1-5 --to python --output formulas/
-
-    Example: derivation export stable-diffusion-v1-5 --to latex --pipeline txt2img > peak.tex
+    Example: derivation export sd15 --to tex --pipeline txt2img
     """
     from derivation.export import export as exported
     from derivation.export import write
@@ -134,9 +129,9 @@ def export(
 
 @expanded
 def verify(
-    options: Options,
     size: Size,
     prompt: Prompt,
+    options: Options,
     model: Model = DEFAULT_MODEL,
     everything: Annotated[bool, typer.Option("--all", help="Compare every bundled checkpoint and option.")] = False,
     fuzz: Annotated[int, typer.Option(help="Compare this many seeded random cases instead.", min=0)] = 0,
@@ -144,13 +139,11 @@ def verify(
     revision: Revision = None,
     json: Json = False,
 ) -> None:
-    """Compare with the real modules, traced on the meta device (needs the verify extra); exit code 1 on a mismatch.
+    """Compare with the real modules, traced on the meta device (extra: verify).
 
-    Example: derivation verify stable-diffusion-v1-5 --height 520 --width 392 --attention eager
+    The exit code is 1 on a mismatch.
 
-    Example: derivation verify --all
-
-    Example: derivation verify --fuzz 200 --seed 7
+    Example: derivation verify sd15 --size 520x392 --attention eager
     """
     checkpoint = load(model, revision)
     try:
@@ -168,8 +161,7 @@ def verify(
         if failed:
             raise typer.Exit(1)
         return
-    call = Call(**sizes(size, prompt))
-    rows = [row.as_dict() for row in run_verification(checkpoint, [call], **asdict(options))]
+    rows = [row.as_dict() for row in run_verification(checkpoint, [call_of(size, prompt)], **asdict(options))]
     matches = all(row["match"] for row in rows)
     output.emit({"match": matches, **circumstances(), "rows": rows}, json, _show_verified)
     if not matches:
@@ -225,7 +217,7 @@ def report(
 ) -> None:
     """Write the derivation notes, with figures, as HTML, Markdown and LaTeX.
 
-    Example: derivation report stable-diffusion-v1-5 --output report/
+    Example: derivation report sd15 --output report/
     """
     from derivation.report import build
 
@@ -233,6 +225,3 @@ def report(
     models = [load(name, revision) for name in model or [DEFAULT_MODEL]]
     for path in build(models, output_path, " ".join(["derivation", *asked]), **asdict(options)):
         output.line(f"wrote {path}")
-
-
-COMMANDS = (estimate, export, verify, models, report)

@@ -28,7 +28,7 @@ def measure(
     model: Model,
     options: Options,
     output_path: Annotated[Path, typer.Option("--output", help="JSON file to write, and to resume from.")],
-    grid: Annotated[str, typer.Option(help="Image sizes: WIDTHxHEIGHT,...; one number is a square.")] = "512,768,1024",
+    grid: Annotated[str, typer.Option(help="Image sizes: HEIGHTxWIDTH,...; one number is a square.")] = "512,768,1024",
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1",
     attentions: Annotated[str | None, typer.Option(help="Attention backends, with commas.")] = None,
     dtypes: Annotated[str | None, typer.Option(help="Types, with commas.")] = None,
@@ -38,11 +38,11 @@ def measure(
     timeout: Annotated[float, typer.Option(help="Seconds a point may take.")] = 1800,
     revision: Revision = None,
 ) -> None:
-    """Run the real pipeline with random weights on this machine's GPU, each point in a fresh process.
+    """Run the real pipeline with random weights on this machine's GPU.
 
-    Example: derivation measure stable-diffusion-v1-5 --grid 512,768x512 --batch-sizes 1,2 --output t4.json
+    Each point runs in a process of its own.
 
-    Example: derivation measure stable-diffusion-v1-5 --scratch --dtypes float16,float32 --output scratch.json
+    Example: derivation measure sd15 --grid 512,768x512 --batch-sizes 1,2 --output mine.json
     """
     from derivation.measure.grid import parse_integers, parse_list, parse_sizes, points
     from derivation.measure.records import Records
@@ -84,18 +84,21 @@ def _jobs(derivation: Derivation, points: Iterable[dict[str, Any]], kind: str, h
 
 
 def calibrate(
-    file: Annotated[Path, typer.Argument(help="A file that measure --scratch wrote.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="A file that measure --scratch wrote; without it the evidence.")
+    ] = None,
     output_path: Annotated[Path | None, typer.Option("--output", help="JSON file to write.")] = None,
     json: Json = False,
 ) -> None:
-    """Fit a scratch profile to measured convolutions: multiples of the input's, output's and weight's bytes.
+    """Fit a scratch profile, multiples of tensors' bytes, to measured convolutions.
 
-    Example: derivation calibrate scratch.json --output profile.json
+    Example: derivation calibrate --json
     """
+    from derivation.measure.calibrate import RECORDS
     from derivation.measure.calibrate import calibrate as calibrated
     from derivation.measure.records import write_json
 
-    found = calibrated(file)
+    found = calibrated(file or RECORDS)
     if output_path is not None:
         write_json(output_path, found)
     output.emit(found, json, _show_profile)
@@ -120,11 +123,9 @@ def validate(
     file: Annotated[Path | None, typer.Argument(help="A file that measure wrote; without it the evidence.")] = None,
     json: Json = False,
 ) -> None:
-    """Predict every call that measure recorded, and say how far off each of the allocator's counters is.
+    """Predict every call that measure recorded: how far off each counter is.
 
     Example: derivation validate
-
-    Example: derivation validate t4.json --json
     """
     from derivation.measure.records import described
     from derivation.measure.validate import RECORDS, measured_calls, predictions, summary
@@ -152,6 +153,3 @@ def _show_validated(result: Mapping[str, Any]) -> None:
     ]
     columns = ("peak", ">calls", ">equal", ">within 1 KiB", ">mean error", ">largest", "of")
     output.table(f"Predicted against measured on {'; '.join(result['measured_on'])}", columns, rows)
-
-
-COMMANDS = (measure, calibrate, validate)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from derivation.api import Derivation
-from derivation.call import DEFAULT_PROMPT_LENGTH
+from derivation.call import DEFAULT_PROMPT_LENGTH, Call, parse_size
 from derivation.cli.output import checked_number
 from derivation.config import bundled, load
 from derivation.errors import DerivationError, shown, unsupported
@@ -25,8 +25,9 @@ DEFAULT_GUIDANCE_SCALE = 7.5
 
 # Of a call; an option's own is in its row.
 HELP = {
-    "height": "Image height in pixels.",
-    "width": "Image width in pixels.",
+    "size": "Image as HEIGHTxWIDTH in pixels, such as 512x768; one number is a square.",
+    "height": "Image height in pixels, 512 if not given.",
+    "width": "Image width in pixels, 512 if not given.",
     "batch_size": "Prompts in one call.",
     "prompt_length": "Prompt length in tokens; pipelines pad to 77.",
     "guidance_scale": "Classifier-free guidance is on above 1.",
@@ -58,10 +59,22 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """An image size in pixels."""
+    """An image size in pixels: ``size`` as "HxW", or its sides; raises DerivationError for both."""
 
-    height: int = DEFAULT_SIDE
-    width: int = DEFAULT_SIDE
+    size: str | None = None
+    height: int | None = None
+    width: int | None = None
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """(height, width), None where nothing is given."""
+        if self.size is None:
+            given = (self.height, self.width)
+            height, width = (DEFAULT_SIDE if side is None else side for side in given)
+            return None if given == (None, None) else (height, width)
+        if (self.height, self.width) != (None, None):
+            raise unsupported("size", self.size, "size, or height and width, not both")
+        return parse_size(self.size)
 
 
 def _complete_model(incomplete: str) -> list[str]:
@@ -71,8 +84,8 @@ def _complete_model(incomplete: str) -> list[str]:
 Model = Annotated[
     str,
     typer.Argument(
-        help="A bundled id, a folder in diffusers' format, one component's config file, or a Hugging Face Hub id "
-        "(org/name, org/name@revision).",
+        help="A bundled model (sd15, sd2.1, sdxl, or any part that one id alone has), a folder in diffusers' "
+        "format, one component's config file, or a Hugging Face Hub id (org/name, org/name@revision).",
         autocompletion=_complete_model,
     ),
 ]
@@ -183,12 +196,7 @@ def derivation_of(model: str, options: Options, revision: str | None = None) -> 
     return Derivation(WalkedSubject(load(model, revision, scheduler=options.scheduler), options))
 
 
-def sizes(size: Size, prompt: Prompt) -> dict[str, Any]:
-    """Return the arguments of ``Derivation.estimate``."""
-    return {
-        "height": size.height,
-        "width": size.width,
-        "batch_size": prompt.batch_size,
-        "prompt_length": prompt.prompt_length,
-        "guidance": prompt.guidance,
-    }
+def call_of(size: Size, prompt: Prompt) -> Call:
+    """Return the call that is asked about, a square of 512 where no size is given; raises DerivationError."""
+    height, width = size.sides or (DEFAULT_SIDE, DEFAULT_SIDE)
+    return Call(height, width, prompt.batch_size, prompt.prompt_length, prompt.guidance)

@@ -11,49 +11,47 @@ import typer
 from derivation.api import Derivation
 from derivation.ask.compare import SIDES
 from derivation.cli import output
-from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, derivation_of, expanded, sizes, value_of
+from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, call_of, derivation_of, expanded, value_of
 from derivation.errors import DerivationError, unsupported
 from derivation.options import Options
 from derivation.text import human, parse_bytes
 
-Vram = Annotated[str | None, typer.Option("--vram", help="Memory for the pipeline, such as 8GiB or 7500MiB.")]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", "--vram", help="Memory for the pipeline: 12, 12G, 12GiB, 7500MiB; a bare number is GiB."),
+]
 
 
 @expanded
 def fit(
     model: Model,
-    options: Options,
+    size: Size,
     prompt: Prompt,
-    vram: Vram = None,
+    options: Options,
+    memory: Memory = None,
     aspect: Annotated[str, typer.Option(help="width:height of the image looked for.")] = "1:1",
-    height: Annotated[int | None, typer.Option(help="With --width: look for the largest batch instead.")] = None,
-    width: Annotated[int | None, typer.Option(help="With --height: look for the largest batch instead.")] = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
-    """The largest image that fits, or the largest batch of a given image.
+    """The largest image that fits, or the largest batch of the image given.
 
-    Example: derivation fit stable-diffusion-v1-5 --vram 8GiB --aspect 16:9
-
-    Example: derivation fit stable-diffusion-v1-5 --gpu rtx-3060 --height 512 --width 512
+    Example: derivation fit sd15 --memory 8 --aspect 16:9
     """
     from derivation.ask.fit import fit as fitted
     from derivation.ask.fit import largest_batch, parse_aspect
 
-    if (height is None) != (width is None):
-        raise DerivationError("height and width go together (supported: both, for the largest batch, or neither)")
-    ratio = parse_aspect(aspect)
-    budget, said = _budget(vram, options)
+    ratio, sides = parse_aspect(aspect), size.sides
+    budget, said = _budget(memory, options)
     derivation = derivation_of(model, options, revision)
-    call = (prompt.prompt_length, prompt.guidance, vram is None)
-    if height is None or width is None:
-        answer = fitted(derivation, budget, ratio, prompt.batch_size, *call).as_dict()
+    length, guidance, replayed = prompt.prompt_length, prompt.guidance, memory is None
+    if sides is None:
+        answer = fitted(derivation, budget, ratio, prompt.batch_size, length, guidance, replayed).as_dict()
     else:
-        best = largest_batch(derivation, budget, height, width, *call)
+        best = largest_batch(derivation, budget, *sides, length, guidance, replayed)
         answer = {"budget_bytes": budget, "weights_bytes": derivation.weights_bytes, "largest_batch": best}
         answer["largest_batch"] = None if best is None else asdict(best)
     result = {"model": derivation.checkpoint.name, **options.as_dict(), **asdict(prompt), **answer}
-    output.emit({**result, "counted": _counted(derivation, said, vram is None)}, json, _show_fit)
+    output.emit({**result, "counted": _counted(derivation, said, replayed)}, json, _show_fit)
 
 
 def _show_fit(result: Mapping[str, Any]) -> None:
@@ -65,12 +63,12 @@ def _show_fit(result: Mapping[str, Any]) -> None:
             continue
         numbers = (image[name] for name in ("peak_tensor_bytes", "headroom_bytes", "reserved_bytes"))
         sizes = ("-" if number is None else human(number) for number in numbers)
-        size = f"{image['width']} x {image['height']}"
+        size = f"{image['height']} x {image['width']}"
         rows.append((names[key], size, image["batch_size"], *sizes, image["peak_stage"]))
     budget = result["budget_bytes"]
     output.table(
         f"{result['model']} in {human(budget)} ({budget:,} bytes)",
-        ("", "width x height", ">batch", ">peak", ">left", ">reserved", "stage"),
+        ("", "height x width", ">batch", ">peak", ">left", ">reserved", "stage"),
         rows,
     )
     weights = result["weights_bytes"]
@@ -81,27 +79,26 @@ def _show_fit(result: Mapping[str, Any]) -> None:
 @expanded
 def recommend(
     model: Model,
-    options: Options,
     size: Size,
     prompt: Prompt,
-    vram: Vram = None,
+    options: Options,
+    memory: Memory = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
-    """What to switch on so that this size fits, cheapest first, with the bytes that each option saves.
+    """What to switch on so that this size fits, cheapest first, and what each saves.
 
-    Example: derivation recommend stable-diffusion-v1-5 --vram 4GiB --height 768 --width 768 --dtype float32
-
-    Example: derivation recommend stable-diffusion-v1-5 --gpu t4 --attention eager --height 1024 --width 1024
+    Example: derivation recommend sd15 --memory 4 --size 768 --dtype fp32
     """
     from derivation.ask.recommend import recommend as recommended
-    from derivation.call import Call
 
-    budget, said = _budget(vram, options)
+    budget, said = _budget(memory, options)
     derivation = derivation_of(model, options, revision)
-    found = recommended(derivation, budget, Call(**sizes(size, prompt)), vram is None).as_dict()
-    result = {"model": derivation.checkpoint.name, **options.as_dict(), **asdict(size), **asdict(prompt), **found}
-    output.emit({**result, "counted": _counted(derivation, said, vram is None)}, json, _show_recommendation)
+    call = call_of(size, prompt)
+    found = recommended(derivation, budget, call, memory is None).as_dict()
+    sides = {"height": call.height, "width": call.width}
+    result = {"model": derivation.checkpoint.name, **options.as_dict(), **sides, **asdict(prompt), **found}
+    output.emit({**result, "counted": _counted(derivation, said, memory is None)}, json, _show_recommendation)
 
 
 def _show_recommendation(result: Mapping[str, Any]) -> None:
@@ -145,11 +142,11 @@ def compare(
     revision: Revision = None,
     json: Json = False,
 ) -> None:
-    """Where two models, or two sets of options, differ: weights, each stage's polynomials, numbers at three sizes.
+    """Where two models, or two sets of options, differ.
 
-    Example: derivation compare stable-diffusion-v1-5 stable-diffusion-2-1-base
+    Weights, each stage's polynomials, numbers at three sizes.
 
-    Example: derivation compare stable-diffusion-v1-5 --with attention=eager --with dtype=float32
+    Example: derivation compare sd15 --with attention=eager --with dtype=float32
     """
     from derivation.ask.compare import compare as compared
 
@@ -202,17 +199,18 @@ def _show_pairs(title: str, pairs: list[dict[str, Any]]) -> None:
     output.table(title, ("", ">A", ">B", ">B - A"), rows)
 
 
-def _budget(vram: str | None, options: Options) -> tuple[int, str]:
+def _budget(memory: str | None, options: Options) -> tuple[int, str]:
     """Return the bytes that the pipeline may take, and where they come from; raises DerivationError without any."""
-    if vram is not None:
-        return parse_bytes(vram), "budget as given"
+    if memory is not None:
+        budget = parse_bytes(memory)
+        return budget, f"memory {memory.strip()} is {human(budget)} ({budget:,} bytes)"
     if options.gpu is None:
-        raise DerivationError("vram and gpu are missing (supported: --vram 8GiB, or --gpu rtx-3060)")
+        raise DerivationError("memory and gpu are missing (supported: --memory 8GiB, or --gpu rtx-3060)")
     from derivation.gpu.cards import lookup
 
     card = lookup(options.gpu)
     if card.total_memory_bytes is None:
-        raise DerivationError(f"gpu = {options.gpu!r} has no known memory size (supported: a card, or --vram as well)")
+        raise unsupported("gpu", options.gpu, "a card, or --memory as well: its memory size is not known")
     said = f"{card.name}: {human(card.total_memory_bytes)}"
     if (context := card.nearest_context()) is None:
         return card.total_memory_bytes, f"{said}, CUDA context not known and not taken off"
@@ -227,6 +225,3 @@ def _counted(derivation: Derivation, said: str, replayed: bool) -> str:
     counted = ", ".join(["weights", "tensors", *(name for name, counts in layers.items() if counts)])
     missing = ", ".join(name for name, counts in layers.items() if not counts)
     return f"{said}; counted: {counted}" + (f"; not counted: {missing}" if missing else "")
-
-
-COMMANDS = (fit, recommend, compare)

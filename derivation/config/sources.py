@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..errors import DerivationError, shown
+from ..errors import DerivationError, meant, shown
 from . import hub
 from .checkpoint import BUNDLED, COMPONENTS, Checkpoint, Part, alone, assembled, known_pipeline, read_json
 from .checks import INDEX, At, one_of
 
+# Names that are parts of several ids, and the one that people mean.
+SHORT = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 FILES = tuple(dict.fromkeys(component.file for component in COMPONENTS.values()))
 CLASSES = {name: part for part, component in reversed(COMPONENTS.items()) for name in component.classes}
@@ -30,8 +32,12 @@ def load(
     with ``local_files_only`` it is read from the Hub's cache alone. The class ``scheduler`` takes the place of the
     file's before that is read, as ``scheduler.from_config(pipe.scheduler.config)``. Raises DerivationError.
 
-    >>> load("stable-diffusion-v1-5").unet.block_out_channels
-    (320, 640, 1280, 1280)
+    A bundled id may be given by its short name, or by a part that no other id has.
+
+    >>> load("sd15").name, load("sd2.1").name
+    ('stable-diffusion-v1-5/stable-diffusion-v1-5', 'stabilityai/stable-diffusion-2-1')
+    >>> load("sdxl").name, load("inpainting").name
+    ('stabilityai/stable-diffusion-xl-base-1.0', 'runwayml/stable-diffusion-inpainting')
     """
     if isinstance(source, Checkpoint):
         return source
@@ -76,8 +82,7 @@ def _named(given: str, revision: str | None, local_files_only: bool, scheduler: 
     """Return the checkpoint of a bundled id, or of a Hub id; a revision is the Hub's."""
     name, _, pinned = (given, "", revision) if revision is not None else given.partition("@")
     ids = bundled()
-    short = [known for known in ids if name in (known, known.split("/")[1])]
-    name = short[0] if len(short) == 1 else name
+    name = _bundled_id(name)
     if name in ids and not pinned:
         return _pipeline(name, "bundled", lambda file: BUNDLED / name / file, scheduler)
     if HUB_ID.fullmatch(name) and not os.path.islink(given):
@@ -86,7 +91,31 @@ def _named(given: str, revision: str | None, local_files_only: bool, scheduler: 
     if pinned:
         problem = f"not an id of the Hugging Face Hub, so it has no revision {shown(pinned)}"
     hint = f"pass a folder in diffusers' format ({INDEX} in it) or a bundled id: {', '.join(ids)}"
+    hint += meant(name, [known.split("/")[1] for known in ids])
     raise DerivationError(f"{shown(name if pinned else given)} is {problem}; {hint}")
+
+
+def _bundled_id(name: str) -> str:
+    """Return the bundled id that ``name`` is short for, ``name`` where none is; raises DerivationError for several."""
+    asked = _squeezed(name)
+    ids = {known: _squeezed(known.split("/")[1]) for known in bundled()}
+    if name in ids or "/" in name or len(asked) < 2:
+        return name
+    found = [known for known, own in ids.items() if own == asked] or [SHORT[key] for key in SHORT if key == asked]
+    found = found or [known for known, own in ids.items() if asked in own]
+    if len(found) > 1:
+        raise DerivationError(f"{shown(name)} is a part of several bundled ids: {', '.join(found)}")
+    return found[0] if found else name
+
+
+def _squeezed(name: str) -> str:
+    """Return what is left of an id that nobody types.
+
+    >>> _squeezed("stable-diffusion-v1-5"), _squeezed("SD2.1"), _squeezed("stable-diffusion-xl-base-1.0")
+    ('sd15', 'sd21', 'sdxlbase10')
+    """
+    text = re.sub(r"[^a-z0-9]", "", name.lower().replace("stable-diffusion", "sd"))
+    return re.sub(r"v(?=[0-9])", "", text)
 
 
 def _hub(name: str, revision: str | None, local_files_only: bool, scheduler: str | None) -> Checkpoint:

@@ -43,6 +43,7 @@ TARGETS: Mapping[str, Target] = {
     "c": Target("peak_vram.h", c),
 }
 
+ALIASES = {"tex": "latex", "py": "python", "js": "javascript"}
 # What lambdify calls its targets.
 COMPILED = {"math": "python", "numpy": "numpy", "torch": "torch"}
 
@@ -90,8 +91,12 @@ class Compiled:
 
 def export(equation: Equation, target: str) -> str:
     """Return the exact peak as the text of ``target``; raises DerivationError for an unknown one."""
-    one_of("target", target, TARGETS)
-    return TARGETS[target].write(equation)
+    return _target(target).write(equation)
+
+
+def _target(name: str) -> Target:
+    one_of("target", found := ALIASES.get(name, name), TARGETS)
+    return TARGETS[found]
 
 
 def compiled(equation: Equation, target: str = "math") -> Compiled:
@@ -105,10 +110,8 @@ def write(equation: Equation, targets: Iterable[str], directory: str | os.PathLi
 
     Raises DerivationError for an unknown target or a directory that cannot be written.
     """
-    listed = list(targets)
-    for target in listed:
-        one_of("target", target, TARGETS)
-    texts = {TARGETS[target].file: export(equation, target) for target in listed}
+    found = [_target(target) for target in targets]
+    texts = {target.file: target.write(equation) for target in found}
     return write_files(Path(directory), texts)
 
 

@@ -15,11 +15,12 @@ from derivation.gpu.profile import POINTWISE, SPATIAL, UNALIGNED, convolution_ki
 from derivation.measure.records import Records, described
 from derivation.tape.symbols import DTYPE_BYTES
 
+RECORDS = Path(__file__).parent.parent / "evidence" / "gpu-scratch.json"
 TERMS = ("input", "output", "weight")
 Group = tuple[str, str, str]
 
 
-def calibrate(path: Path) -> dict[str, Any]:
+def calibrate(path: Path = RECORDS) -> dict[str, Any]:
     """Return profile entries fitted to the scratch records of ``path``, one a GPU, dtype and memory format.
 
     The entries have the form of ``gpu/profiles.json``. Raises DerivationError for a file without such

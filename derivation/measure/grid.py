@@ -8,27 +8,20 @@ from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
 
+from derivation.call import parse_size
 from derivation.errors import DerivationError, positive, unsupported
 from derivation.options import Options
 
-MAX_SIDE = 1 << 16
 MAX_POINTS = 10_000
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:
-    """Return (height, width) of each of ``WIDTHxHEIGHT,...``; one number is a square.
+    """Return (height, width) of each of ``HEIGHTxWIDTH,...``; one number is a square.
 
     >>> parse_sizes("512,768x512")
-    [(512, 512), (512, 768)]
+    [(512, 512), (768, 512)]
     """
-    found = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,5})(?:x([0-9]{1,5}))?\s*", part)
-        width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-            raise unsupported("grid", text, "WIDTHxHEIGHT,... in pixels")
-        found.append((height, width))
-    return found
+    return [parse_size(part, "grid") for part in text.split(",")]
 
 
 def parse_list(key: str, text: str) -> list[str]:

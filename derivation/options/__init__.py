@@ -16,6 +16,8 @@ from derivation.options.row import Remedy, Row, row
 
 PIPELINES = ("txt2img", "img2img", "inpaint")
 DTYPES = ("float16", "bfloat16", "float32")
+# What from_pretrained(variant=...) and accelerate call them.
+DTYPE_ALIASES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 # diffusers' AttnProcessor, what PyTorch picks on the GPU of the run ("efficient" without one), and single backends
 EAGER, SDPA = "eager", "sdpa"
 ATTENTION = (EAGER, SDPA, "math", "efficient", "flash")
@@ -44,7 +46,7 @@ def _each(name: str, *values: object, **others: object) -> tuple[dict[str, objec
 class Options:
     """The choices of a run, named as diffusers' pipelines name them; raises DerivationError for a bad one.
 
-    ``attention`` "xformers" is another name of "efficient", which replaces it.
+    ``attention`` "xformers" is another name of "efficient", which replaces it, as ``dtype`` "fp16" is of "float16".
     ``torch``, ``diffusers`` and ``scratch`` are read where a ``gpu`` is named; ``vae_slicing``, ``vae_tiling``,
     ``attention_slicing`` ("auto", "max" or a number) and ``offload`` ("model", "sequential") are what the pipeline's
     ``enable_...`` methods set; ``tile_sample_min_size`` (None: the VAE's sample_size) and ``tile_overlap_factor`` are
@@ -59,7 +61,7 @@ class Options:
     pipeline: str = row("img2img", "Pipeline", "pipeline", choices=lambda: PIPELINES)
     dtype: str = row(
         "float16",
-        "Type of weights and activations",
+        "Type of weights and activations; fp16, bf16 and fp32 for short",
         "pipeline",
         choices=lambda: DTYPES,
         matrix=_each("dtype", "bfloat16", "float32"),
@@ -266,6 +268,7 @@ class Options:
         for name, hint in _hints(Options).items():
             typed(name, getattr(self, name), hint)
         object.__setattr__(self, "attention", ATTENTION_ALIASES.get(self.attention, self.attention))
+        object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
         for name, entry in TABLE.items():
             entry.check(name, getattr(self, name))
         if self.strength is not None and not 0 < self.strength <= 1:
