@@ -10,13 +10,15 @@ from derivation.call import Call
 from derivation.options import TABLE
 
 HOMES = {"call": "The call", "pipeline": "The pipeline", "machine": "The machine"}
-CALL = {*Call.__dataclass_fields__, "size", "guidance_scale", "aspect", "memory"}
+CALL = {*Call.__dataclass_fields__, "size", "guidance_scale", "aspect", "vram"}
 LAST = "The answer"
 
 
 def _panel(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return "Arguments"
+    if parameter.name == "memory":
+        return HOMES["machine"]
     row = TABLE.get(parameter.name)
     return HOMES[row.home] if row else HOMES["call"] if parameter.name in CALL else LAST
 

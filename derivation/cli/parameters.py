@@ -97,7 +97,7 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """Return ``command`` with each dataclass parameter replaced by one command line option a field.
 
     A field with the name of another parameter of the command is left out and keeps its default. Beside the options
-    there is ``--memory``, which becomes part of ``gpu``.
+    there is ``--memory``, which becomes part of ``gpu``; without one it is the ``vram`` of a command that has it.
     """
     parameters = inspect.signature(command, eval_str=True).parameters.values()
     groups: dict[str, Any] = {p.name: p.annotation for p in parameters if is_dataclass(p.annotation)}
@@ -109,7 +109,9 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(**values: Any) -> None:
         given = {name: _checked(name, value) for name, value in values.items()}
-        if (memory := given.pop("memory", None)) is not None:
+        if (memory := given.pop("memory", None)) is not None and "vram" in given and given["gpu"] is None:
+            given["vram"] = given["vram"] or memory
+        elif memory is not None:
             given["gpu"] = with_memory(given["gpu"], memory)
         built = {
             name: group(**{f.name: value_of(f.name, hints[name][f.name], given.pop(f.name)) for f in members[name]})
@@ -125,7 +127,7 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-_CAPACITY = Annotated[str | None, typer.Option(help="Another capacity of the GPU: nvidia-smi's total, such as 12GiB.")]
+_CAPACITY = Annotated[str | None, typer.Option(help="Memory (of the GPU, if named): 12, 12G or 12GiB; bare is GiB.")]
 MEMORY = inspect.Parameter("memory", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_CAPACITY)
 
 

@@ -16,9 +16,8 @@ from derivation.errors import DerivationError, unsupported
 from derivation.options import Options
 from derivation.text import human, parse_bytes
 
-Memory = Annotated[
-    str | None,
-    typer.Option("--memory", "--vram", help="Memory for the pipeline: 12, 12G, 12GiB, 7500MiB; a bare number is GiB."),
+Vram = Annotated[
+    str | None, typer.Option(help="Bytes that the pipeline may take, as --memory without a GPU: 12GiB, 7500MiB.")
 ]
 
 
@@ -28,7 +27,7 @@ def fit(
     size: Size,
     prompt: Prompt,
     options: Options,
-    memory: Memory = None,
+    vram: Vram = None,
     aspect: Annotated[str, typer.Option(help="width:height of the image looked for.")] = "1:1",
     revision: Revision = None,
     json: Json = False,
@@ -41,9 +40,9 @@ def fit(
     from derivation.ask.fit import largest_batch, parse_aspect
 
     ratio, sides = parse_aspect(aspect), size.sides
-    budget, said = _budget(memory, options)
+    budget, said = _budget(vram, options)
     derivation = derivation_of(model, options, revision)
-    length, guidance, replayed = prompt.prompt_length, prompt.guidance, memory is None
+    length, guidance, replayed = prompt.prompt_length, prompt.guidance, vram is None
     if sides is None:
         answer = fitted(derivation, budget, ratio, prompt.batch_size, length, guidance, replayed).as_dict()
     else:
@@ -82,7 +81,7 @@ def recommend(
     size: Size,
     prompt: Prompt,
     options: Options,
-    memory: Memory = None,
+    vram: Vram = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -92,13 +91,13 @@ def recommend(
     """
     from derivation.ask.recommend import recommend as recommended
 
-    budget, said = _budget(memory, options)
+    budget, said = _budget(vram, options)
     derivation = derivation_of(model, options, revision)
     call = call_of(size, prompt)
-    found = recommended(derivation, budget, call, memory is None).as_dict()
+    found = recommended(derivation, budget, call, vram is None).as_dict()
     sides = {"height": call.height, "width": call.width}
     result = {"model": derivation.checkpoint.name, **options.as_dict(), **sides, **asdict(prompt), **found}
-    output.emit({**result, "counted": _counted(derivation, said, memory is None)}, json, _show_recommendation)
+    output.emit({**result, "counted": _counted(derivation, said, vram is None)}, json, _show_recommendation)
 
 
 def _show_recommendation(result: Mapping[str, Any]) -> None:
@@ -199,11 +198,11 @@ def _show_pairs(title: str, pairs: list[dict[str, Any]]) -> None:
     output.table(title, ("", ">A", ">B", ">B - A"), rows)
 
 
-def _budget(memory: str | None, options: Options) -> tuple[int, str]:
+def _budget(vram: str | None, options: Options) -> tuple[int, str]:
     """Return the bytes that the pipeline may take, and where they come from; raises DerivationError without any."""
-    if memory is not None:
-        budget = parse_bytes(memory)
-        return budget, f"memory {memory.strip()} is {human(budget)} ({budget:,} bytes)"
+    if vram is not None:
+        budget = parse_bytes(vram)
+        return budget, f"memory {vram.strip()} is {human(budget)} ({budget:,} bytes)"
     if options.gpu is None:
         raise DerivationError("memory and gpu are missing (supported: --memory 8GiB, or --gpu rtx-3060)")
     from derivation.gpu.cards import lookup
