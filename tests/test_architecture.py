@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "derivation"
 # every package and top-level module, each below those that may import it; __init__ is the package's public face
 PARTS = """
-    version errors registry text files call gpu config options tape walk trace peak equation allocator verdict export
+    version errors registry text files call gpu config options tape walk trace peak allocator equation verdict export
     api ask guard __init__ verify evidence measure report cli __main__
 """
 ORDER = PARTS.split()

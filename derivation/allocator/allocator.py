@@ -138,7 +138,7 @@ class CachingAllocator:
             if nbytes < 0:
                 raise DerivationError(f"malloc of {nbytes} bytes, expected 0 or more")
             return 0
-        size = self._rounded.get(nbytes) or self.rounded(nbytes)
+        size = self.rounded(nbytes)
         pool = self._small if size <= SMALL_BYTES else self._large
         block = self._find_free(pool, size) or self._new_block(pool, size)
         if block is None:
@@ -149,13 +149,20 @@ class CachingAllocator:
         """Allocate `nbytes` as `malloc` does if that takes nothing from the driver, else return None."""
         if not nbytes:
             return 0
-        size = self._rounded.get(nbytes) or self.rounded(nbytes)
+        size = self.rounded(nbytes)
         block = self._find_free(self._small if size <= SMALL_BYTES else self._large, size)
         return None if block is None else self._hand_out(block, size, nbytes)
 
     def rounded(self, nbytes: int) -> int:
         """Bytes of the block that a request is rounded to."""
-        return self._rounded.setdefault(nbytes, round_size(nbytes, self._divisions))
+        size = self._rounded.get(nbytes)
+        if size is None:
+            size = self._rounded[nbytes] = round_size(nbytes, self._divisions)
+        return size
+
+    def segment_bytes(self, size: int) -> int:
+        """Bytes of the segment that is asked for a block of `size` bytes."""
+        return segment_size(size, self._large_bytes)
 
     def _hand_out(self, block: _Block, size: int, nbytes: int) -> int:
         self._occupy(block.pool, block, size)
@@ -262,7 +269,7 @@ class CachingAllocator:
         return block
 
     def _from_driver(self, pool: _Pool, size: int) -> _Block | None:
-        nbytes = segment_size(size, self._large_bytes)
+        nbytes = self.segment_bytes(size)
         reserved = self.reserved_bytes.current
         if self.allowed_bytes is not None and reserved + nbytes > self.allowed_bytes:
             return None
@@ -425,7 +432,7 @@ class CachingAllocator:
         reserved = self.reserved_bytes.current
         report = OutOfMemory(
             requested_bytes=nbytes,
-            tried_bytes=segment_size(size, self._large_bytes),
+            tried_bytes=self.segment_bytes(size),
             total_bytes=self.total_memory_bytes,
             free_bytes=min(self.capacity_bytes, self.total_memory_bytes) - reserved,
             allowed_bytes=self.allowed_bytes,

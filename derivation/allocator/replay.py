@@ -4,9 +4,12 @@ Event `+(i + 1)` allocates tensor i, `-(i + 1)` frees it, `0` is torch.cuda.empt
 requested bytes.
 """
 
-from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 from derivation.allocator.allocator import CachingAllocator
 from derivation.allocator.report import SMALL_BYTES, Fragmentation, OutOfMemory, OutOfMemoryError
@@ -99,6 +102,14 @@ class Replay:
     def run(self, allocator: CachingAllocator | None = None) -> ReplayResult:
         """Run the events on `allocator` (default: a fresh unlimited one), whose peaks are reset first."""
         return _Run(self, allocator or CachingAllocator()).result()
+
+    def only(self, kept: Callable[[int], bool]) -> Replay:
+        """Return the replay of the tensors whose bytes are ``kept`` alone."""
+        wanted = [event == 0 or kept(self.sizes[abs(event) - 1]) for event in self.events]
+        place = [0, *accumulate(wanted)]
+        events = [event for event, is_wanted in zip(self.events, wanted, strict=True) if is_wanted]
+        loops = [replace(loop, start=place[loop.start], end=place[loop.end]) for loop in self._loops()]
+        return replace(self, events=events, loops=[loop for loop in loops if loop.start < loop.end])
 
     def _loops(self) -> list[Loop]:
         return sorted(

@@ -1,0 +1,230 @@
+"""Which segments of the large pool a tape opens at each of many sizes: a few symbolic replays stand for all.
+
+Lemma 1: free neighbours merge at once, so a pool's state is its segments and where their live blocks are. Where no
+tensor of a size that varies is alive, the state is the segments opened so far, whatever was decided in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+
+import numpy as np
+
+from derivation.allocator.allocator import CachingAllocator
+from derivation.allocator.memory import Parameters
+from derivation.allocator.replay import load_weights
+from derivation.allocator.report import SMALL_BYTES, SMALL_SEGMENT_BYTES
+from derivation.allocator.simulate import replay
+from derivation.allocator.symbolic import Atom, Comparison, GridAllocator, Points, Vector
+from derivation.errors import DerivationError
+from derivation.tape.evaluate import stages
+from derivation.tape.symbols import DTYPE_BYTES, Size, free_names
+from derivation.tape.tape import Tape
+from derivation.walk.pipelines.weights import registered
+
+# What segments were opened for, in order, and where tensors of constant size are: a segment's rank, an offset.
+State = tuple[tuple[Size, ...], tuple[tuple[int, int, int], ...]]
+
+
+Content = tuple[tuple[int, Size], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Events between two moments at which no tensor of a size that varies is alive in the large pool.
+
+    ``content`` is the same for chunks that ask the same in the same order; a chunk runs ``times`` times in all.
+    """
+
+    events: tuple[int, ...]
+    content: Content
+    times: int
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it frees what it allocates, and nothing else."""
+        return {e for e in self.events if e > 0} == {-e for e in self.events if e < 0}
+
+
+@dataclass(eq=False)
+class Group:
+    """Sizes at which the pool is in one state: ``played`` led to it, ``idle`` keep it.
+
+    ``origins`` holds the tensor that each segment was opened for, -1 for a weight; ``held`` the decisions taken.
+    """
+
+    state: State
+    where: Vector
+    played: tuple[Chunk, ...] = ()
+    origins: tuple[int, ...] = ()
+    idle: frozenset[Content] = frozenset()
+    held: frozenset[Comparison] = frozenset()
+
+
+class Survey:
+    """The pools of one tape at all sizes of a grid, for a device that has room.
+
+    ``runs`` counts the replays that the large pool took; sizes that are not reached by ``most`` are in no group.
+    """
+
+    def __init__(self, tape: Tape, parameters: Parameters, points: Points, most: int) -> None:
+        self.tape, self.points, self.runs, self.most = tape, points, 0, most
+        models = (parameters[model] for model in sorted(parameters))
+        entries = (model[path] for model in models for path in registered(model))
+        self.weights = [prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in entries]
+        self.bytes = [points.atom(Atom(a.nbytes, is_segment=False)) for a in tape.allocations]
+        self._small: dict[bytes, int] = {}
+        self.possible = [bool((b > SMALL_BYTES).any()) for b in self.bytes]
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The groups of sizes after the last event; raises DerivationError where the tape is not covered."""
+        if self.tape.emptied or any(a.loaded or a.count != 1 for a in self.tape.allocations):
+            raise DerivationError("no closed form of reserved bytes: weights come and go, or tiles are counted")
+        groups = [Group(((), ()), np.ones(len(self.points), dtype=bool))]
+        for chunk in self.chunks():
+            for _ in range(chunk.times):
+                if any(chunk.content not in group.idle for group in groups):
+                    groups = self._after(groups, chunk)
+        return groups
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the large pool's events, cut where stages, loops and their iterations begin, where that can be.
+
+        Raises DerivationError where a loop's iterations cannot be told apart.
+        """
+        tape = self.tape
+        inside = {end: times for _, end, times in tape.loops}
+        edges = {edge for start, end, _ in tape.loops for edge in (start, end)} - {0}
+        marks = {start for _, start, _ in stages(tape)} | set(tape.iterations) | edges | {len(tape.events)}
+        alive: set[int] = set()
+        events: list[int] = []
+        for done, event in enumerate(tape.events, 1):
+            index = abs(event) - 1
+            if self.possible[index]:
+                events.append(event)
+                if free_names(tape.allocations[index].nbytes):
+                    (alive.add if event > 0 else alive.discard)(index)
+            if done in edges and alive:
+                raise DerivationError("no closed form of reserved bytes: large tensors are alive between iterations")
+            if done in marks and not alive:
+                yield self._chunk(events, inside.get(done, 1))
+                events = []
+
+    def _chunk(self, events: Sequence[int], times: int) -> Chunk:
+        first = min((abs(event) for event in events), default=0)
+        sizes = (self.tape.allocations[abs(event) - 1].nbytes for event in events)
+        moved = (event - first if event > 0 else event + first for event in events)
+        return Chunk(tuple(events), tuple(zip(moved, sizes, strict=True)), times)
+
+    def _after(self, groups: Sequence[Group], chunk: Chunk) -> list[Group]:
+        found: dict[State, Group] = {}
+        for after in (after for group in groups for after in self._split(group, chunk)):
+            same = found.get(after.state)
+            if same is not None:
+                where, held = same.where | after.where, same.held | after.held
+                after = replace(same, where=where, held=held, idle=same.idle & after.idle)
+            found[after.state] = after
+        return list(found.values())
+
+    def _split(self, group: Group, chunk: Chunk) -> Iterator[Group]:
+        """Yield the group after a chunk, taken apart by the states that it ends in."""
+        idle = group.idle | {chunk.content}
+        proven = group.where if chunk.content in group.idle else self._reuses(group, chunk)
+        if proven.any():
+            yield replace(group, where=proven, idle=idle)
+        todo = group.where & ~proven
+        while todo.any() and self.runs < self.most:
+            allocator, state = self._replay(group, chunk, int(np.argmax(todo)))
+            agree = todo & allocator.agree
+            held = group.held | allocator.held
+            if state == group.state:
+                yield replace(group, where=agree, idle=idle, held=held)
+            else:
+                origins = tuple(asking for _, asking in allocator.opened)
+                yield Group(state, agree, (*group.played, chunk), origins, frozenset(), held)
+            todo &= ~agree
+
+    def _reuses(self, group: Group, chunk: Chunk) -> Vector:
+        """Return the sizes of a group at which a chunk is proven to open no segment.
+
+        Of the segments that are free when it begins, the j smallest are S_1 <= ... <= S_j, equal ones by address.
+        Lemma 2: if K live blocks of P bytes in all leave no gap of r bytes in n > 0 of them, their sum is below
+        P + (K + n) r, as k blocks leave at most k + 1 gaps; so r fits into one of those j where the sum of
+        max(S_i - r, 0) is above 0 and at least P + K r. A block is at most 1 MiB larger than its request.
+        Lemma 3: best fit takes no block above S_j where one of those j has room; so where each live tensor had room
+        in fewer than j, S_j is free, and has room for all that is not larger.
+        """
+        free = self._free_segments(group)
+        live = np.zeros(len(self.points), dtype=np.int64)
+        count, proven = live.copy(), group.where & chunk.is_closed
+        beyond = np.zeros((len(free), len(self.points)), dtype=np.int64)  # live tensors that may be in S_j or above
+        reach: dict[int, Vector] = {}
+        for event in chunk.events:
+            index, step = abs(event) - 1, 1 if event > 0 else -1
+            size = self.bytes[index]
+            is_large = size > SMALL_BYTES
+            if event > 0:
+                room = np.cumsum(np.maximum(free - size, 0), axis=0)
+                fits = ((room > 0) & (room >= live + count * size)) | ((beyond == 0) & (free >= size))
+                proven &= ~is_large | fits.any(axis=0)
+                if not proven.any():
+                    break
+                reach[index] = is_large & (np.arange(len(free))[:, None] <= np.argmax(fits, axis=0))
+            beyond += step * reach[index]
+            count += step * is_large
+            live += step * is_large * (size + SMALL_BYTES)
+        return proven
+
+    def _free_segments(self, group: Group) -> Vector:
+        """Return the bytes of segments opened for sizes that vary, but of those that hold a live tensor, ascending."""
+        opened, fixed = group.state
+        hosts = {rank for _, rank, _ in fixed}
+        free = [n for rank, n in enumerate(opened) if free_names(n) and rank not in hosts]
+        found = [self.points.atom(Atom(n, is_segment=True)) for n in free]
+        return np.sort(np.array(found, dtype=np.int64).reshape(-1, len(self.points)), axis=0)
+
+    def _replay(self, group: Group, chunk: Chunk, reference: int) -> tuple[GridAllocator, State]:
+        self.runs += 1
+        allocator = GridAllocator(self.points, reference)
+        for nbytes in self.weights:
+            if nbytes > SMALL_BYTES:
+                allocator.malloc(allocator.request(nbytes))
+        handles: dict[int, int] = {}
+        for played in group.played:
+            self._play(allocator, played, handles)
+        allocator.guarding = True
+        self._play(allocator, chunk, handles)
+        return allocator, self._state(allocator, handles)
+
+    def _play(self, allocator: GridAllocator, chunk: Chunk, handles: dict[int, int]) -> None:
+        at = allocator.reference
+        for event in chunk.events:
+            index = abs(event) - 1
+            is_large = self.bytes[index] > SMALL_BYTES
+            if allocator.guarding and event > 0:
+                allocator.agree &= is_large == is_large[at]
+            if not is_large[at]:
+                continue
+            if event > 0:
+                allocator.asking = index
+                handles[index] = allocator.malloc(allocator.request(self.tape.allocations[index].nbytes))
+            else:
+                allocator.free(handles.pop(index))
+
+    def _state(self, allocator: GridAllocator, handles: Mapping[int, int]) -> State:
+        fixed = ((index, *allocator.place(handle)) for index, handle in sorted(handles.items()))
+        return tuple(nbytes for nbytes, _ in allocator.opened), tuple(fixed)
+
+    def small_segments(self, point: int) -> int:
+        """Return how many segments the small pool has at a size: from the replay of that pool alone."""
+        content = np.array([b[point] * (b[point] <= SMALL_BYTES) for b in self.bytes]).tobytes()
+        if content not in self._small:
+            allocator = CachingAllocator()
+            load_weights(allocator, (n for n in self.weights if n <= SMALL_BYTES))
+            small = replay(self.tape, self.points.values[point]).only(lambda nbytes: nbytes <= SMALL_BYTES)
+            self._small[content] = small.run(allocator).reserved_bytes.nbytes // SMALL_SEGMENT_BYTES
+        return self._small[content]
