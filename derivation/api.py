@@ -16,7 +16,8 @@ from derivation.config import Checkpoint, is_live, load
 from derivation.equation.derived import Stage
 from derivation.equation.record import Equation
 from derivation.errors import DerivationError, one_of, unsupported
-from derivation.export import compiled, export
+from derivation.export import compiled
+from derivation.export.latex import latex
 from derivation.options import Options, options_of
 from derivation.options.live import live_options, refuse_other_weights
 from derivation.peak.record import Record
@@ -238,9 +239,12 @@ class Derivation:
             raise unsupported("gpu", None, "a GPU's name, for what its allocator does")
         return device_memory(self.options.gpu, self.resident, variant.tape, values)
 
-    def latex(self) -> str:
-        """Return the equation as a LaTeX align environment."""
-        return export(self.equation, "latex")
+    def latex(self, which: str = "peak", notes: bool = False) -> str:
+        """Return the peak's equation, or one stage's, as LaTeX with its definitions, and notes where asked for.
+
+        It has a label and fits a column of 229 pt. Raises DerivationError for an unknown stage.
+        """
+        return latex(self.equation, which, notes)
 
     def lambdify(self, target: str = "math") -> Callable[..., Any]:
         """Return peak_vram(height, width, prompt_length, batch_size, guidance) in bytes, exact at every size.

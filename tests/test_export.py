@@ -518,16 +518,26 @@ def test_latex_is_balanced(texts):
     assert body.count("{") == body.count("}")
     assert sorted(re.findall(r"\\begin{(\S+?)}", body)) == sorted(re.findall(r"\\end{(\S+?)}", body))
     assert texts["latex"].count(r"\left\{") == texts["latex"].count(r"\right\}")
-    assert "M_{\\mathrm{peak}}" in body
+    first = r"\begin{equation}\label{eq:stable-diffusion-v1-5:peak}"
+    assert re.sub(r"(?m)^%.*\n", "", texts["latex"]).startswith(first)
 
 
 def formulas_of(latex):
-    displays = re.findall(r"\\begin{align\*}.*?\\end{align\*}", latex, re.DOTALL)
+    displays = re.findall(r"\\begin{equation}\\label{.*?}(.*?)\\end{equation}", latex, re.DOTALL)
     inline = re.findall(r"\$([^$]+)\$", re.sub(r"(?m)^%.*$", "", latex))
     return [*displays, *inline]
 
 
-def test_latex_passes_katex(texts):
+NOTED = [(entry.model, entry.pipeline, {}) for entry in CHECKED_IN] + [(SD15, "img2img", {"vae_tiling": True})]
+
+
+@pytest.fixture(scope="module")
+def noted():
+    """Every bundled model's LaTeX with its notes, and tiles'."""
+    return {str(n): derive(n[0], pipeline=n[1], **n[2]).latex(notes=True) for n in NOTED}
+
+
+def test_latex_passes_katex(noted):
     script = (
         "const katex = require('katex'); const fs = require('fs');"
         "for (const x of JSON.parse(fs.readFileSync(0))) katex.renderToString(x, {strict: 'error', displayMode: true});"
@@ -536,17 +546,46 @@ def test_latex_passes_katex(texts):
     node = shutil.which("node")
     if node is None or subprocess.run([node, "-e", "require('katex')"], capture_output=True, cwd=ROOT).returncode != 0:
         pytest.skip("node with the katex package is not installed")
-    assert run([node, "-e", script], json.dumps(formulas_of(texts["latex"])), cwd=ROOT) == "ok\n"
+    formulas = [formula for latex in noted.values() for formula in formulas_of(latex)]
+    assert run([node, "-e", script], json.dumps(formulas), cwd=ROOT) == "ok\n"
 
 
-def test_latex_compiles(texts, tmp_path):
+@pytest.mark.parametrize("columns", ["onecolumn", "twocolumn"])
+def test_latex_fits_a_column(noted, columns, tmp_path):
     if shutil.which("pdflatex") is None:
         pytest.skip("pdflatex is not installed")
-    (tmp_path / "peak_vram.tex").write_text(texts["latex"])
-    (tmp_path / "main.tex").write_text(
-        "\\documentclass{article}\\usepackage{amsmath}\\begin{document}\\input{peak_vram}\\end{document}"
-    )
-    run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"], cwd=tmp_path)
+    for name, latex in noted.items():
+        (tmp_path / "main.tex").write_text(
+            f"\\documentclass[{columns}]{{article}}\\usepackage{{amsmath}}\\begin{{document}}{latex}\\end{{document}}"
+        )
+        run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"], cwd=tmp_path)
+        log = (tmp_path / "main.log").read_text(errors="replace")
+        assert not [w for w in re.findall(r"Overfull \\hbox \(([0-9.]+)pt", log) if float(w) > 10], (name, log)
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_the_numbers_of_the_latex_are_the_exact_peak_but_for_rounding(d, module, guidance):
+    display = formulas_of(d.latex())[0 if guidance else 1].replace("{,}", "").replace(r"\,", " ")
+    weights = int(re.search(r"underbrace{(\d+)}", display)[1])
+    rows = re.search(r"begin{array}{l}(.*?)\\end{array}", display, re.DOTALL)[1].replace("\\qquad", "")
+    largest = {True: 352, False: 480}[guidance]  # 511 bytes at most for each of the few tensors alive
+    for height, width, length, batch in ((512, 512, 77, 1), (64, 64, 77, 1), (1024, 768, 154, 3), (64, 128, 90000, 1)):
+        at = {"H": height, "W": width, "L": length, "B": batch}
+        values = []
+        for row in re.split(r", *\\\\", rows):
+            row = re.sub(r"\\tfrac{(\d+)}{(\d+)}", r"\1/\2", row.replace("\\\\", " ").strip())
+            products = [re.sub(r"(?<=[\dA-Z]) +(?=[A-Z])", " * ", part) for part in re.split(r" \+ ", row)]
+            values.append(sum(eval(part, {}, at) for part in products))
+        assert 0 <= module.peak_vram(height, width, length, batch, guidance) - weights - max(values) <= largest * batch
+
+
+def test_latex_of_one_stage_and_of_none(d):
+    decode = d.latex("vae_decode")
+    assert r"M_{\text{vae\_decode}} =" in decode and r"\label{eq:stable-diffusion-v1-5:vae-decode}" in decode
+    with pytest.raises(DerivationError, match="which = 'vae' is not supported"):
+        d.latex("vae")
+    with pytest.raises(DerivationError, match="notes = True is not supported"):
+        export(d.equation, "json", notes=True)
 
 
 # Writing.

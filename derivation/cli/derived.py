@@ -109,6 +109,7 @@ def export(
     model: Model,
     options: Options,
     to: Annotated[str, To] = "python",
+    notes: Annotated[bool, typer.Option("--notes", help="With LaTeX: assumptions, every stage, crossovers.")] = False,
     output_path: Annotated[Path | None, typer.Option("--output", help="Folder to write into, else stdout.")] = None,
     revision: Revision = None,
 ) -> None:
@@ -121,9 +122,9 @@ def export(
 
     derivation = derivation_of(model, options, revision)
     if output_path is None:
-        print(exported(derivation.equation, to), end="")
+        print(exported(derivation.equation, to, notes), end="")
         return
-    for path in write(derivation.equation, [to], output_path):
+    for path in write(derivation.equation, [to], output_path, notes):
         output.line(f"wrote {path}")
 
 

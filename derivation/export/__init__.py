@@ -11,7 +11,7 @@ from typing import Any
 
 from derivation.config import load
 from derivation.equation.record import Equation
-from derivation.errors import one_of
+from derivation.errors import one_of, unsupported
 from derivation.export.arrays import arrays
 from derivation.export.c import c
 from derivation.export.document import document
@@ -89,9 +89,17 @@ class Compiled:
         return Compiled, (self._source, self._target)
 
 
-def export(equation: Equation, target: str) -> str:
-    """Return the exact peak as the text of ``target``; raises DerivationError for an unknown one."""
-    return _target(target).write(equation)
+def export(equation: Equation, target: str, notes: bool = False) -> str:
+    """Return the peak as the text of ``target``, LaTeX with its ``notes`` if asked for; raises DerivationError."""
+    return _written(_target(target), equation, notes)
+
+
+def _written(target: Target, equation: Equation, notes: bool) -> str:
+    if not notes:
+        return target.write(equation)
+    if target.write is not latex:
+        raise unsupported("notes", True, "LaTeX alone")
+    return latex(equation, notes=True)
 
 
 def _target(name: str) -> Target:
@@ -105,13 +113,15 @@ def compiled(equation: Equation, target: str = "math") -> Compiled:
     return Compiled(export(equation, COMPILED[target]), target)
 
 
-def write(equation: Equation, targets: Iterable[str], directory: str | os.PathLike[str]) -> list[Path]:
+def write(
+    equation: Equation, targets: Iterable[str], directory: str | os.PathLike[str], notes: bool = False
+) -> list[Path]:
     """Write each target's file into ``directory``, whole or not at all, and return their paths.
 
     Raises DerivationError for an unknown target or a directory that cannot be written.
     """
     found = [_target(target) for target in targets]
-    texts = {target.file: target.write(equation) for target in found}
+    texts = {target.file: _written(target, equation, notes) for target in found}
     return write_files(Path(directory), texts)
 
 

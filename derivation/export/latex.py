@@ -1,13 +1,16 @@
-"""LaTeX: the headline equation as align environments, usable as they are with amsmath."""
+"""LaTeX: the headline equation, labelled, in a column of any paper; its definitions; notes where they are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable
 from fractions import Fraction
+from typing import Any
 
 import sympy
 
 from derivation.equation.record import Equation
+from derivation.errors import one_of
 from derivation.export.render import Facts, facts, render
 from derivation.peak.headline import Term
 from derivation.tape.grid import B, H, L, W
@@ -16,26 +19,34 @@ from derivation.text import grouped, human
 
 SPECIAL = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}"}
 GUIDANCE = {True: "with classifier-free guidance", False: "without guidance"}
+# article's twocolumn has columns of 229.5 pt (size10.clo); braces, the continuation's indent and a comma take the rest.
+ROW_POINTS = 185
+# Points a character of Computer Modern at 10 pt (cmr10.tfm, cmmi10.tfm), fractions and indices at 7 pt.
+POINTS = {
+    r"\\tfrac\{(.*?)\}\{\d+\}": 4.0,
+    r"[_^]\{?(\w)\}?": 4.5,
+    r"(?:^| )([+-]) ": 12.2,
+    r"\{(,)\}": 2.8,
+    r"([0-9])": 5.0,
+    r"([A-Z])": 8.8,
+}
+PEAK = "peak"
 
 
-def latex(equation: Equation) -> str:
-    """Return peak = W + Max over stages and each stage's Max, symbols, assumptions and crossovers."""
-    sections = [
-        {
-            "title": GUIDANCE[guidance],
-            "pipeline": equation.pipeline_stage(guidance).terms,
-            "stages": equation.stages(guidance),
-            "crossovers": equation.crossovers(guidance),
-            "irrelevant": equation.irrelevant(guidance),
-            "rounding_bytes": max(term.rounding_bytes for term in equation.pipeline_stage(guidance).terms),
-        }
-        for guidance in (True, False)
-    ]
+def latex(equation: Equation, which: str = PEAK, notes: bool = False) -> str:
+    """Return the peak, or one stage's bytes, as labelled equations that fit a column of 229 pt, with definitions.
+
+    ``which`` is "peak" or the name of a stage; with ``notes`` follow assumptions, every stage, crossovers and what does
+    not matter. Raises DerivationError for an unknown stage.
+    """
+    one_of("which", which, (PEAK, *equation.stages(True)))
+    chosen = _peak if which == PEAK else _stage
     return render(
         "peak_vram.tex.j2",
         equation,
-        sections=sections,
-        cases=cases,
+        sections=[{"title": GUIDANCE[g], **chosen(equation, which, g)} for g in (True, False)],
+        notes=[_notes(equation, guidance) for guidance in (True, False)] if notes else [],
+        lines=lines,
         text=text,
         size=readable_bytes,
         tiles=tile_definitions(equation),
@@ -43,9 +54,38 @@ def latex(equation: Equation) -> str:
     )
 
 
+def _label(equation: Equation, guidance: bool, *parts: str) -> str:
+    name = re.sub(r"[^a-z0-9]+", "-", equation.name.lower().rstrip("/").split("/")[-1])
+    return ":".join([name, *parts, *["unguided"] * (not guidance)]).replace("_", "-")
+
+
+def _peak(equation: Equation, which: str, guidance: bool) -> dict[str, Any]:
+    terms = equation.pipeline_stage(guidance).terms
+    weights = grouped(equation.weights_bytes, "{,}")
+    left = f"M = \\underbrace{{{weights}}}_{{\\text{{weights}}}} +"
+    stages = [term.point.stage for term in terms]
+    return {"label": _label(equation, guidance, PEAK), "left": left, "terms": terms, "stages": stages}
+
+
+def _stage(equation: Equation, name: str, guidance: bool) -> dict[str, Any]:
+    left, terms = f"M_{{\\text{{{text(name)}}}}} =", equation.stages(guidance)[name].terms
+    return {"label": _label(equation, guidance, name), "left": left, "terms": terms, "stages": []}
+
+
+def _notes(equation: Equation, guidance: bool) -> dict[str, Any]:
+    return {
+        "title": GUIDANCE[guidance],
+        "stages": [_stage(equation, name, guidance) for name in equation.stages(guidance)],
+        "crossovers": equation.crossovers(guidance),
+        "irrelevant": equation.irrelevant(guidance),
+        "rounding_bytes": max(term.rounding_bytes for term in equation.pipeline_stage(guidance).terms),
+    }
+
+
 def tile_definitions(equation: Equation) -> list[str]:
-    """Return ``symbol = ...`` for every symbol of VAE tiles, in pixels."""
-    return [f"{symbol.name} = {sympy.latex(value)}" for symbol, value in equation.grid.definitions.items()]
+    """Return ``symbol = ...`` for every symbol of VAE tiles, in pixels; lines may break within them."""
+    found = (f"{symbol.name} = {sympy.latex(value)}" for symbol, value in equation.grid.definitions.items())
+    return [re.sub(r"\\(?:left|right)([()])", r"\1", definition) for definition in found]
 
 
 def text(words: str) -> str:
@@ -57,23 +97,51 @@ def text(words: str) -> str:
     return "".join(SPECIAL.get(c, c) for c in words)
 
 
-def cases(terms: Sequence[Term]) -> str:
-    """Return the Max of some terms, one a line; a single term stands alone."""
-    lines = [term_latex(term) for term in terms]
-    if len(lines) == 1:
-        return lines[0]
-    body = " \\\\\n    ".join(lines)
-    return f"\\max\\left\\{{\\begin{{array}}{{l}}\n    {body}\n  \\end{{array}}\\right\\}}"
+def lines(term: Term) -> list[str]:
+    """Return a polynomial as lines of at most ``ROW_POINTS``, but one monomial at least."""
+    found = [""]
+    for part in re.split(r" (?=[+-] )", term_latex(term)):
+        if found[-1] and points(found[-1]) + points(part) > ROW_POINTS:
+            found.append(part)
+        else:
+            found[-1] = f"{found[-1]} {part}".strip()
+    return found
+
+
+def points(formula: str) -> float:
+    r"""Return about how wide a formula is at 10 pt.
+
+    >>> points(r"\tfrac{1{,}149}{8}\,B H W + 6{,}400"), points("B^{2}")
+    (77.4, 13.3)
+    """
+    width = 0.0
+    for pattern, each in POINTS.items():
+        width += sum(each * len(re.sub(r"\W", "", found) or "+") for found in re.findall(pattern, formula))
+        formula = re.sub(pattern, " ", formula)
+    return width
 
 
 def term_latex(term: Term) -> str:
-    """Return a polynomial in descending powers of H W, every monomial in the order B, H W, L, symbols of VAE tiles."""
+    """Return a polynomial in descending powers of H W, every monomial in the order B, H W, L, symbols of VAE tiles.
+
+    Monomials of tiles with the same coefficient share it and B, before parentheses.
+    """
     tiles = [symbol for symbol in IN_PIXELS.values() if symbol in term.expression.free_symbols]
     symbols = (H, W, L, B, *tiles)
-    polynomial = sympy.Poly(term.expression, *symbols)
-    order = [(symbols.index(symbol), symbol) for symbol in (B, H, W, L, *tiles)]
-    parts = [monomial(c, ((s.name, powers[i]) for i, s in order)) for powers, c in polynomial.terms()]
-    return " + ".join(parts).replace("+ -", "- ")
+    parts: dict[str, list[str]] = {}
+    for powers, c in sympy.Poly(term.expression, *symbols).terms():
+        of = {s.name: power for s, power in zip(symbols, powers, strict=True)}
+        if tiled := any(powers[4:]):
+            shared, own = monomial(c, [("B", of.pop("B"))]), monomial(Fraction(1), of.items())
+        else:
+            shared, own = monomial(c, ((name, of[name]) for name in "BHWL")), ""
+        parts.setdefault(shared, []).extend([own] * tiled)
+    shown = (f"{shared} {_together(own)}" if own else shared for shared, own in parts.items())
+    return " + ".join(shown).replace("+ -", "- ")
+
+
+def _together(own: list[str]) -> str:
+    return f"({' + '.join(own)})" if len(own) > 1 else own[0]
 
 
 def monomial(value: Fraction | sympy.Rational, powers: Iterable[tuple[str, int]], space: str = "{,}") -> str:
@@ -104,5 +172,5 @@ def _comment(header: Facts) -> list[str]:
         f"Generated by {header.generator}: do not edit.",
         f"Options: {', '.join(header.options)}.",
         f"Follows the allocations of {', '.join(header.versions)}.",
-        "Needs amsmath.",
+        "Needs amsmath; fits a column of 229 pt at 10 pt.",
     ]
