@@ -18,6 +18,7 @@ from derivation.equation.record import Equation
 from derivation.errors import DerivationError, one_of, unsupported
 from derivation.export import compiled
 from derivation.export.latex import latex
+from derivation.gpu.cards import with_memory
 from derivation.options import Options, options_of
 from derivation.options.live import live_options, refuse_other_weights
 from derivation.peak.record import Record
@@ -25,6 +26,7 @@ from derivation.peak.witness import witness_at
 from derivation.tape.grid import Grid
 from derivation.tape.program import Program, Variant
 from derivation.tape.subject import Parameters, Subject
+from derivation.verdict import Verdict, of_tensors, on_card
 from derivation.walk.subject import WalkedSubject
 
 METHODS = ("walk", "trace")
@@ -207,7 +209,7 @@ class Derivation:
 
     @takes_call
     def estimate(self, call: Call) -> dict[str, Any]:
-        """Return everything known about one call, in bytes, ready for JSON."""
+        """Return everything known about one call, in bytes, ready for JSON; with a GPU its verdict, too."""
         values = self.equation.sizes(call)
         variant = self.program(call.guidance).at(values)
         peaks = variant.evaluator.peaks(values)
@@ -225,19 +227,35 @@ class Derivation:
             "peak_stage": peak_stage,
             "peak_tensor_bytes": self.weights_bytes + stage_bytes,
             "witness": witness_at(peak_stage, variant.tape, event).at(values),
-            **({} if self.options.gpu is None else self._replayed(variant, values).as_dict()),
+            **({} if self.options.gpu is None else self._on_card(variant, values)),
         }
 
     @takes_call
     def device_memory(self, call: Call) -> DeviceMemory:
         """Return what the allocator and nvidia-smi say on the GPU; raises DerivationError where none is named."""
         values = self.equation.sizes(call)
-        return self._replayed(self.program(call.guidance).at(values), values)
+        return device_memory(self._gpu(), self.resident, self.program(call.guidance).at(values).tape, values)
 
-    def _replayed(self, variant: Variant, values: Mapping[str, int]) -> DeviceMemory:
+    @takes_call
+    def verdict(self, call: Call, free_bytes: int | None = None) -> Verdict:
+        """Return whether one call fits: on the GPU, or in the memory that is free there.
+
+        Where no GPU is named ``free_bytes`` are for weights and tensors; raises DerivationError without both.
+        """
+        values = self.equation.sizes(call)
+        if self.options.gpu is None and free_bytes is not None:
+            return of_tensors(self.weights_bytes + max(self.equation.stage_peaks(call).values()), free_bytes)
+        gpu = self._gpu() if free_bytes is None else with_memory(self._gpu(), f"{max(free_bytes, 1)}B", free=True)
+        return on_card(gpu, device_memory(gpu, self.resident, self.program(call.guidance).at(values).tape, values))
+
+    def _on_card(self, variant: Variant, values: Mapping[str, int]) -> dict[str, Any]:
+        memory = device_memory(self._gpu(), self.resident, variant.tape, values)
+        return {**memory.as_dict(), **on_card(self._gpu(), memory).as_dict()}
+
+    def _gpu(self) -> str:
         if self.options.gpu is None:
             raise unsupported("gpu", None, "a GPU's name, for what its allocator does")
-        return device_memory(self.options.gpu, self.resident, variant.tape, values)
+        return self.options.gpu
 
     def latex(self, which: str = "peak", notes: bool = False) -> str:
         """Return the peak's equation, or one stage's, as LaTeX with its definitions, and notes where asked for.

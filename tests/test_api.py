@@ -106,10 +106,11 @@ def test_a_gpu_adds_the_allocator_and_the_device():
     found = derive(SD15, gpu="t4", attention="sdpa").estimate(height=512, width=512)
     assert found["requested"] <= found["allocated"] <= found["reserved"] < found["device"]
     assert found["device"] - found["reserved"] == found["context"]
-    assert found["headroom"] == found["total"] - found["device"]
-    assert found["verdict"] == "fits"
+    assert found["left_bytes"] == found["of_bytes"] - found["needs_bytes"] == found["total"] - found["device"]
+    assert (found["verdict"], found["fits"]) == ("fits", True)
     eager = derive(SD15, gpu="t4", attention="eager").estimate(height=1024, width=1024)
-    assert eager["verdict"].startswith("out of memory at unet.")
+    assert (eager["verdict"], eager["left_bytes"]) == ("does not fit", None)
+    assert eager["failed"]["module"].startswith("unet.") and eager["short_bytes"] == eager["failed"]["short_bytes"] > 0
 
 
 OPTION_SETS = (

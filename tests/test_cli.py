@@ -469,4 +469,5 @@ def test_a_call_that_does_not_fit_says_so_first_and_last_and_exits_with_one(caps
 def test_a_card_that_the_weights_do_not_fit_is_no_traceback(capsys):
     asked = ["estimate", SDXL, "--gpu", "rtx-3060", "--dtype", "float32", "--json"]
     assert run(asked) == 1
-    assert "while they are loaded" in json.loads(capsys.readouterr().out)["verdict"]
+    found = json.loads(capsys.readouterr().out)
+    assert "while they are loaded" in found["failed"]["module"] and not found["fits"]

@@ -129,9 +129,8 @@ def test_what_fits_a_card_is_what_estimate_says_of_it() -> None:
     # a convolution whose workspace does not fit runs without: that is slower, and no out-of-memory error
     assert derivation.estimate(image.height, image.width)["verdict"] == "fits with slower convolutions"
     larger = derivation.estimate(image.height + 8, image.width + 8)
-    assert larger["verdict"].startswith("out of memory at vae.decoder.")
-    assert larger["headroom"] is None and larger["failed"]["short_bytes"] > 0
-    assert str(larger["failed"]["shape"]) in larger["verdict"]
+    assert (larger["verdict"], larger["left_bytes"]) == ("does not fit", None)
+    assert larger["failed"]["module"].startswith("vae.decoder.") and larger["short_bytes"] > 0
 
 
 @pytest.mark.parametrize("attention", ["efficient", "eager", "math", "flash"])
@@ -236,8 +235,7 @@ def test_on_a_gpu_a_recommendation_is_served_by_the_allocator() -> None:
     changed = {**derivation.options.as_dict()}
     for step in found.needed:
         changed.update(step.change)
-    verdict = derive(SD15, **changed).estimate(2048, 2048)["verdict"]
-    assert not verdict.startswith("out of memory")
+    assert derive(SD15, **changed).estimate(2048, 2048)["fits"]
 
 
 @pytest.mark.parametrize("offload", ["model", "sequential"])

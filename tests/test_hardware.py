@@ -1,5 +1,6 @@
 """Layer 2 by hand: memory formats, convolution workspace, library buffers, SDPA's choice, public measurements."""
 
+import json
 import warnings
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ from derivation.tape.events import Category
 from derivation.tape.symbols import evaluate
 from derivation.tape.tape import Tape, tape
 from derivation.tape.tensor import SymTensor
+from derivation.verdict import DOCUMENTED, MARGINS, NEAREST
 from derivation.walk import ops
 from derivation.walk.attention import scaled_dot_product_attention
 from derivation.walk.models import decode, encode
@@ -399,3 +401,11 @@ def test_open_muse_unet_rows_grow_as_published(comparisons):
     small, large = comparisons["openmuse-unet-4"], comparisons["openmuse-unet-8"]
     published = large.measurement.value - small.measurement.value
     assert large.predicted - small.predicted == pytest.approx(published, abs=1 << 20)
+
+
+def test_the_margin_of_a_documented_card_is_the_worst_public_row(comparisons):
+    worst = max((c for c in comparisons.values() if c.judged), key=lambda c: c.measurement.value / c.predicted)
+    margins = json.loads(MARGINS.read_text())
+    for trusted in (DOCUMENTED, NEAREST):
+        found = margins[trusted]["measured_bytes"], margins[trusted]["predicted_bytes"]
+        assert found == (int(worst.measurement.value), worst.predicted)

@@ -16,6 +16,7 @@ from derivation.config import bundled, load
 from derivation.errors import DerivationError
 from derivation.options import Options
 from derivation.text import human
+from derivation.verdict import Verdict
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 KNOWN = {"model", "guidance", "weights_bytes", "weights", "components", "stages", "peak_stage", "peak_tensor_bytes"}
@@ -42,8 +43,9 @@ def show_estimate(result: Mapping[str, Any], options: Options) -> None:
     chosen, usual = options.as_dict(), Options().as_dict()
     asked = {**chosen, "guidance_scale": result["guidance_scale"]}
     said = [name for name in asked if name in MAIN or chosen[name] != usual[name]]
-    if needs := _needs(result):
-        output.line(needs, style="bold")
+    if verdict := Verdict.read(result):
+        output.line(str(verdict), style="bold")
+        output.line(verdict.trust)
     output.line(f"{result['model']}, {result['height']} x {result['width']} pixels (height x width)", style="bold")
     output.line(", ".join(f"{name}={asked[name]}" for name in said))
     output.line("")
@@ -56,16 +58,8 @@ def show_estimate(result: Mapping[str, Any], options: Options) -> None:
     _show_more({key: result[key] for key in result if key not in KNOWN | asked.keys() | _CALL})
     peak = result["peak_tensor_bytes"]
     output.line(f"Peak: {human(peak)} ({peak:,} bytes) in {result['peak_stage']}", style="bold")
-    if needs:
-        output.line(needs, style="bold")
-
-
-def _needs(result: Mapping[str, Any]) -> str:
-    """Return what the card says of the call, "" where no card with a known memory is named."""
-    if result.get("total") is None or result.get("device") is None:
-        return ""
-    reached = "needs more than" if result["failed"] else "needs"
-    return f"{reached} {human(result['device'])} of {human(result['total'])}: {result['verdict']}"
+    if verdict:
+        output.line(str(verdict), style="bold")
 
 
 MAIN = ("pipeline", "dtype", "attention", "guidance_scale")

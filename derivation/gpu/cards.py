@@ -19,7 +19,7 @@ _FIGURES = ("compute_capability", "sm_count", "total_memory_bytes", "nvidia_smi_
 # Devices of torch whose libraries and allocators are not modelled, by how their names begin.
 FOREIGN = re.compile(r"amd|radeon|instinct|mi\d{2,3}|rx\d|rocm|mps|apple|m\d(pro|max|ultra)?$|xpu|intel|arc|gaudi|tpu")
 _WORDS = re.compile(r"nvidia|geforce|tesla|generation|graphics|gpu|card|[\s_\-()]")
-_CAPACITY = re.compile(r"(.+?)[\s_\-]+(([0-9.]+)\s*([kmgt]?i?b?))", re.IGNORECASE)
+_CAPACITY = re.compile(r"(.+?)[\s_\-]+(([0-9.]+)\s*([kmgt]?i?b?))(\s+free)?", re.IGNORECASE)
 _CARD_KEYS = ("name", "compute_capability", "sm_count", "total_memory_bytes", "nvidia_smi_bytes", "context_bytes")
 
 
@@ -64,7 +64,8 @@ def lookup(name: str) -> Gpu:
     """Find a card or architecture by a name as people write it, or in a JSON file; a capacity may follow.
 
     The capacity is nvidia-smi's memory.total: a whole number of gigabytes that the card has anyway is the card
-    itself. Raises DerivationError for an unknown card, with the one that was meant where a name is close.
+    itself. With "free" behind it, it is what the process may still reserve, its CUDA context being there.
+    Raises DerivationError for an unknown card, with the one that was meant where a name is close.
 
     >>> lookup("NVIDIA GeForce RTX 4090").key, lookup("4070 laptop").key, lookup("rtx 3060 12gb").key
     ('rtx-4090', 'rtx-4070-laptop', 'rtx-3060')
@@ -74,8 +75,8 @@ def lookup(name: str) -> Gpu:
     if (card := _named(name)) is not None:
         return card
     found = _CAPACITY.fullmatch(re.sub(r"[()]", " ", name).strip())
-    if found is not None and (card := _named(found[1])) is not None:
-        return _sized(card, found)
+    if found is not None and (found[5] or _named(found[1]) is not None):
+        return _sized(lookup(found[1]), found)
     raise _unknown(name)
 
 
@@ -84,14 +85,15 @@ def known() -> tuple[str, ...]:
     return tuple(_table())
 
 
-def with_memory(gpu: str | None, memory: str | None) -> str | None:
-    """Return the name of ``gpu`` with another capacity, such as "12GiB"; raises DerivationError without a GPU."""
-    if memory is None:
-        return gpu
+def with_memory(gpu: str | None, memory: str, free: bool = False) -> str:
+    """Return the name of ``gpu`` with another capacity, such as "12GiB", or with so much of it free.
+
+    Raises DerivationError without a GPU.
+    """
     parse_bytes(memory, "memory")
     if gpu is None:
         raise unsupported("memory", memory, "a capacity of the card that gpu names")
-    return f"{gpu} {memory.strip()}"
+    return f"{gpu} {memory.strip()}" + " free" * free
 
 
 def _named(name: str) -> Gpu | None:
@@ -102,9 +104,15 @@ def _named(name: str) -> Gpu | None:
 
 def _sized(card: Gpu, capacity: re.Match[str]) -> Gpu:
     nbytes = parse_bytes(capacity[2], "memory")
-    nominal = card.nvidia_smi_bytes or card.total_memory_bytes or 0
-    if capacity[4].lower() in ("g", "gb", "gib") and float(capacity[3]) == round(nominal / GIB):
-        return card
+    if capacity[5]:
+        given = dict.fromkeys(("total_memory_bytes", "context_bytes"), "as given: free memory, the context being there")
+        here = replace(card, key=f"{card.key} {capacity[2]} free", sources={**card.sources, **given})
+        return replace(here, total_memory_bytes=nbytes, context_bytes=0, context_nearest=None, estimated=False)
+    if capacity[4].lower() in ("", "g", "gb", "gib"):
+        nominal = card.nvidia_smi_bytes or card.total_memory_bytes or 0
+        own = card if float(capacity[3]) == round(nominal / GIB) else _named(f"{card.key} {capacity[3]}gb")
+        if own is not None:
+            return own
     key = f"{card.key} {capacity[2]}"
     sources = {**card.sources, "nvidia_smi_bytes": "as given"}
     other = replace(card, key=key, nvidia_smi_bytes=nbytes, total_memory_bytes=None, sources=sources)

@@ -239,6 +239,12 @@ def _workspaces(card: Gpu) -> tuple[tuple[WorkspaceKey, Workspace], ...]:
     return tuple(found.items())
 
 
+def documented(card: Gpu) -> bool:
+    """Whether the workspace profile is that of the card's own architecture."""
+    nearest: str | None = _profiles()["nearest"].get(card.architecture, {}).get("architecture")
+    return card.architecture == nearest
+
+
 @cache
 def _profiles() -> Mapping[str, Any]:
     profiles: dict[str, Any] = json.loads(PROFILES.read_text(encoding="utf-8"))
