@@ -233,11 +233,14 @@ def test_pdf_without_an_engine_says_so(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex is installed")
-def test_the_latex_source_compiles(report):
+def test_the_latex_source_fits_its_page(report):
     from derivation.report import job
 
     [pdf] = job._typeset([report], lambda step: None)
     assert pdf.read_bytes().startswith(b"%PDF")
+    command = ["pdflatex", "-draftmode", "-interaction=nonstopmode", report.with_suffix(".tex").name]
+    log = subprocess.run(command, cwd=report.parent, capture_output=True, text=True, errors="replace").stdout
+    assert not [width for width in re.findall(r"Overfull \\hbox \(([0-9.]+)pt", log) if float(width) > 10]
 
 
 @pytest.mark.parametrize("component", ["unet", "vae"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
 from derivation.report.document import (
     Block,
@@ -26,8 +27,12 @@ from derivation.report.text import tex
 
 HEADINGS = ("section", "subsection", "subsubsection")
 MARKS = {"strong": r"\textbf{%s}", "em": "$%s$", "tag": "(%s)", "dim": "%s", "below": " %s"}
-# A table with more columns than this is set in small type.
-WIDE = 4
+BREAK = r"\allowbreak{}"
+# Points of a line (report.tex.j2: A4 with margins of 2.2 cm) and between two columns (article: 2 \tabcolsep).
+LINE_POINTS, GAP_POINTS = 470, 12
+# Points a character in types of 11, 10, 9 and 8 pt, typewriter's (0.525 em), which are the widest.
+SIZES = {"": 5.8, r"\small ": 5.4, r"\footnotesize ": 4.9, r"\scriptsize ": 4.4}
+SMALLEST = r"\scriptsize "
 
 
 def blocks(found: Iterable[Block], folder: str, level: int = 0) -> str:
@@ -52,7 +57,7 @@ def inline(text: Text) -> str:
 
 
 def _breakable(text: str) -> str:
-    return tex(text).replace(".", r".\allowbreak{}")
+    return tex(text).replace(".", "." + BREAK)
 
 
 def _block(block: Block, folder: str, level: int) -> str:
@@ -93,30 +98,61 @@ def _table(table: Table) -> str:
     """Return a table of the columns that are printed, and below it a list of those too wide for one."""
     shown = [i for i, column in enumerate(table.columns) if column.printed == "column"]
     below = [i for i, column in enumerate(table.columns) if column.printed == "below"]
-    texts = sum(not table.columns[i].number for i in shown)
-    kinds = "".join("r" if table.columns[i].number else _paragraph(texts) for i in shown)
-    heads = " & ".join(inline(table.columns[i].title) for i in shown)
-    rows = [_row(row, shown, len(table.columns)) for row in table.rows]
-    small = r"\small " if len(shown) > WIDE else ""
-    body = [rf"\begin{{longtable}}{{@{{}}{kinds}@{{}}}}", rf"\toprule {heads} \\ \midrule \endhead", *rows]
-    body += [r"\bottomrule", r"\end{longtable}"]
     whole = [row for row in table.rows if len(row.cells) == len(table.columns)]
-    items = (rf"\item {inline(row.cells[0])}: {inline(row.cells[i])}" for row in whole for i in below)
+    heads = [inline(table.columns[i].title) for i in shown]
+    placed = [_placed(row, len(table.columns)) for row in table.rows]
+    columns = [[_cell(cells[i]) for cells in placed if i in cells] for i in shown]
+    size, widths = _widths([[head, *column] for head, column in zip(heads, columns, strict=True)])
+    sides = ("raggedleft" if table.columns[i].number else "raggedright" for i in shown)
+    kinds = "".join(_paragraphs(side, width) for side, width in zip(sides, widths, strict=True))
+    body = [rf"\begin{{longtable}}{{@{{}}{kinds}@{{}}}}", rf"\toprule {' & '.join(heads)} \\ \midrule \endhead"]
+    body += [*(_row(row, shown, len(table.columns), widths) for row in table.rows), r"\bottomrule", r"\end{longtable}"]
+    items = (rf"\item {inline(row.cells[0])}:\newline {inline(row.cells[i])}" for row in whole for i in below)
     listed = ["}", _list("itemize", items)] if below else ["}"]
-    return "\n".join([inline(table.caption), f"{{{small}", *body, *listed])
+    return "\n".join([inline(table.caption), rf"{{{size}", *body, *listed])
 
 
-def _paragraph(columns: int) -> str:
-    """Return a ragged column as wide as ``columns`` of them may be beside numbers."""
-    return rf">{{\raggedright\arraybackslash}}p{{{0.56 / max(columns, 1):.2f}\linewidth}}"
+def _widths(columns: Sequence[Sequence[str]]) -> tuple[str, list[float]]:
+    """Return the largest type in which the longest words of all columns stand side by side, and the columns' points.
+
+    What is left of the line is shared out by how much longer each column's longest cell is.
+    """
+    words = [max(1 + len(word) for cell in column for word in _words(cell)) for column in columns]
+    cells = [2 + max(map(len, map(" ".join, map(_words, column)))) for column in columns]
+    room = LINE_POINTS - GAP_POINTS * (len(columns) - 1)
+    size, point = next((named for named in SIZES.items() if named[1] * sum(words) <= room), (SMALLEST, SIZES[SMALLEST]))
+    spare = max(room - point * sum(words), 0)
+    wanted = [point * (cell - word) for cell, word in zip(cells, words, strict=True)]
+    share = min(1.0, spare / max(sum(wanted), 1))
+    return size, [point * word + share * more for word, more in zip(words, wanted, strict=True)]
 
 
-def _row(row: Row, shown: list[int], columns: int) -> str:
+def _words(cell: str) -> list[str]:
+    """Return the characters of each part of a cell that no line breaks."""
+    shown = re.sub(r"\\(?:code|textbf|text|mathrm|tfrac)|\\,|[{}$]", "", cell.replace(BREAK, " ").replace(r"\,", "_"))
+    return re.sub(r"\\[a-z]+", "m", shown).replace("\\", "").split() or [""]
+
+
+def _placed(row: Row, columns: int) -> dict[int, Text]:
+    """Return a row's cells by column; its first one spans those that it has too few cells for."""
     span = columns - len(row.cells) + 1
-    cells = {0: row.cells[0], **dict(zip(range(span, columns), row.cells[1:], strict=True))}
-    first = inline(cells[0])
+    return {**({0: row.cells[0]} if span == 1 else {}), **dict(zip(range(span, columns), row.cells[1:], strict=True))}
+
+
+def _cell(cell: Text) -> str:
+    return inline(cell).replace("=", "=" + BREAK)
+
+
+def _paragraphs(side: str, width: float) -> str:
+    return rf">{{\{side}\arraybackslash}}p{{{width:.0f}pt}}"
+
+
+def _row(row: Row, shown: list[int], columns: int, widths: Sequence[float]) -> str:
+    span = columns - len(row.cells) + 1
+    cells, first = _placed(row, columns), _cell(row.cells[0])
     first = rf"\textbf{{{first}}}" if row.kind in ("group", "sum", "total") else first
     covered = sum(i < span for i in shown)
-    lead = [rf"\multicolumn{{{covered}}}{{@{{}}l}}{{{first}}}" if covered > 1 else first] if covered else []
-    line = " & ".join([*lead, *(inline(cells[i]) for i in shown if i >= span)])
+    over = _paragraphs("raggedright", sum(widths[:covered]) + GAP_POINTS * (covered - 1))
+    lead = [rf"\multicolumn{{{covered}}}{{@{{}}{over}}}{{{first}}}" if covered > 1 else first] if covered else []
+    line = " & ".join([*lead, *(_cell(cells[i]) for i in shown if i >= span)])
     return {"group": r"\addlinespace ", "total": r"\midrule "}.get(row.kind, "") + line + r" \\"
