@@ -34,19 +34,33 @@ Content = tuple[tuple[int, Size], ...]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Events between two moments at which no tensor of a size that varies is alive in the large pool.
+    """The tape's events [first, last), before and after which no tensor of a size that varies is in the large pool.
 
-    ``content`` is the same for chunks that ask the same in the same order; a chunk runs ``times`` times in all.
+    ``events`` are those of the large pool at some size, ``content`` is the same for chunks that ask the same in the
+    same order; a chunk runs ``times`` times in all. ``small`` are the bytes alive in the small pool when it begins,
+    ``most`` is more than what is allocated within, weights apart.
     """
 
+    first: int
+    last: int
     events: tuple[int, ...]
     content: Content
     times: int
+    small: Vector
+    most: Vector
 
     @property
     def is_closed(self) -> bool:
         """Whether it frees what it allocates, and nothing else."""
         return {e for e in self.events if e > 0} == {-e for e in self.events if e < 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The event at which most is allocated, and the sums that the blocks of the large pool then are."""
+
+    event: int
+    large: tuple[int, ...]
 
 
 @dataclass(eq=False)
@@ -77,6 +91,8 @@ class Survey:
         self.weights = [prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in entries]
         self.bytes = [points.atom(Atom(a.nbytes, is_segment=False)) for a in tape.allocations]
         self._small: dict[bytes, int] = {}
+        self.moments: list[Moment | None] = [None] * len(points)
+        self._highest, self._unseen = (np.zeros(len(points), dtype=np.int64) for _ in range(2))
         self.possible = [bool((b > SMALL_BYTES).any()) for b in self.bytes]
 
     @cached_property
@@ -101,24 +117,31 @@ class Survey:
         edges = {edge for start, end, _ in tape.loops for edge in (start, end)} - {0}
         marks = {start for _, start, _ in stages(tape)} | set(tape.iterations) | edges | {len(tape.events)}
         alive: set[int] = set()
-        events: list[int] = []
+        live, small, most = (np.zeros(len(self.points), dtype=np.int64) for _ in range(3))
+        begun, first = small.copy(), 0
         for done, event in enumerate(tape.events, 1):
-            index = abs(event) - 1
-            if self.possible[index]:
-                events.append(event)
+            index, size = abs(event) - 1, np.sign(event) * self.bytes[abs(event) - 1]
+            if not self.possible[index]:
+                small += size
+                live += size
+            else:
+                live += size + np.sign(event) * SMALL_BYTES
+                small += size * (self.bytes[index] <= SMALL_BYTES)
                 if free_names(tape.allocations[index].nbytes):
                     (alive.add if event > 0 else alive.discard)(index)
+            most = np.maximum(most, live)
             if done in edges and alive:
                 raise DerivationError("no closed form of reserved bytes: large tensors are alive between iterations")
             if done in marks and not alive:
-                yield self._chunk(events, inside.get(done, 1))
-                events = []
+                yield self._chunk(first, done, inside.get(done, 1), begun, most)
+                begun, first, most = small.copy(), done, live.copy()
 
-    def _chunk(self, events: Sequence[int], times: int) -> Chunk:
-        first = min((abs(event) for event in events), default=0)
+    def _chunk(self, first: int, last: int, times: int, small: Vector, most: Vector) -> Chunk:
+        events = tuple(event for event in self.tape.events[first:last] if self.possible[abs(event) - 1])
+        lowest = min((abs(event) for event in events), default=0)
         sizes = (self.tape.allocations[abs(event) - 1].nbytes for event in events)
-        moved = (event - first if event > 0 else event + first for event in events)
-        return Chunk(tuple(events), tuple(zip(moved, sizes, strict=True)), times)
+        moved = (event - lowest if event > 0 else event + lowest for event in events)
+        return Chunk(first, last, events, tuple(zip(moved, sizes, strict=True)), times, small, most)
 
     def _after(self, groups: Sequence[Group], chunk: Chunk) -> list[Group]:
         found: dict[State, Group] = {}
@@ -135,10 +158,11 @@ class Survey:
         idle = group.idle | {chunk.content}
         proven = group.where if chunk.content in group.idle else self._reuses(group, chunk)
         if proven.any():
+            self._unseen = np.maximum(self._unseen, proven * chunk.most)
             yield replace(group, where=proven, idle=idle)
         todo = group.where & ~proven
         while todo.any() and self.runs < self.most:
-            allocator, state = self._replay(group, chunk, int(np.argmax(todo)))
+            allocator, state = self._replay(group, chunk, int(np.argmax(todo)), todo)
             agree = todo & allocator.agree
             held = group.held | allocator.held
             if state == group.state:
@@ -187,33 +211,62 @@ class Survey:
         found = [self.points.atom(Atom(n, is_segment=True)) for n in free]
         return np.sort(np.array(found, dtype=np.int64).reshape(-1, len(self.points)), axis=0)
 
-    def _replay(self, group: Group, chunk: Chunk, reference: int) -> tuple[GridAllocator, State]:
+    def _replay(self, group: Group, chunk: Chunk, reference: int, todo: Vector) -> tuple[GridAllocator, State]:
         self.runs += 1
         allocator = GridAllocator(self.points, reference)
         for nbytes in self.weights:
             if nbytes > SMALL_BYTES:
                 allocator.malloc(allocator.request(nbytes))
         handles: dict[int, int] = {}
-        for played in group.played:
-            self._play(allocator, played, handles)
-        allocator.guarding = True
-        self._play(allocator, chunk, handles)
+        for event in (event for played in group.played for event in played.events):
+            self._play(allocator, event, handles)
+        self._watch(allocator, chunk, handles, todo)
         return allocator, self._state(allocator, handles)
 
-    def _play(self, allocator: GridAllocator, chunk: Chunk, handles: dict[int, int]) -> None:
-        at = allocator.reference
-        for event in chunk.events:
+    def _play(self, allocator: GridAllocator, event: int, handles: dict[int, int]) -> None:
+        """Play one event, of the large pool at some sizes, if it is at the reference."""
+        index = abs(event) - 1
+        is_large = self.bytes[index] > SMALL_BYTES
+        if allocator.guarding:
+            allocator.agree &= is_large == is_large[allocator.reference]
+        if not is_large[allocator.reference]:
+            return
+        if event > 0:
+            allocator.asking = index
+            handles[index] = allocator.malloc(allocator.request(self.tape.allocations[index].nbytes))
+        else:
+            allocator.free(handles.pop(index))
+
+    def _watch(self, allocator: GridAllocator, chunk: Chunk, handles: dict[int, int], todo: Vector) -> None:
+        """Play a chunk, its decisions compared, and note where it allocates more than what was seen."""
+        allocator.guarding = True
+        blocks = {index: allocator.block_number(handle) for index, handle in handles.items()}
+        current = chunk.small + sum(self.points.vector(number) for number in blocks.values())
+        peak, when, noted = np.zeros_like(current), np.zeros_like(current), dict[int, tuple[int, ...]]()
+        for position in range(chunk.first, chunk.last):
+            event = self.tape.events[position]
             index = abs(event) - 1
-            is_large = self.bytes[index] > SMALL_BYTES
-            if allocator.guarding and event > 0:
-                allocator.agree &= is_large == is_large[at]
-            if not is_large[at]:
+            if self.possible[index]:
+                self._play(allocator, event, handles)
+            if index in handles and event > 0:
+                blocks[index] = allocator.block_number(handles[index])
+            size = self.points.vector(blocks[index]) if index in blocks else self.bytes[index]
+            if event < 0:
+                blocks.pop(index, None)
+                current -= size
                 continue
-            if event > 0:
-                allocator.asking = index
-                handles[index] = allocator.malloc(allocator.request(self.tape.allocations[index].nbytes))
-            else:
-                allocator.free(handles.pop(index))
+            current += size
+            if (higher := current > peak).any():
+                peak, when[higher] = np.maximum(peak, current), position
+                noted[position] = tuple(sorted(blocks.values()))
+        for point in np.flatnonzero(todo & allocator.agree & (peak > self._highest)):
+            self._highest[point] = peak[point]
+            self.moments[point] = Moment(int(when[point]), noted[int(when[point])])
+
+    @property
+    def allocated_bytes(self) -> Vector:
+        """The most that is allocated at each size, weights apart, 0 where it is not known."""
+        return self._highest * (self._highest >= self._unseen)
 
     def _state(self, allocator: GridAllocator, handles: Mapping[int, int]) -> State:
         fixed = ((index, *allocator.place(handle)) for index, handle in sorted(handles.items()))

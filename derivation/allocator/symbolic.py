@@ -160,6 +160,10 @@ class GridAllocator(CachingAllocator):
             before = self.points.total(before, self.points.number_of(block.size), 1)
         return rank, before
 
+    def block_number(self, handle: int) -> int:
+        """Return the number of the sum that a live block's bytes are."""
+        return self.points.number_of(self._live[handle].size)
+
     def rounded(self, nbytes: int) -> int:
         """Return the request: it is rounded."""
         return nbytes
