@@ -162,6 +162,24 @@ class Derivation:
         """Peak bytes of the pipeline under guidance, in H, W, L, B: weights + Max over stages."""
         return self.equation.peak(guidance=True)
 
+    @property
+    def allocated(self) -> sympy.Expr:
+        """torch.cuda.max_memory_allocated() under guidance, in H and W; raises DerivationError without a GPU.
+
+        For the sizes and what is taken for granted: ``equation.device``, which traces each term to its tensors.
+        """
+        return self.equation.device.allocated
+
+    @property
+    def reserved(self) -> sympy.Expr:
+        """torch.cuda.max_memory_reserved() under guidance, in H, W and the number of the small pool's segments."""
+        return self.equation.device.reserved
+
+    @property
+    def device(self) -> sympy.Expr:
+        """What nvidia-smi shows: ``reserved`` and the CUDA context."""
+        return self.equation.device.device
+
     def at(
         self,
         height: int | None = None,

@@ -59,7 +59,7 @@ class DeviceMemory:
 def device_memory(gpu: str, parameters: Parameters, tape: Tape, values: Mapping[str, int]) -> DeviceMemory:
     """Load the weights, replay ``tape`` at ``values``, add the context; raises DerivationError for an unknown GPU."""
     card = lookup(gpu)
-    context, source = _context(card)
+    context, source = context_of(card)
     capacity = None if card.total_memory_bytes is None else card.total_memory_bytes - (context or 0)
     allocator = CachingAllocator(capacity_bytes=capacity)
     failed: dict[str, Any] | None
@@ -103,7 +103,7 @@ def load_pipeline(allocator: CachingAllocator, parameters: Parameters) -> dict[s
     return dict(zip((path for path, _, _ in entries), handles, strict=True))
 
 
-def _context(card: Gpu) -> tuple[int | None, str]:
+def context_of(card: Gpu) -> tuple[int | None, str]:
     """Return the bytes of a CUDA context and the card they were read on."""
     if card.context_bytes is not None:
         return card.context_bytes, card.name

@@ -1,7 +1,7 @@
 """Which segments of the large pool a tape opens at each of many sizes: a few symbolic replays stand for all.
 
-Lemma 1: free neighbours merge at once, so a pool's state is its segments and where their live blocks are. Where no
-tensor of a size that varies is alive, the state is the segments opened so far, whatever was decided in between.
+Lemma 1: free neighbours merge at once, so a pool's state is its segments and where their live blocks are, whatever was
+decided in between. Where few tensors are alive, sizes at which decisions differed are in one state again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 
 from derivation.allocator.allocator import CachingAllocator
 from derivation.allocator.memory import Parameters
-from derivation.allocator.replay import load_weights
 from derivation.allocator.report import SMALL_BYTES, SMALL_SEGMENT_BYTES
 from derivation.allocator.simulate import replay
 from derivation.allocator.symbolic import Atom, Comparison, GridAllocator, Points, Vector
@@ -25,7 +24,7 @@ from derivation.tape.symbols import DTYPE_BYTES, Size, free_names
 from derivation.tape.tape import Tape
 from derivation.walk.pipelines.weights import registered
 
-# What segments were opened for, in order, and where tensors of constant size are: a segment's rank, an offset.
+# What segments were opened for, in order, and where live tensors are: each one's number, a segment's rank, an offset.
 State = tuple[tuple[Size, ...], tuple[tuple[int, int, int], ...]]
 
 
@@ -34,7 +33,7 @@ Content = tuple[tuple[int, Size], ...]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The tape's events [first, last), before and after which no tensor of a size that varies is in the large pool.
+    """The tape's events [first, last).
 
     ``events`` are those of the large pool at some size, ``content`` is the same for chunks that ask the same in the
     same order; a chunk runs ``times`` times in all. ``small`` are the bytes alive in the small pool when it begins,
@@ -57,10 +56,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """The event at which most is allocated, and the sums that the blocks of the large pool then are."""
+    """The event at which most is allocated; the number of what each block of the large pool then is, and its tensor."""
 
     event: int
-    large: tuple[int, ...]
+    large: tuple[tuple[int, int], ...]
 
 
 @dataclass(eq=False)
@@ -81,14 +80,16 @@ class Group:
 class Survey:
     """The pools of one tape at all sizes of a grid, for a device that has room.
 
-    ``runs`` counts the replays that the large pool took; sizes that are not reached by ``most`` are in no group.
+    ``runs`` counts the replays that the large pool took; sizes that those of a chunk do not reach with ``most`` events
+    are in no group.
     """
 
     def __init__(self, tape: Tape, parameters: Parameters, points: Points, most: int) -> None:
-        self.tape, self.points, self.runs, self.most = tape, points, 0, most
+        self.tape, self.points, self.runs, self.most, self._left = tape, points, 0, most, most
         models = (parameters[model] for model in sorted(parameters))
-        entries = (model[path] for model in models for path in registered(model))
-        self.weights = [prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in entries]
+        entries = ((path, *model[path]) for model in models for path in registered(model))
+        self.weights = {path: prod(shape) * DTYPE_BYTES[dtype] for path, shape, dtype in entries}
+        self.dropped = {a.path: index for index, a in enumerate(tape.allocations) if a.loaded}
         self.bytes = [points.atom(Atom(a.nbytes, is_segment=False)) for a in tape.allocations]
         self._small: dict[bytes, int] = {}
         self.moments: list[Moment | None] = [None] * len(points)
@@ -98,25 +99,25 @@ class Survey:
     @cached_property
     def groups(self) -> list[Group]:
         """The groups of sizes after the last event; raises DerivationError where the tape is not covered."""
-        if self.tape.emptied or any(a.loaded or a.count != 1 for a in self.tape.allocations):
-            raise DerivationError("no closed form of reserved bytes: weights come and go, or tiles are counted")
+        if self.tape.emptied or any(a.count != 1 for a in self.tape.allocations):
+            raise DerivationError("no closed form of reserved bytes: the cache is emptied, or tiles are counted")
         groups = [Group(((), ()), np.ones(len(self.points), dtype=bool))]
         for chunk in self.chunks():
+            self._left = self.most
             for _ in range(chunk.times):
                 if any(chunk.content not in group.idle for group in groups):
                     groups = self._after(groups, chunk)
         return groups
 
     def chunks(self) -> Iterator[Chunk]:
-        """Yield the large pool's events, cut where stages, loops and their iterations begin, where that can be.
+        """Yield the events, cut where stages, loops and passes of the denoising loop begin.
 
-        Raises DerivationError where a loop's iterations cannot be told apart.
+        Raises DerivationError where a loop's iterations hand large tensors on.
         """
         tape = self.tape
         inside = {end: times for _, end, times in tape.loops}
-        edges = {edge for start, end, _ in tape.loops for edge in (start, end)} - {0}
+        edges = {edge for start, end, _ in tape.loops for edge in (start, end)}
         marks = {start for _, start, _ in stages(tape)} | set(tape.iterations) | edges | {len(tape.events)}
-        alive: set[int] = set()
         live, small, most = (np.zeros(len(self.points), dtype=np.int64) for _ in range(3))
         begun, first = small.copy(), 0
         for done, event in enumerate(tape.events, 1):
@@ -127,13 +128,12 @@ class Survey:
             else:
                 live += size + np.sign(event) * SMALL_BYTES
                 small += size * (self.bytes[index] <= SMALL_BYTES)
-                if free_names(tape.allocations[index].nbytes):
-                    (alive.add if event > 0 else alive.discard)(index)
             most = np.maximum(most, live)
-            if done in edges and alive:
-                raise DerivationError("no closed form of reserved bytes: large tensors are alive between iterations")
-            if done in marks and not alive:
-                yield self._chunk(first, done, inside.get(done, 1), begun, most)
+            if done in marks:
+                chunk = self._chunk(first, done, inside.get(done, 1), begun, most)
+                if chunk.times > 1 and not chunk.is_closed:
+                    raise DerivationError("no closed form of reserved bytes: iterations hand large tensors on")
+                yield chunk
                 begun, first, most = small.copy(), done, live.copy()
 
     def _chunk(self, first: int, last: int, times: int, small: Vector, most: Vector) -> Chunk:
@@ -161,7 +161,7 @@ class Survey:
             self._unseen = np.maximum(self._unseen, proven * chunk.most)
             yield replace(group, where=proven, idle=idle)
         todo = group.where & ~proven
-        while todo.any() and self.runs < self.most:
+        while todo.any() and self._left > 0:
             allocator, state = self._replay(group, chunk, int(np.argmax(todo)), todo)
             agree = todo & allocator.agree
             held = group.held | allocator.held
@@ -182,9 +182,10 @@ class Survey:
         Lemma 3: best fit takes no block above S_j where one of those j has room; so where each live tensor had room
         in fewer than j, S_j is free, and has room for all that is not larger.
         """
-        free = self._free_segments(group)
         live = np.zeros(len(self.points), dtype=np.int64)
-        count, proven = live.copy(), group.where & chunk.is_closed
+        if not chunk.is_closed:
+            return live > 0
+        free, count, proven = self._free_segments(group), live.copy(), group.where.copy()
         beyond = np.zeros((len(free), len(self.points)), dtype=np.int64)  # live tensors that may be in S_j or above
         reach: dict[int, Vector] = {}
         for event in chunk.events:
@@ -213,11 +214,8 @@ class Survey:
 
     def _replay(self, group: Group, chunk: Chunk, reference: int, todo: Vector) -> tuple[GridAllocator, State]:
         self.runs += 1
-        allocator = GridAllocator(self.points, reference)
-        for nbytes in self.weights:
-            if nbytes > SMALL_BYTES:
-                allocator.malloc(allocator.request(nbytes))
-        handles: dict[int, int] = {}
+        self._left -= sum(len(played.events) for played in (*group.played, chunk))
+        allocator, handles = self._load(reference)
         for event in (event for played in group.played for event in played.events):
             self._play(allocator, event, handles)
         self._watch(allocator, chunk, handles, todo)
@@ -241,8 +239,8 @@ class Survey:
         """Play a chunk, its decisions compared, and note where it allocates more than what was seen."""
         allocator.guarding = True
         blocks = {index: allocator.block_number(handle) for index, handle in handles.items()}
-        current = chunk.small + sum(self.points.vector(number) for number in blocks.values())
-        peak, when, noted = np.zeros_like(current), np.zeros_like(current), dict[int, tuple[int, ...]]()
+        current = chunk.small + sum((self.points.vector(number) for number in blocks.values()), -self.dropped_bytes)
+        peak, when, noted = np.zeros_like(current), np.zeros_like(current), dict[int, tuple[tuple[int, int], ...]]()
         for position in range(chunk.first, chunk.last):
             event = self.tape.events[position]
             index = abs(event) - 1
@@ -258,7 +256,7 @@ class Survey:
             current += size
             if (higher := current > peak).any():
                 peak, when[higher] = np.maximum(peak, current), position
-                noted[position] = tuple(sorted(blocks.values()))
+                noted[position] = tuple(sorted((number, index) for index, number in blocks.items()))
         for point in np.flatnonzero(todo & allocator.agree & (peak > self._highest)):
             self._highest[point] = peak[point]
             self.moments[point] = Moment(int(when[point]), noted[int(when[point])])
@@ -268,16 +266,28 @@ class Survey:
         """The most that is allocated at each size, weights apart, 0 where it is not known."""
         return self._highest * (self._highest >= self._unseen)
 
+    def _load(self, reference: int) -> tuple[GridAllocator, dict[int, int]]:
+        """Return an allocator with the weights of the large pool, and the handles of those that the run drops."""
+        allocator = GridAllocator(self.points, reference)
+        large = [(path, nbytes) for path, nbytes in self.weights.items() if nbytes > SMALL_BYTES]
+        loaded = {path: allocator.malloc(allocator.request(nbytes)) for path, nbytes in large}
+        return allocator, {self.dropped[path]: handle for path, handle in loaded.items() if path in self.dropped}
+
+    @cached_property
+    def dropped_bytes(self) -> int:
+        """Bytes of the large pool's blocks of weights that the run drops."""
+        allocator, handles = self._load(0)
+        return sum(int(self.points.vector(allocator.block_number(handle))[0]) for handle in handles.values())
+
     def _state(self, allocator: GridAllocator, handles: Mapping[int, int]) -> State:
-        fixed = ((index, *allocator.place(handle)) for index, handle in sorted(handles.items()))
-        return tuple(nbytes for nbytes, _ in allocator.opened), tuple(fixed)
+        return tuple(nbytes for nbytes, _ in allocator.opened), allocator.places(handles)
 
     def small_segments(self, point: int) -> int:
         """Return how many segments the small pool has at a size: from the replay of that pool alone."""
         content = np.array([b[point] * (b[point] <= SMALL_BYTES) for b in self.bytes]).tobytes()
         if content not in self._small:
             allocator = CachingAllocator()
-            load_weights(allocator, (n for n in self.weights if n <= SMALL_BYTES))
-            small = replay(self.tape, self.points.values[point]).only(lambda nbytes: nbytes <= SMALL_BYTES)
+            weights = {path: allocator.malloc(n) for path, n in self.weights.items() if n <= SMALL_BYTES}
+            small = replay(self.tape, self.points.values[point], weights).only(lambda n: n <= SMALL_BYTES)
             self._small[content] = small.run(allocator).reserved_bytes.nbytes // SMALL_SEGMENT_BYTES
         return self._small[content]

@@ -45,7 +45,7 @@ class Points:
         self._totals: dict[tuple[int, int, int], int] = {}
         self._atoms: dict[Atom, Vector] = {}
         self._vectors: dict[int, Vector] = {}
-        self.answers: dict[Comparison, Vector | None] = {}
+        self._answers: dict[Comparison, Vector | None] = {}
 
     def __len__(self) -> int:
         return len(self.values)
@@ -61,6 +61,15 @@ class Points:
         """Return the number of the sum that an integer stands for."""
         return value.number if isinstance(value, Carried) else self.number(((None, value),) if value else ())
 
+    def number_of_atom(self, atom: Atom) -> int:
+        """Return the number of an atom, of a constant where it is one."""
+        varies = bool(free_names(atom.nbytes))
+        return self.number(((atom, 1),)) if varies else self.number_of(int(self.atom(atom)[0]))
+
+    def varies(self, number: int) -> bool:
+        """Return whether a sum is no constant."""
+        return any(atom is not None for atom, _ in self.sums[number])
+
     def total(self, left: int, right: int, sign: int) -> int:
         """Return the number of one sum plus or minus another."""
         key = (left, right, sign)
@@ -74,10 +83,14 @@ class Points:
     def atom(self, atom: Atom) -> Vector:
         """Return an atom at each size."""
         if atom not in self._atoms:
-            plain = np.zeros(len(self), dtype=np.int64) + evaluate(atom.nbytes, self.arrays)  # type: ignore[arg-type]
-            blocks: Vector = np.maximum(-(-plain // BLOCK_BYTES) * BLOCK_BYTES, BLOCK_BYTES)
+            blocks = np.maximum(-(-self.plain(atom.nbytes) // BLOCK_BYTES) * BLOCK_BYTES, BLOCK_BYTES)
             self._atoms[atom] = segment_bytes(blocks) if atom.is_segment else blocks
         return self._atoms[atom]
+
+    def plain(self, nbytes: Size) -> Vector:
+        """Return a request's bytes at each size, before any rounding."""
+        found: Vector = np.zeros(len(self), dtype=np.int64) + evaluate(nbytes, self.arrays)  # type: ignore[arg-type]
+        return found
 
     def vector(self, number: int) -> Vector:
         """Return a sum at each size."""
@@ -90,11 +103,20 @@ class Points:
 
     def answer(self, comparison: Comparison) -> Vector | None:
         """Return where a comparison holds, None for everywhere."""
-        if comparison not in self.answers:
-            left, right, strict = comparison
-            found = self.vector(left) < self.vector(right) if strict else self.vector(left) <= self.vector(right)
-            self.answers[comparison] = None if found.all() else found
-        return self.answers[comparison]
+        if comparison not in self._answers:
+            found = self.compare(comparison)
+            self._answers[comparison] = None if found.all() else found
+        return self._answers[comparison]
+
+    def compare(self, comparison: Comparison) -> Vector:
+        """Return where a comparison holds."""
+        left, right, strict = comparison
+        found: Vector = self.vector(left) < self.vector(right) if strict else self.vector(left) <= self.vector(right)
+        return found
+
+    def length(self, comparison: Comparison) -> int:
+        """Return how many atoms and constants a comparison takes."""
+        return len(self.sums[comparison[0]]) + len(self.sums[comparison[1]])
 
 
 class Carried(int):
@@ -148,17 +170,20 @@ class GridAllocator(CachingAllocator):
 
     def _carried(self, atom: Atom) -> Carried:
         value = int(self.points.atom(atom)[self.reference])
-        terms: Terms = ((atom, 1),) if free_names(atom.nbytes) else ((None, value),)
-        return Carried.of(value, self.points, self.points.number(terms))
+        return Carried.of(value, self.points, self.points.number_of_atom(atom))
 
-    def place(self, handle: int) -> tuple[int, int]:
-        """Return where a live block is: its segment's rank among those opened, the number of the bytes before it."""
-        block, before = self._live[handle], self.points.number(())
-        rank = list(self._heads).index(block.base)
+    def places(self, handles: Mapping[int, int]) -> tuple[tuple[int, int, int], ...]:
+        """Return where each tensor is: its own number, its segment's rank, the number of the bytes before it."""
+        rank = {base: i for i, base in enumerate(self._heads)}
+        blocks = [(index, self._live[handle]) for index, handle in sorted(handles.items())]
+        return tuple((index, rank[block.base], self._before(block)) for index, block in blocks)
+
+    def _before(self, block: _Block) -> int:
+        number = self.points.number(())
         while block.prev is not None:
             block = block.prev
-            before = self.points.total(before, self.points.number_of(block.size), 1)
-        return rank, before
+            number = self.points.total(number, self.points.number_of(block.size), 1)
+        return number
 
     def block_number(self, handle: int) -> int:
         """Return the number of the sum that a live block's bytes are."""

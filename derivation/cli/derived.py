@@ -163,9 +163,7 @@ def verify(
         raise typer.Exit(1)
 
 
-def _compared(
-    cases: Iterable[tuple[object, Sequence[Any]]], count: int
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def _compared(cases: Iterable[tuple[object, Sequence[Any]]], count: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Return each mismatch with the line that reproduces it, and the largest traced peak of every case."""
     failed, peaks = [], {}
     with output.progress() as bar:

@@ -42,7 +42,6 @@ def values_of(name: str) -> Callable[[], tuple[str, ...]] | None:
     return None if row is None else row.choices or ((lambda: row.words) if row.words else None)
 
 
-
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """What a call is besides its image size."""

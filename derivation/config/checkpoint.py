@@ -149,9 +149,7 @@ def known_pipeline(named: object, file: str) -> str:
     return one_of(*PIPELINES)(named, At(file, "_class_name"))
 
 
-def assembled(
-    name: str, source: str, file: str, named: object, index: object, parts: Mapping[str, Part]
-) -> Checkpoint:
+def assembled(name: str, source: str, file: str, named: object, index: object, parts: Mapping[str, Part]) -> Checkpoint:
     """Return the checkpoint of a pipeline's index and components, all checked; raises ``DerivationError``."""
     pipeline_class = known_pipeline(named, file)
     given = _flags(index, file)

@@ -36,6 +36,7 @@ Check = Callable[[object, At], T]
 
 def integer(low: int = 1, high: int = MAX_SIZE) -> Check[int]:
     """Return a check that takes integers in a range."""
+
     def check(value: object, at: At) -> int:
         if type(value) is int and low <= value <= high:
             return value
@@ -86,6 +87,7 @@ def anything(value: object, at: At) -> object:
 
 def one_of(*values: T) -> Check[T]:
     """Return a check that takes ``values`` alone, their types included."""
+
     def check(value: object, at: At) -> T:
         for known in values:
             if type(value) is type(known) and value == known:

@@ -136,9 +136,7 @@ def _crossings(curves: Iterable[sympy.Poly], start: int) -> list[float]:
     return sorted(root for root in roots if root > start)
 
 
-def _threshold(
-    difference: sympy.Expr, axis: sympy.Symbol, at: Mapping[sympy.Symbol, int], edge: float
-) -> sympy.Expr:
+def _threshold(difference: sympy.Expr, axis: sympy.Symbol, at: Mapping[sympy.Symbol, int], edge: float) -> sympy.Expr:
     """Return the exact root that is ``edge`` where the other symbols are ``at``."""
     polynomial = sympy.Poly(difference, axis)
     if polynomial.degree() == 1:

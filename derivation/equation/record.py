@@ -7,6 +7,7 @@ from functools import cached_property
 from derivation.equation.cases import Case, exact_cases
 from derivation.equation.crossover import Crossover, Irrelevant, crossovers, does_not_matter
 from derivation.equation.derived import Derived
+from derivation.equation.device import DeviceForm
 from derivation.equation.function import Function, Stages, function, stages
 from derivation.equation.limits import Limits, limits
 
@@ -41,6 +42,11 @@ class Equation(Derived):
 
     def _irrelevant(self, guidance: bool) -> tuple[Irrelevant, ...]:
         return does_not_matter(self, self.crossovers(guidance), guidance)
+
+    @cached_property
+    def device(self) -> DeviceForm:
+        """What the GPU's allocator and nvidia-smi show under guidance; raises DerivationError without a GPU."""
+        return DeviceForm(self)
 
     @cached_property
     def limits(self) -> Limits:

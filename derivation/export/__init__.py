@@ -140,5 +140,3 @@ def generate(models: Iterable[str] | None = None) -> dict[str, str]:
 def write_formulas(root: str | os.PathLike[str], texts: Mapping[str, str]) -> list[Path]:
     """Write what ``generate`` returned below ``root``/formulas and return the paths; raises DerivationError."""
     return write_files(Path(root) / "formulas", texts)
-
-

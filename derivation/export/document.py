@@ -132,9 +132,7 @@ def _headline(equation: Equation, guidance: bool) -> dict[str, Any]:
             {"before": c.before, "after": c.after, "latex": c.latex, "at": int(c.at), "sentence": c.sentence}
             for c in equation.crossovers(guidance)
         ],
-        "does_not_matter": [
-            {"quantity": x.quantity, "sentence": x.sentence} for x in equation.irrelevant(guidance)
-        ],
+        "does_not_matter": [{"quantity": x.quantity, "sentence": x.sentence} for x in equation.irrelevant(guidance)],
     }
 
 

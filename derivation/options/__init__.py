@@ -75,9 +75,7 @@ class Options:
         "pipeline",
         choices=lambda: (*ATTENTION, *ATTENTION_ALIASES),
         matrix=_each("attention", EAGER, "math", "flash"),
-        remedies=(
-            Remedy("fused attention", {"attention": "efficient"}, "none: the same result, faster", FUSED, 1),
-        ),
+        remedies=(Remedy("fused attention", {"attention": "efficient"}, "none: the same result, faster", FUSED, 1),),
     )
     gpu: str | None = row(
         None,

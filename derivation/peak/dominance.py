@@ -41,11 +41,7 @@ def sample_sizes(levels: int, tile: Tile | None = None) -> dict[str, Samples]:
     if tile is not None:  # cut tiles from short to long, many tiles along a side
         sides += tuple(n * tile.step + tile.side + rest for n in (0, 3, 99) for rest in (1, tile.step // 2, -1))
     grid = [
-        (b, length, h, w)
-        for b in (1, 2, 64)
-        for length in (1, 77, 1001, 100_001)
-        for h in sides
-        for w in (h, 1, 8, 65)
+        (b, length, h, w) for b in (1, 2, 64) for length in (1, 77, 1001, 100_001) for h in sides for w in (h, 1, 8, 65)
     ]
     columns = np.array(grid, dtype=np.float64).T
     values = {"B": columns[0], "L": columns[1], "h0": columns[2], "w0": columns[3]}

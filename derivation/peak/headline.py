@@ -59,9 +59,7 @@ def _deepest(size: Size, grid: Grid) -> Size:
     if isinstance(size, int):
         return size
     last = grid.levels - 1
-    pairs = [
-        (symbol(f"{side}{k}"), symbol(f"{side}{last}") * (1 << (last - k))) for k in range(last) for side in "hw"
-    ]
+    pairs = [(symbol(f"{side}{k}"), symbol(f"{side}{last}") * (1 << (last - k))) for k in range(last) for side in "hw"]
     return size.compose(pairs)
 
 

@@ -115,9 +115,7 @@ class SymTensor:
         """Return a view with a dimension of size 1 at ``dim`` (at most ``ndim``)."""
         strides = self.strides
         step: Size = 1 if dim == self.ndim else self.shape[dim] * strides[dim]
-        return self.view_as(
-            (*self.shape[:dim], 1, *self.shape[dim:]), (*strides[:dim], step, *strides[dim:])
-        )
+        return self.view_as((*self.shape[:dim], 1, *self.shape[dim:]), (*strides[:dim], step, *strides[dim:]))
 
     def narrow(self, dim: int, length: Size) -> SymTensor:
         """Return a view of ``length`` entries along ``dim``."""
@@ -127,9 +125,7 @@ class SymTensor:
     def select(self, dim: int) -> SymTensor:
         """Return a view of one entry along ``dim``, without that dimension."""
         strides = self.strides
-        return self.view_as(
-            self.shape[:dim] + self.shape[dim + 1 :], strides[:dim] + strides[dim + 1 :]
-        )
+        return self.view_as(self.shape[:dim] + self.shape[dim + 1 :], strides[:dim] + strides[dim + 1 :])
 
     def chunk(self, chunks: int, dim: int) -> tuple[SymTensor, ...]:
         """Return ``chunks`` equal views along ``dim``, whose size must be a multiple of ``chunks``."""
@@ -140,9 +136,7 @@ class SymTensor:
         """Return a view broadcast to ``shape``: expanded dimensions have stride 0."""
         lead = len(shape) - self.ndim
         own = ((0,) * lead + self.strides, (1,) * lead + self.shape)
-        strides = tuple(
-            0 if old != new else stride for stride, old, new in zip(*own, shape, strict=True)
-        )
+        strides = tuple(0 if old != new else stride for stride, old, new in zip(*own, shape, strict=True))
         return self.view_as(tuple(shape), strides)
 
     def view_as(self, shape: tuple[Size, ...], strides: tuple[Size, ...] | None) -> SymTensor:
@@ -169,9 +163,7 @@ def is_many(dim: Size) -> bool:
     return tape().exceeds(dim, 1)
 
 
-def _view_strides(
-    shape: Sequence[Size], strides: Sequence[Size], new_shape: Sequence[Size]
-) -> tuple[Size, ...] | None:
+def _view_strides(shape: Sequence[Size], strides: Sequence[Size], new_shape: Sequence[Size]) -> tuple[Size, ...] | None:
     """Return the strides of ``new_shape``, or None.
 
     Each maximal run of dimensions that is one evenly strided block (stride[i] = stride[i+1] * shape[i+1])

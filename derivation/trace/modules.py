@@ -51,16 +51,12 @@ PIPELINES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def build_unet(
-    config: Config, dtype: str = "float16", attention: str = "efficient", switches: Switches = ()
-) -> Any:
+def build_unet(config: Config, dtype: str = "float16", attention: str = "efficient", switches: Switches = ()) -> Any:
     """Return the UNet2DConditionModel of a config; ``attention="eager"`` sets diffusers' AttnProcessor."""
     return _build(_unet, config, dtype, attention == "eager", switches)
 
 
-def build_vae(
-    config: Config, dtype: str = "float16", attention: str = "efficient", switches: Switches = ()
-) -> Any:
+def build_vae(config: Config, dtype: str = "float16", attention: str = "efficient", switches: Switches = ()) -> Any:
     """Return the AutoencoderKL of a config; ``attention="eager"`` sets diffusers' AttnProcessor."""
     # a pipeline may leave the VAE in float32
     return _frozen(_build(_vae, config, dtype, attention == "eager", switches), dtype)

@@ -77,9 +77,7 @@ def _efficient_can_run(*qkv: torch.Tensor) -> bool:
     return _dense(*qkv) and qkv[0].shape[-1] % alignment == 0
 
 
-def _flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float | None
-) -> Any:
+def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float | None) -> Any:
     head_dim = query.shape[-1]
     padding = -head_dim % 8
     if not padding:

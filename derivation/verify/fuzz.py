@@ -97,9 +97,7 @@ def random_case(seed: int, component: str | None = None) -> Case:
 def random_options(rng: random.Random, component: str, unet: Mapping[str, Any]) -> Options:
     """Return options that ``component`` reads and ``unet`` can have, each drawn once in OPTION_SHARE times."""
     values = {name: row.draws(PARTS[component]) for name, row in TABLE.items()} if component in PARTS else {}
-    drawn = {
-        name: rng.choice(known) for name, known in values.items() if known and rng.randrange(OPTION_SHARE) == 0
-    }
+    drawn = {name: rng.choice(known) for name, known in values.items() if known and rng.randrange(OPTION_SHARE) == 0}
     if component == PIPELINE:
         drawn |= {"pipeline": rng.choice(PIPELINES), "num_inference_steps": rng.randint(4, 7)}
     for name in _impossible(drawn, unet):

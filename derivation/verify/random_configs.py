@@ -102,11 +102,15 @@ def random_checkpoint(rng: random.Random) -> Files:
     """Return the files of a small checkpoint folder of either family, by their paths in it."""
     xl = rng.random() < 0.5
     text = random_text_encoder(rng) | TOKENS | {"num_hidden_layers": rng.randint(2, 4)}
-    second = random_text_encoder(rng) | TOKENS | {
-        "architectures": ["CLIPTextModelWithProjection"],
-        "num_hidden_layers": rng.randint(2, 4),
-        "projection_dim": rng.choice((16, 48)),
-    }
+    second = (
+        random_text_encoder(rng)
+        | TOKENS
+        | {
+            "architectures": ["CLIPTextModelWithProjection"],
+            "num_hidden_layers": rng.randint(2, 4),
+            "projection_dim": rng.choice((16, 48)),
+        }
+    )
     scheduler = {
         "_class_name": rng.choice(sorted(SCHEDULERS)),
         "prediction_type": rng.choice(("epsilon", "v_prediction")),

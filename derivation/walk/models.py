@@ -78,9 +78,7 @@ def UNet2DConditionModel(
     """
     t_emb = _time_embed(sample, timestep, config)
     time_embed_dim = config.time_embedding_dim or 4 * config.block_out_channels[0]
-    emb = TimestepEmbedding(
-        "time_embedding", t_emb, timestep_cond, time_embed_dim=time_embed_dim, act_fn=config.act_fn
-    )
+    emb = TimestepEmbedding("time_embedding", t_emb, timestep_cond, time_embed_dim=time_embed_dim, act_fn=config.act_fn)
     aug_emb = None
     if added_cond is not None:
         aug_emb = _aug_embed(emb, added_cond, config)
@@ -99,9 +97,7 @@ def UNet2DConditionModel(
     for i, down_block_type in enumerate(config.down_block_types):
         spec = down_spec(config, i)
         if down_block_type == "CrossAttnDownBlock2D":
-            sample, res_samples = CrossAttnDownBlock2D(
-                f"down_blocks.{i}", sample, emb, conditions, spec=spec
-            )
+            sample, res_samples = CrossAttnDownBlock2D(f"down_blocks.{i}", sample, emb, conditions, spec=spec)
         else:
             sample, res_samples = DownBlock2D(f"down_blocks.{i}", sample, emb, spec=spec)
         down_block_res_samples += res_samples
@@ -173,16 +169,12 @@ def controlnet(
 
 def _time_embed(sample: SymTensor, timestep: SymTensor, config: UNet2DConditionConfig) -> SymTensor:
     timesteps = one_timestep(timestep).expand(sample.shape[0])
-    t_emb = get_timestep_embedding(
-        timesteps, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos
-    )
+    t_emb = get_timestep_embedding(timesteps, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos)
     t_emb = to(t_emb, sample.dtype)
     return t_emb
 
 
-def _aug_embed(
-    emb: SymTensor, added_cond: tuple[SymTensor, SymTensor], config: UNet2DConditionConfig
-) -> SymTensor:
+def _aug_embed(emb: SymTensor, added_cond: tuple[SymTensor, SymTensor], config: UNet2DConditionConfig) -> SymTensor:
     """``get_aug_embed`` for addition_embed_type text_time."""
     text_embeds, time_ids = added_cond
     embed_dim, time_embed_dim = config.addition_time_embed_dim, emb.shape[-1]

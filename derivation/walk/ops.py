@@ -352,9 +352,7 @@ def GroupNorm(x: SymTensor, groups: int) -> SymTensor:
     parameter("bias", (channels,))
     x = contiguous(x)
     out = empty(x.shape, x.dtype, "native_group_norm")
-    mean, rstd = (
-        empty((x.shape[0], groups), x.dtype, "native_group_norm", Category.STATISTICS) for _ in range(2)
-    )
+    mean, rstd = (empty((x.shape[0], groups), x.dtype, "native_group_norm", Category.STATISTICS) for _ in range(2))
     kernels.group_norm_coefficients(x)
     del mean, rstd
     return out
@@ -369,9 +367,7 @@ def LayerNorm(x: SymTensor) -> SymTensor:
     parameter("bias", (channels,))
     row_major = kernels.row_major_copy(x, "native_layer_norm")
     out = empty(x.shape, x.dtype, "native_layer_norm")
-    mean, rstd = (
-        empty((*x.shape[:-1], 1), "float32", "native_layer_norm", Category.STATISTICS) for _ in range(2)
-    )
+    mean, rstd = (empty((*x.shape[:-1], 1), "float32", "native_layer_norm", Category.STATISTICS) for _ in range(2))
     del mean, rstd, row_major
     return out
 

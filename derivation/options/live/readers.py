@@ -19,6 +19,8 @@ PROCESSORS: dict[str, str | None] = {
     "IPAdapterXFormersAttnProcessor": "efficient",
 }
 SLICED = "SlicedAttnProcessor"
+
+
 @option
 def pipeline(pipe: Any, models: Models) -> str:
     """The task, by the pipeline's class."""
@@ -60,7 +62,7 @@ def slices(models: Models) -> Models:
 
 @option
 def attention_slicing(pipe: Any, models: Models) -> str | int | None:
-    """"auto", "max" or the slice size of the SlicedAttnProcessors of UNet and ControlNet."""
+    """ "auto", "max" or the slice size of the SlicedAttnProcessors of UNet and ControlNet."""
     modules = list(attentions(slices(models).values()))
     sliced = [module for module in modules if type(module.processor).__name__ == SLICED]
     if not sliced:

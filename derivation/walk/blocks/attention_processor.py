@@ -79,9 +79,7 @@ def Attention(
         query = head_to_batch_dim(query, spec)
         key = head_to_batch_dim(key, spec)
         value = head_to_batch_dim(value, spec)
-        attention_probs = attention_scores(
-            query, key, upcast=spec.upcast_attention, upcast_softmax=spec.upcast_softmax
-        )
+        attention_probs = attention_scores(query, key, upcast=spec.upcast_attention, upcast_softmax=spec.upcast_softmax)
         hidden_states = bmm(attention_probs, value)
         hidden_states = batch_to_head_dim(hidden_states, spec)
     else:

@@ -65,9 +65,7 @@ def ControlNetModel(
         time_embeds = time_embeds.view(batch, count * embed_dim)
         add_embeds = cat([time_embeds, text_embeds], 1)  # float32, the wider dtype
         add_embeds = to(add_embeds, emb.dtype)
-        aug_emb = TimestepEmbedding(
-            "add_embedding", add_embeds, time_embed_dim=4 * channels, act_fn=config.act_fn
-        )
+        aug_emb = TimestepEmbedding("add_embedding", add_embeds, time_embed_dim=4 * channels, act_fn=config.act_fn)
         emb = add(emb, aug_emb)
 
     sample = Conv2d("conv_in", sample, channels, 3, padding=1)

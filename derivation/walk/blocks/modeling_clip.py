@@ -161,9 +161,7 @@ def CLIPVisionEmbeddings(pixel_values: SymTensor, *, config: CLIPVisionConfig) -
     dim, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
     class_embedding = parameter("class_embedding", (dim,))
     position_ids = parameter("position_ids", (1, patches + 1), "int64")
-    patch_embeds = Conv2d(
-        "patch_embedding", pixel_values, dim, config.patch_size, stride=config.patch_size, bias=False
-    )
+    patch_embeds = Conv2d("patch_embedding", pixel_values, dim, config.patch_size, stride=config.patch_size, bias=False)
     patch_embeds = patch_embeds.view(batch, dim, patches).transpose(1, 2)
     class_embeds = class_embedding.expand(batch, 1, dim)
     embeddings = cat([class_embeds, patch_embeds], 1)
@@ -188,5 +186,3 @@ def CLIPVisionModelWithProjection(pixel_values: SymTensor, *, config: CLIPVision
     vision_outputs = CLIPVisionModel("vision_model", pixel_values, config=config)
     image_embeds = Linear("visual_projection", vision_outputs[1], config.projection_dim, bias=False)
     return image_embeds
-
-

@@ -62,9 +62,7 @@ def CrossAttnDownBlock2D(
     output_states: tuple[SymTensor, ...] = ()
     for i, transformer in enumerate(spec.transformers):
         hidden_states = _resnet(f"resnets.{i}", hidden_states, temb, spec)
-        hidden_states = Transformer2DModel(
-            f"attentions.{i}", hidden_states, encoder_hidden_states, spec=transformer
-        )
+        hidden_states = Transformer2DModel(f"attentions.{i}", hidden_states, encoder_hidden_states, spec=transformer)
         output_states = (*output_states, hidden_states)
     if spec.resample:
         hidden_states = Downsample2D("downsamplers.0", hidden_states, padding=1)
@@ -80,9 +78,7 @@ def UNetMidBlock2DCrossAttn(
     assert spec.transformers is not None
     hidden_states = _resnet("resnets.0", hidden_states, temb, spec)
     for i, transformer in enumerate(spec.transformers):
-        hidden_states = Transformer2DModel(
-            f"attentions.{i}", hidden_states, encoder_hidden_states, spec=transformer
-        )
+        hidden_states = Transformer2DModel(f"attentions.{i}", hidden_states, encoder_hidden_states, spec=transformer)
         hidden_states = _resnet(f"resnets.{i + 1}", hidden_states, temb, spec)
     return hidden_states
 
@@ -137,9 +133,7 @@ def CrossAttnUpBlock2D(
         res_hidden_states_tuple = res_hidden_states_tuple[:-1]
         hidden_states = cat([hidden_states, res_hidden_states], 1)
         hidden_states = _resnet(f"resnets.{i}", hidden_states, temb, spec)
-        hidden_states = Transformer2DModel(
-            f"attentions.{i}", hidden_states, encoder_hidden_states, spec=transformer
-        )
+        hidden_states = Transformer2DModel(f"attentions.{i}", hidden_states, encoder_hidden_states, spec=transformer)
     if spec.resample:
         hidden_states = Upsample2D("upsamplers.0", hidden_states, upsample_size)
     return hidden_states

@@ -90,9 +90,7 @@ class Denoising:
         dtype = self.scheduler.timestep_dtype
         return empty((), dtype, "_to_copy", Category.PIPELINE) if moved else given((), dtype)
 
-    def iteration(
-        self, prompt_embeds: SymTensor, added_cond: tuple[SymTensor, SymTensor] | None, last: bool
-    ) -> None:
+    def iteration(self, prompt_embeds: SymTensor, added_cond: tuple[SymTensor, SymTensor] | None, last: bool) -> None:
         """One pass of the loop's body."""
         guidance = self.pipeline.guidance
         self.latent_model_input = cat([self.latents] * 2, 0) if guidance else self.latents

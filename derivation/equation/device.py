@@ -1,0 +1,292 @@
+"""What torch.cuda allocates and reserves and what nvidia-smi shows, in closed form, and the decisions behind it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import lcm
+
+import numpy as np
+import sympy
+
+from derivation.allocator.allocator import CachingAllocator
+from derivation.allocator.memory import DeviceMemory, context_of, device_memory, load_pipeline
+from derivation.allocator.regimes import Moment, Survey
+from derivation.allocator.report import MIN_LARGE_BYTES, ROUND_LARGE_BYTES, SMALL_SEGMENT_BYTES, segment_size
+from derivation.allocator.symbolic import Atom, Comparison, Points, Vector
+from derivation.call import Call
+from derivation.equation.derived import Derived
+from derivation.errors import DerivationError, unsupported
+from derivation.gpu.cards import lookup
+from derivation.tape.grid import H, W
+from derivation.tape.symbols import BLOCK_BYTES, SYMBOLS, as_poly
+
+# The image sides at which the allocator's decisions are compared.
+LEAST_SIDE, MOST_SIDE, STEP = 512, 2048, 64
+# Events that the replays of one part of the run may take in all; a size that they do not reach is told by at().
+MOST_EVENTS = 40_000
+# Segments of the small pool, of 2 MiB: a replay of that pool alone counts them at a size.
+N_SMALL = sympy.Symbol("n_small", integer=True, positive=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Terms of a sum that are equal: their bytes, and the tensors behind them."""
+
+    bytes: sympy.Expr
+    tensors: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{len(self.tensors)} x {self.bytes}: {', '.join(self.tensors)}"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Regime:
+    """Sizes at which the allocator decides the same of what counts: bytes that do not vary, and parts that do.
+
+    ``conditions`` tell these sizes from those of the regimes behind it in a list; each is a comparison that the
+    allocator makes. ``where`` are the sizes, ``total`` the bytes at each, small segments left out.
+    """
+
+    constant_bytes: int
+    parts: tuple[Part, ...]
+    conditions: tuple[sympy.Basic, ...]
+    where: Vector
+    total: Vector
+
+    @property
+    def bytes(self) -> sympy.Expr:
+        """The sum."""
+        return sympy.Add(self.constant_bytes, *(len(part.tensors) * part.bytes for part in self.parts))
+
+
+class DeviceForm:
+    """The allocator's peaks of one call in closed form, for sides that are multiples of 64 from 512 to 2048, or fixed.
+
+    Batch size and prompt length are those that are fixed, else 1 and the default. On a full card, where cached blocks
+    are given back, the forms claim nothing, but for one size, at which they are the numeric replay's. Raises
+    DerivationError where no GPU is named, or where the allocator is never at rest and the sides are not fixed.
+    """
+
+    def __init__(self, derived: Derived, guidance: bool = True) -> None:
+        if derived.options.gpu is None:
+            raise unsupported("gpu", None, "a GPU's name, for what its allocator does")
+        self.derived, self.card = derived, lookup(derived.options.gpu)
+        self.context_bytes, self.context_source = context_of(self.card)
+        calls = list(self._calls(guidance))
+        # sides stay symbols where they are fixed, so that terms can be traced
+        free = Derived(derived.subject, {name: size for name, size in derived.fixed.items() if name in ("B", "L")})
+        self.variant = free.program(guidance).at(derived.sizes(calls[0]))
+        held = [call for call in calls if self.variant.holds(derived.sizes(call))]
+        self.index = {(call.height, call.width): i for i, call in enumerate(held)}
+        self.points = Points([derived.sizes(call) for call in held])
+        self.survey = Survey(self.variant.tape, derived.resident, self.points, MOST_EVENTS)
+
+    def _calls(self, guidance: bool) -> Iterator[Call]:
+        fixed, factor, unit = self.derived.given, self.derived.factor, lcm(STEP, self.derived.grid.unit)
+        every = range(-(-LEAST_SIDE // unit) * unit, min(MOST_SIDE, self.derived.sides.most) + 1, unit)
+        heights, widths = ([fixed[s] * factor] if s in fixed else every for s in ("h0", "w0"))
+        length, batch = self.derived.defaults["L"], self.derived.defaults["B"]
+        sizes = sorted(product(heights, widths), key=lambda size: size[0] != size[1])
+        return (Call(height, width, batch, length, guidance) for height, width in sizes)
+
+    @cached_property
+    def replayed(self) -> DeviceMemory | None:
+        """The numeric replay of the one size there is, None where there are several."""
+        if len(self.points) > 1:
+            return None
+        assert self.derived.options.gpu is not None
+        return device_memory(self.derived.options.gpu, self.derived.resident, self.variant.tape, self.points.values[0])
+
+    @cached_property
+    def reserved_regimes(self) -> tuple[Regime, ...]:
+        """Segments by what they were opened for, those of the small pool left out; the most special regime first."""
+        if self.replayed is None:
+            return self._opened()
+        small = SMALL_SEGMENT_BYTES * self.survey.small_segments(0)
+        return self._as_replayed(self.replayed.reserved - small, self._opened)
+
+    @cached_property
+    def allocated_regimes(self) -> tuple[Regime, ...]:
+        """Blocks alive when most is allocated, the most special regime first; at sizes where that is known."""
+        return self._alive() if self.replayed is None else self._as_replayed(self.replayed.allocated, self._alive)
+
+    def _as_replayed(self, nbytes: int, make: Callable[[], tuple[Regime, ...]]) -> tuple[Regime, ...]:
+        """Return the form at one size if it is what the replay says, else the figure alone: on a card that is full."""
+        try:
+            found = make()
+        except DerivationError:
+            found = ()
+        if found and int(found[0].total[0]) == nbytes:
+            return found
+        return (Regime(nbytes, (), (), np.ones(1, dtype=bool), np.array([nbytes])),)
+
+    def _opened(self) -> tuple[Regime, ...]:
+        found: dict[Hashable, tuple[Vector, list[tuple[int, int]]]] = {}
+        for group in self.survey.groups:
+            numbers = [self.points.number_of_atom(Atom(n, is_segment=True)) for n in group.state[0]]
+            key = frozenset(Counter(numbers).items())
+            where, opened = found.get(key, (group.where, list(zip(numbers, group.origins, strict=True))))
+            found[key] = where | group.where, opened
+        return self._regimes(0, found)
+
+    def _alive(self) -> tuple[Regime, ...]:
+        found: dict[Hashable, tuple[Vector, list[tuple[int, int]]]] = {}
+        known = np.any([regime.where for regime in self.reserved_regimes], axis=0) & (self.survey.allocated_bytes > 0)
+        for moment in dict.fromkeys(self.survey.moments):
+            where = np.array([m == moment for m in self.survey.moments]) & known
+            if moment is not None and where.any():
+                found[moment] = where, [*moment.large, *self._small_ones(moment)]
+        loaded = CachingAllocator()
+        load_pipeline(loaded, self.derived.resident)
+        return self._regimes(loaded.allocated_bytes.current - self.survey.dropped_bytes, found)
+
+    def _small_ones(self, moment: Moment) -> Iterator[tuple[int, int]]:
+        """Yield what is alive in the small pool, and what a weight that the run has dropped takes from it."""
+        allocations, alive = self.variant.tape.allocations, dict[int, int]()
+        large = {index for _, index in moment.large}
+        for event in self.variant.tape.events[: moment.event + 1]:
+            index = abs(event) - 1
+            if event > 0 or allocations[index].loaded:
+                alive[index] = 1 if event > 0 else -1
+            else:
+                del alive[index]
+        for index, sign in alive.items():
+            number = self.points.number_of_atom(Atom(allocations[index].nbytes, is_segment=False))
+            if sign > 0 and index not in large:
+                yield number, index
+            elif sign < 0 and not self.survey.possible[index]:
+                yield self.points.total(self.points.number(()), number, -1), index
+
+    def _regimes(
+        self, constant: int, found: Mapping[Hashable, tuple[Vector, list[tuple[int, int]]]]
+    ) -> tuple[Regime, ...]:
+        ordered = sorted(found.values(), key=lambda entry: int(entry[0].sum()))
+        regimes = []
+        for i, (where, sums) in enumerate(ordered):
+            others = np.any([w for w, _ in ordered[i + 1 :]], axis=0) if ordered[i + 1 :] else np.zeros_like(where)
+            conditions = tuple(self._relation(c, where | others) for c in self._telling(where, others))
+            regimes.append(self._regime(constant, sums, conditions, where))
+        return tuple(regimes)
+
+    def _regime(
+        self, constant: int, sums: Sequence[tuple[int, int]], conditions: tuple[sympy.Basic, ...], where: Vector
+    ) -> Regime:
+        total = np.zeros(len(self.points), dtype=np.int64) + constant
+        names: dict[int, list[str]] = {}
+        for number, origin in sums:
+            total += self.points.vector(number)
+            if self.points.varies(number):
+                a = self.variant.tape.allocations[origin]
+                names.setdefault(number, []).append(f"{a.path or 'pipeline'}: {a.op}")
+            else:
+                constant += int(self.points.vector(number)[0])
+        parts = tuple(Part(self._expression(number, where), tuple(tensors)) for number, tensors in names.items())
+        return Regime(constant, parts, conditions, where, total)
+
+    def _telling(self, own: Vector, others: Vector) -> list[Comparison]:
+        """Return decisions that the allocator takes so at all sizes of ``own``, but not together at any of ``others``.
+
+        Of those that rule out most of what is left the shortest is the next; none where decisions do not suffice.
+        """
+        taken = {c for group in self.survey.groups for c in group.held}
+        answers = {c: self.points.compare(c) for c in (*taken, *((right, left, not lt) for left, right, lt in taken))}
+        answers = {c: answer for c, answer in answers.items() if answer[own].all()}
+        left, found = others, list[Comparison]()
+        while left.any() and answers:
+            best = min(answers, key=lambda c: (int((left & answers[c]).sum()), self.points.length(c), c))
+            if not (left & ~answers[best]).any():
+                return []
+            found.append(best)
+            left = left & answers[best]
+        return found
+
+    def _relation(self, comparison: Comparison, where: Vector) -> sympy.Basic:
+        left, right, is_less = comparison
+        sides = self._expression(left, where), self._expression(right, where)
+        return sympy.Lt(*sides) if is_less else sympy.Le(*sides)
+
+    def _expression(self, number: int, where: Vector) -> sympy.Expr:
+        """Return a sum in H and W."""
+        terms = self.points.sums[number]
+        return sympy.Add(*(c if atom is None else c * self._atom(atom, where) for atom, c in terms))
+
+    def _atom(self, atom: Atom, where: Vector) -> sympy.Expr:
+        values = [self._in_pixels(symbol.name) for symbol in SYMBOLS]
+        plain = sympy.expand(as_poly(atom.nbytes).as_expr(*values))
+        if not atom.is_segment:
+            fits = (self.points.plain(atom.nbytes)[where] % BLOCK_BYTES == 0).all()
+            return plain if fits else BLOCK_BYTES * sympy.ceiling(plain / BLOCK_BYTES)
+        own = ROUND_LARGE_BYTES * sympy.ceiling(plain / ROUND_LARGE_BYTES)
+        is_own = self.points.plain(atom.nbytes)[where] >= MIN_LARGE_BYTES
+        shared = sympy.Integer(segment_size(MIN_LARGE_BYTES - BLOCK_BYTES))
+        if is_own.all() or not is_own.any():
+            return own if is_own.all() else shared
+        return sympy.Piecewise((shared, plain < MIN_LARGE_BYTES), (own, True))
+
+    def _in_pixels(self, name: str) -> sympy.Expr | int:
+        """Return what a symbol of a size is: a number where it is fixed, a side at a level where it is not."""
+        values = self.points.arrays.get(name)
+        if values is None or (values == values[0]).all():
+            return 0 if values is None else int(values[0])
+        return (H if name[0] == "h" else W) / (self.derived.factor << int(name[1:]))
+
+    @cached_property
+    def allocated(self) -> sympy.Expr:
+        """torch.cuda.max_memory_allocated() in H and W."""
+        return _piecewise((regime.bytes, regime.conditions) for regime in self.allocated_regimes)
+
+    @cached_property
+    def reserved(self) -> sympy.Expr:
+        """torch.cuda.max_memory_reserved() in H, W and the number of small segments, which is put in at one size."""
+        more = SMALL_SEGMENT_BYTES * self._small
+        return _piecewise((regime.bytes + more, regime.conditions) for regime in self.reserved_regimes)
+
+    @cached_property
+    def device(self) -> sympy.Expr:
+        """What nvidia-smi shows: reserved bytes and the context's; raises DerivationError where that is not known."""
+        if self.context_bytes is None:
+            raise unsupported("gpu", self.card.name, "a card whose CUDA context is documented")
+        more = self.context_bytes + SMALL_SEGMENT_BYTES * self._small
+        return _piecewise((regime.bytes + more, regime.conditions) for regime in self.reserved_regimes)
+
+    @property
+    def _small(self) -> sympy.Expr | int:
+        return self.survey.small_segments(0) if self.replayed is not None else N_SMALL
+
+    def small_segments(self, height: int, width: int) -> int:
+        """Return how many segments the small pool has; raises DerivationError for a size that is not covered."""
+        return self.survey.small_segments(self.index[self._covered(height, width)])
+
+    def reserved_at(self, height: int, width: int) -> int:
+        """Return the reserved bytes of a size; raises DerivationError for one that is not covered."""
+        point = self.index[self._covered(height, width)]
+        [large] = (int(regime.total[point]) for regime in self.reserved_regimes if regime.where[point])
+        return large + SMALL_SEGMENT_BYTES * self.survey.small_segments(point)
+
+    def covers(self, height: int, width: int) -> bool:
+        """Return whether the forms hold for a size: its regime was met, and the card has room for it."""
+        point = self.index.get((height, width))
+        met = [regime for regime in self.reserved_regimes if point is not None and regime.where[point]]
+        if not met or self.card.total_memory_bytes is None:
+            return bool(met)
+        room = self.card.total_memory_bytes - (self.context_bytes or 0)
+        reserved = int(met[0].total[point]) + SMALL_SEGMENT_BYTES * self.survey.small_segments(
+            self.index[height, width]
+        )
+        return self.replayed is not None or reserved <= room
+
+    def _covered(self, height: int, width: int) -> tuple[int, int]:
+        if not self.covers(height, width):
+            raise unsupported("height x width", f"{height} x {width}", "sizes of a regime met, or what at() fixes")
+        return height, width
+
+
+def _piecewise(cases: Iterable[tuple[sympy.Expr, tuple[sympy.Basic, ...]]]) -> sympy.Expr:
+    found = list(cases)
+    if len(found) == 1:
+        return found[0][0]
+    return sympy.Piecewise(*((value, sympy.And(*conditions)) for value, conditions in found))
