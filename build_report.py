@@ -16,6 +16,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from derivation import DerivationError
 from derivation.cli.arguments import add_options, given_options
+from derivation.config import bundled
 from derivation.errors import one_line
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     )
     models = "bundled ids, folders or Hugging Face Hub ids (org/name, org/name@revision)"
     result.add_argument("models", metavar="MODEL", nargs="*", default=[DEFAULT_MODEL], help=models)
+    result.add_argument("--all", action="store_true", help="every bundled model, and an index page that compares them")
     result.add_argument("--output", type=Path, default=Path("report"), help="folder to write (default: report/)")
     result.add_argument("--pdf", action="store_true", help="also typeset the notes, where a TeX engine is installed")
     result.add_argument("--verify", action="store_true", help="trace the real modules now (needs the extra verify)")
@@ -58,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = given_options(args)
         with console.status("starting") as status:
             progress = status.update if console.is_terminal else lambda step: None
-            paths = build_all(args.models, args.output, args.pdf, args.verify, progress, **options)
+            models = bundled() if args.all else args.models
+            paths = build_all(models, args.output, args.pdf, args.verify, progress, args.all, **options)
     except DerivationError as error:
         print(f"build_report.py: {error}", file=sys.stderr)
         return 2

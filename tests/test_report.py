@@ -29,7 +29,7 @@ from derivation.report.reduction import reductions
 from derivation.report.text import tex
 from derivation.report.walk import walks
 from derivation.tape.grid import B, H, L, W
-from derivation.text import grouped
+from derivation.text import grouped, human
 
 ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "google-chrome", "chromium-browser")
@@ -121,12 +121,33 @@ def test_the_page_stays_below_three_megabytes(report):
 
 
 def test_markdown_latex_and_every_figure_they_name_are_there(report):
-    for ending, pattern in ((".md", r"\]\((figures/[^)]*)\)"), (".tex", r"\\includegraphics\[[^]]*\]\{([^}]*)\}")):
+    drawn = r"\]\((figures/[^)]*)\)"
+    for ending, pattern in ((".md", drawn), (".appendix.md", drawn), (".tex", r"\\includegraphics\[.*?\]\{(.*?)\}")):
         text = report.with_suffix(ending).read_text()
         named = re.findall(pattern, text)
         assert named
         assert all((report.parent / name).stat().st_size for name in named)
         assert not (report.parent / ".tmp").exists()
+
+
+def test_the_notes_are_four_pages_and_end_with_how_they_were_checked(report):
+    notes = report.with_suffix(".md").read_text()
+    prose = re.sub(r"<details>.*?</details>|^\|.*$|^!.*$", "", notes, flags=re.MULTILINE | re.DOTALL)
+    assert len(prose.split()) < 4 * 400
+    assert re.findall(r"(?m)^##? (.*)$", notes)[1:] == ["The answer", "Image size and cards", "How it was checked"]
+    assert f"]({report.stem}.appendix.md)" in notes
+    assert "## Block by block" in report.with_suffix(".appendix.md").read_text()
+
+
+def test_an_index_compares_models_and_links_their_reports(tmp_path, small):
+    index, *pages = build([SD15, SD_2_1], tmp_path, index=True)
+    found = Page(index.read_text())
+    assert index.name == "index.html" and len(pages) == 2
+    assert all((tmp_path / link).exists() for link in found.links)
+    assert {page.name for page in pages} <= set(found.links)
+    text = index.read_text().replace("\u202f", " ")
+    for d in map(derive, (SD15, SD_2_1)):
+        assert human(d.weights_bytes + max(d.stage_peaks(1024, 1024).values())) in text
 
 
 def test_every_witness_adds_up_to_its_polynomial(derivation):
@@ -288,7 +309,8 @@ def test_every_simplification_step_has_the_same_value(derivation):
 
 def formulas_of(page):
     """Return the mathematics of the Markdown and of the LaTeX notes."""
-    markdown, latex = page.with_suffix(".md").read_text(), page.with_suffix(".tex").read_text()
+    markdown = page.with_suffix(".md").read_text() + page.with_suffix(".appendix.md").read_text()
+    latex = page.with_suffix(".tex").read_text()
     displayed = re.findall(r"```math\n(.*?)```", markdown, re.S) + re.findall(r"\\\[ (.*?) \\\]", latex)
     displayed += re.findall(r"\\begin\{equation\*\}(.*?)\\end\{equation\*\}", latex, re.S)
     inline = [x for text in (markdown, latex) for x in re.findall(r"(?<!\\)\$([^$]+)\$", text)]

@@ -60,13 +60,13 @@ def answer_section(c: Content) -> Section:
         blocks.append(Table("Symbols of VAE tiles", columns, rows, WHERE, "where"))
     blocks += [
         Paragraph(_symbols(c)),
-        Section("Term by term", _terms(c)),
+        Section("Why: term by term", _terms(c)),
         Section("Which stage peaks where", (_stages(c),)),
     ]
     if c.placements:
         blocks.append(Section("With and without CPU offload", (_placements(c),)))
     if c.crossings:
-        blocks.append(Section("Where the peak changes hands", (Bullets(c.crossings),)))
+        blocks.append(Section("When it changes", (Bullets(c.crossings),)))
     if c.indifferent:
         blocks.append(Section("What does not matter", (Facts(c.indifferent),)))
     blocks.append(Section("What is assumed, what is left out", (Facts(tuple(c.assumptions)),)))

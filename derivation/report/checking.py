@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from derivation.report.document import Code, Column, Details, Mark, Paragraph, Row, Section, Table, prose
+from derivation.report.document import Block, Code, Column, Details, Mark, Paragraph, Row, Section, Table, Text, prose
 from derivation.report.validation import MeasuredRow, Run, Validation
 
 COMPARED = (
@@ -18,19 +18,24 @@ MISSING = (
 MEASURED = ("What", "GPU", "Metric"), ("Measured (bytes)", "Predicted (bytes)", "Difference"), ("Judged", "Source")
 
 
-def validation_section(v: Validation) -> Section:
-    """Return the section."""
-    runs = [block for run in v.runs for block in _run(run)] or [Paragraph(prose(MISSING))]
+def checked_section(v: Validation) -> Section:
+    """Return what was compared with what, and how it came out."""
+    runs: list[Text] = [Mark("strong", run.title) for run in v.runs] or [prose(MISSING)]
+    said = [Paragraph(text) for text in (prose(COMPARED), *runs, *v.wider)]
+    blocks: tuple[Block, ...] = (*said, *v.pictures)
+    return Section("How it was checked", blocks, "validation")
+
+
+def comparisons_section(v: Validation) -> Section:
+    """Return the tables of what was compared."""
     measured = (_measured(v.measured),) if v.measured else ()
-    blocks = (Paragraph(prose(COMPARED)), *runs, *map(Paragraph, v.wider), *v.pictures, *measured)
-    return Section("Validation", blocks, "validation")
+    return Section("Every comparison", (*map(_run, v.runs), *measured), "comparisons", appendix=True)
 
 
-def _run(run: Run) -> tuple[Paragraph, Details]:
+def _run(run: Run) -> Details:
     columns = tuple(Column(title, number=i > 1, head=not i) for i, title in enumerate(run.columns))
-    table = Table("Verification results", columns, tuple(map(Row, run.rows)))
-    summary = f"The compared peaks, {len(run.rows)} of them"
-    return Paragraph(Mark("strong", run.title)), Details(summary, (table,), printed=True)
+    table = Table("Verification results", columns, tuple(map(Row, run.rows)), Mark("strong", run.title))
+    return Details(f"The compared peaks, {len(run.rows)} of them", (table,), printed=True)
 
 
 def _measured(rows: tuple[MeasuredRow, ...]) -> Details:

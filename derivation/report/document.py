@@ -137,11 +137,15 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part with a heading; ``anchor`` is there for the parts of the contents alone."""
+    """A part with a heading; ``anchor`` is there for the parts of the contents alone.
+
+    Notes have what is no ``appendix``; that is a file of its own beside them.
+    """
 
     title: str
     blocks: tuple[Block, ...]
     anchor: str = ""
+    appendix: bool = False
 
 
 Block: TypeAlias = Paragraph | Formula | Table | Bullets | Facts | Details | Form | Picture | Section

@@ -10,6 +10,7 @@ from derivation.errors import DerivationError
 from derivation.files import check_folder, write_files
 from derivation.options import Options
 from derivation.report.content import Content, content
+from derivation.report.render import index as index_page
 from derivation.report.render import texts
 
 Progress = Callable[[str], None]
@@ -21,27 +22,29 @@ def build(
     command: str = "python build_report.py",
     progress: Progress = lambda step: None,
     verify: bool = False,
+    index: bool = False,
     **options: Any,
 ) -> list[Path]:
     """Write the reports of ``models`` below ``output``, all or none, and return the HTML pages' paths.
 
-    ``options`` are those of derive; ``verify`` traces the real modules (needs the extra). Raises
-    DerivationError for a model that cannot be derived or a folder that cannot be written.
+    ``options`` are those of derive; ``verify`` traces the real modules (needs the extra); with ``index`` the first
+    page is one that compares the models and links their reports. Raises DerivationError for a model that cannot be
+    derived or a folder that cannot be written.
     """
     check_folder(output)
     chosen = Options(**options)
     files: dict[str, str | bytes] = {}
-    pages: list[Path] = []
+    contents: list[Content] = []
     for model in models:
-        found = content(model, chosen, command, progress, verify)
+        contents.append(found := content(model, chosen, command, progress, verify))
         page = f"{found.slug}.html"
         if page in files:
             raise DerivationError(f"two models would write {page}: build them into separate folders (--output)")
         progress(f"writing {page}")
         files |= report_files(found)
-        pages.append(output / page)
+    files |= {"index.html": index_page(contents)} if index else {}
     write_files(output, files)
-    return pages
+    return [output / name for name in sorted(files, key="index.html".__ne__) if name.endswith(".html")]
 
 
 def report_files(found: Content) -> dict[str, str | bytes]:

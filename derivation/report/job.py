@@ -32,15 +32,18 @@ def build_all(
     pdf: bool,
     verify: bool,
     progress: Callable[[str], None],
+    index: bool = False,
     **options: Any,
 ) -> list[Path]:
     """Write the reports and refresh the models' folders in formulas/; returns the pages' paths, PDFs included.
+
+    With ``index`` the first page compares the models.
 
     Raises DerivationError where a report cannot be derived or written, or LaTeX stops at an error.
     """
     with get_context("spawn").Pool(1) as pool:  # leaving the block ends it, also where a report cannot be built
         formulas = pool.apply_async(generate, (list(models),))
-        pages = build(models, output, _command(models, options), progress, verify, **options)
+        pages = build(models, output, _command(models, options), progress, verify, index, **options)
         progress("refreshing formulas/")
         write_formulas(ROOT, formulas.get())
     return [*pages, *(_typeset(pages, progress) if pdf else [])]
@@ -57,7 +60,8 @@ def _typeset(pages: Sequence[Path], progress: Callable[[str], None]) -> list[Pat
         print(f"no PDF: no TeX engine found ({', '.join(ENGINES)}); the LaTeX source is written", file=sys.stderr)
         return []
     progress(f"typesetting with {engine}")
-    return [_pdf(engine, page.with_suffix(".tex")) for page in pages]
+    sources = [page.with_suffix(".tex") for page in pages if page.name != "index.html"]
+    return [_pdf(engine, source) for source in sources]
 
 
 def _pdf(engine: str, source: Path) -> Path:

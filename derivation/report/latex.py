@@ -140,7 +140,7 @@ def _placed(row: Row, columns: int) -> dict[int, Text]:
 
 
 def _cell(cell: Text) -> str:
-    return inline(cell).replace("=", "=" + BREAK)
+    return re.sub(r"(?<=\w)=(?=\w)", lambda _: "=" + BREAK, inline(cell))
 
 
 def _paragraphs(side: str, width: float) -> str:

@@ -29,7 +29,7 @@ MARKS = {"strong": "**{}**", "em": "*{}*", "tag": "({})", "dim": "{}", "below": 
 
 def blocks(found: Iterable[Block], folder: str, level: int = 2) -> str:
     """Return blocks; figures are files in ``folder``, sections start at heading ``level``."""
-    return "".join(f"{_block(block, folder, level)}\n\n" for block in found if not isinstance(block, Form))
+    return "".join(f"{text}\n\n" for block in found if (text := _block(block, folder, level)))
 
 
 def inline(text: Text) -> str:
@@ -51,7 +51,8 @@ def inline(text: Text) -> str:
 def _block(block: Block, folder: str, level: int) -> str:
     match block:
         case Section():
-            return f"{'#' * level} {block.title}\n\n{blocks(block.blocks, folder, level + 1).rstrip()}"
+            inside = blocks(block.blocks, folder, level + 1).rstrip()
+            return f"{'#' * level} {block.title}\n\n{inside}" if inside else ""
         case Paragraph():
             return inline(block.text)
         case Formula():

@@ -60,7 +60,7 @@ def reduction_section(c: Content) -> Section:
         Paragraph(prose(PRINTED, _fraction(c.factor), str(c.unit), tiles)),
         *(_stage(r, c.side) for r in c.reductions if r.candidates > 1),
     )
-    return Section("From program points to polynomials", blocks, "reduction")
+    return Section("From program points to polynomials", blocks, "reduction", appendix=True)
 
 
 def _counts(r: StageReduction) -> Row:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from markupsafe import Markup
 
 from derivation.export.templates import environment
@@ -9,7 +11,12 @@ from derivation.report import html, latex, markdown
 from derivation.report.content import Content
 from derivation.report.document import Code
 from derivation.report.sections import document
-from derivation.report.text import tex
+from derivation.report.text import human, tex
+
+ASKED = (
+    "How much GPU memory does one call need at its peak, and why? "
+    "The tensors behind every term, block by block, are in the [appendix]({}.appendix.md)."
+)
 
 
 def texts(c: Content) -> dict[str, str]:
@@ -17,18 +24,26 @@ def texts(c: Content) -> dict[str, str]:
     sections = document(c)
     folder = f"figures/{c.slug}"
     form = Markup(_fill("calculator.html", k=c.calculator))
-    title = f"# Peak GPU memory of {markdown.inline(Code(c.model))}\n\n{', '.join(c.chips)}\n\n"
+    notes, appendix = ([s for s in sections if s.appendix is more] for more in (False, True))
+    name = markdown.inline(Code(c.model))
     return {
         "html": _fill("html", c=c, sections=sections, body=html.blocks(sections, form)),
-        "md": title + markdown.blocks(sections, folder),
+        "md": f"# Peak GPU memory of {name}\n\n{ASKED.format(c.slug)}\n\n{', '.join(c.chips)}\n\n"
+        + markdown.blocks(notes, folder),
+        "appendix.md": f"# Appendix: peak GPU memory of {name}\n\n" + markdown.blocks(appendix, folder),
         "tex": _fill(
             "tex",
             command=tex(c.command),
             title=latex.inline(Code(c.model)),
             chips=tex(", ".join(c.chips)),
-            body=latex.blocks(sections, folder),
+            body=latex.blocks(notes, folder) + "\\appendix\n" + latex.blocks(appendix, folder),
         ),
     }
+
+
+def index(pages: Sequence[Content]) -> str:
+    """Return the page that compares models and links their reports."""
+    return _fill("index.html", pages=pages, human=human)
 
 
 def _fill(ending: str, **values: object) -> str:

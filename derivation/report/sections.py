@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from derivation.report.answer import PolynomialRow, place
 from derivation.report.answering import answer_section
-from derivation.report.checking import validation_section
+from derivation.report.checking import checked_section, comparisons_section
 from derivation.report.content import Content
 from derivation.report.document import (
     Block,
@@ -48,17 +48,19 @@ CUT = (
 
 def document(c: Content) -> tuple[Section, ...]:
     """Return a report's sections."""
-    sizes = [c.figures[name] for name in ("curves", "map", "attention")]
+    sizes = tuple(c.figures[name] for name in ("curves", "map", "attention"))
+    witnesses = (Paragraph(prose(WITNESSES)), *_witnesses(c))
     return (
+        Section("What a call needs", (Form(),), "calculator"),
         answer_section(c),
-        Section("Calculator", (Form(),), "calculator"),
+        Section("Image size and cards", sizes, "sizes"),
+        checked_section(c.validation),
         _architecture(c),
         _program(c),
-        Section("Image size and cards", tuple(sizes), "sizes"),
-        Section("What is alive at each peak", (Paragraph(prose(WITNESSES)), *_witnesses(c)), "witnesses"),
+        Section("What is alive at each peak", witnesses, "witnesses", appendix=True),
         reduction_section(c),
         _walks(c),
-        validation_section(c.validation),
+        comparisons_section(c.validation),
     )
 
 
@@ -66,14 +68,14 @@ def _architecture(c: Content) -> Section:
     rows = (Row((Math(f"<mtext>{s.name.translate(SUBSCRIPTS)}</mtext>", s.latex), s.meaning)) for s in c.symbols)
     symbols = Table("Symbols", (Column("Symbol"), Column("Meaning")), tuple(rows), "Symbols in shapes and bytes")
     figures = (c.figures[name] for name in ("stages", "unet") if name in c.figures)
-    return Section("Architecture at a glance", (*figures, symbols), "architecture")
+    return Section("Architecture at a glance", (*figures, symbols), "architecture", appendix=True)
 
 
 def _program(c: Content) -> Section:
     what = prose("The pipeline’s `__call__`" if c.whole else "Each component’s `forward()`")
     once = " Iterations of the denoising loop that repeat exactly are recorded once." if c.whole else ""
-    said = Paragraph(prose(PROGRAM, what, grouped(c.events), once))
-    return Section("Memory over the program", (said, c.figures["live"], c.figures["composition"]), "program")
+    blocks = (Paragraph(prose(PROGRAM, what, grouped(c.events), once)), c.figures["live"], c.figures["composition"])
+    return Section("Memory over the program", blocks, "program", appendix=True)
 
 
 def _witnesses(c: Content) -> tuple[Block, ...]:
@@ -115,7 +117,7 @@ def _witness(found: PolynomialRow, c: Content) -> Details:
 
 def _walks(c: Content) -> Section:
     said = Paragraph((prose(WALK, str(c.side), str(c.side)), CUT if c.where else ""))
-    return Section("Block by block", (said, *(_walk(walk, c) for walk in c.walks)), "walk")
+    return Section("Block by block", (said, *(_walk(walk, c) for walk in c.walks)), "walk", appendix=True)
 
 
 def _walk(walk: Walk, c: Content) -> Details:
