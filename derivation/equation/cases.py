@@ -10,31 +10,25 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from derivation.call import Call
 from derivation.equation.derived import Derived
+from derivation.equation.moments import Events, Moments
 from derivation.equation.numbering import Numbering, at
 from derivation.errors import DerivationError
-from derivation.peak.dominance import reduce_points, sample_sizes
-from derivation.peak.liveness import Point, cut_at, local_maxima, prompt_limits
-from derivation.peak.proof import margin, proven_nonnegative
+from derivation.peak.dominance import reduce_points
+from derivation.peak.liveness import Point, local_maxima, prompt_limits
+from derivation.tape.evaluate import Span
 from derivation.tape.events import Guard
 from derivation.tape.program import Program, Variant
 from derivation.tape.symbols import MAX_LEVELS, Size, evaluate, free_names, nonnegative_from_one, symbol
-from derivation.tape.tape import Tape
-from derivation.tape.tiles import Tile
 
 # A size compared with more thresholds than this counts something without end.
 MAX_THRESHOLDS = 3
-# Sizes at which a proof is refused before it is tried.
-SAMPLES = 6
-
 Threshold = tuple[Size, int]
-# Live sets: (the stage where stages are told apart, the number) -> the first event.
-Events = Mapping[tuple[str, bytes], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,26 +166,36 @@ class Known:
         return survivors if self.apart else reduce_points(survivors).kept
 
     def same_peak(self, cell: Cell, variant: Variant) -> bool:
-        """Return True if the Max over the points of ``variant`` is proven equal to this Max in ``cell``."""
-        sizes = (*self.variant.evaluator.sizes, *variant.evaluator.sizes)
-        numbering = Numbering(cell.ones, sizes)
-        before, after = (_live_sets(v, cell, numbering, self.apart) for v in (self.variant, variant))
+        """Return True if the Max over the points of ``variant`` is proven equal to this Max in ``cell``.
+
+        Stages that pass the same live sets in both are left out at first: mostly the others suffice.
+        """
+        own, other = _occurring(self.variant, cell), _occurring(variant, cell)
+        stages = own.keys() | other.keys()
+        touched = {name for name in stages if own.get(name) != other.get(name)}
+        if not touched:
+            return True
+        numbering = Numbering(cell.ones, (*self.variant.evaluator.sizes, *variant.evaluator.sizes))
+        if self._same(cell, variant, numbering, touched):
+            return True
+        return touched != stages and self._same(cell, variant, numbering, stages)
+
+    def _same(self, cell: Cell, variant: Variant, numbering: Numbering, stages: Set[str]) -> bool:
+        """Return True if the live sets of some ``stages`` are proven to leave the Max as it is."""
+        before, after = (_live_sets(v, cell, numbering, self.apart, stages) for v in (self.variant, variant))
         if before.keys() == after.keys():
             return True
-        kept = {
-            (p.stage if self.apart else "", numbering.number(p.terms)): p.event
-            for p in self.kept
-            if _occurs(p.max_length, cell)
-        }
-        new, gone = after.keys() - before.keys(), kept.keys() - after.keys()
+        occurring = [p for p in self.kept if _occurs(p.max_length, cell)]
+        kept = {(p.stage if self.apart else "", numbering.number(p.terms)): p for p in occurring}
+        new = {key: event for key, event in after.items() if key not in before}
+        gone = {key: p.event for key, p in kept.items() if key not in after and p.stage in stages}
         if not new and not gone:
             return True
-        samples = _samples(cell.ones, self.variant.tape.tile or variant.tape.tile)
-        uppers = _moments(self.variant, kept, numbering, samples)
-        if not _covers(uppers, _moments(variant, {key: after[key] for key in new}, numbering, samples)):
+        place = (numbering, self.variant.tape.tile or variant.tape.tile)
+        uppers = Moments.of(self.variant, {key: p.event for key, p in kept.items()}, *place)
+        if not uppers.cover(Moments.of(variant, new, *place)):
             return False
-        lost = [upper for upper, key in zip(uppers, kept, strict=True) if key in gone]
-        return not lost or _covers(_moments(variant, after, numbering, samples), lost)
+        return not gone or Moments.of(variant, after, *place).cover(Moments.of(self.variant, gone, *place))
 
 
 @lru_cache(maxsize=64)
@@ -201,67 +205,28 @@ def _survivors(variant: Variant) -> tuple[Point, ...]:
     return tuple(p for stage in stages.values() for p in reduce_points(stage).kept)
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """An event's live set with some symbols put to 1, and its bytes at some sizes where they are 1."""
+def _live_sets(variant: Variant, cell: Cell, numbering: Numbering, apart: bool, stages: Set[str]) -> Events:
+    """Return each distinct live set of ``stages`` where bytes stop growing that occurs in a cell.
 
-    tape: Tape
-    event: int
-    stage: str
-    number: bytes
-    numbering: Numbering
-    samples: tuple[int, ...]
-
-    def covers(self, other: Moment) -> bool:
-        """Return True if this is proven to take at least as many bytes as ``other``: where no sample denies it."""
-        if self.stage != other.stage or any(a < b for a, b in zip(self.samples, other.samples, strict=True)):
-            return False
-        lower = other.point()
-        return proven_nonnegative(margin([(self.point(), 1)], lower), lower)
-
-    def point(self) -> Point:
-        """Return the live set as a point of any prompt length."""
-        cut = cut_at(self.tape, self.event)
-        return Point(self.event, self.stage, self.numbering.terms(self.number), None, self.tape.tile, cut)
-
-
-@lru_cache(maxsize=1024)
-def _samples(ones: frozenset[str], tile: Tile | None) -> tuple[dict[str, int], ...]:
-    """Return some sizes at which ``ones`` are 1 and all kinds of VAE tiles occur."""
-    table = sample_sizes(MAX_LEVELS, tile)
-    rows = [dict(zip(table, map(int, row), strict=True)) for row in zip(*table.values(), strict=True)]
-    fitting = [row for row in rows if all(row.values()) and all(row.get(name, 1) == 1 for name in ones)]
-    return tuple(fitting[:: len(fitting) // SAMPLES + 1])
-
-
-def _moments(
-    variant: Variant, events: Events, numbering: Numbering, samples: Iterable[Mapping[str, int]]
-) -> list[Moment]:
-    """Return live sets of a variant as moments."""
-    tables = [variant.evaluator.live_bytes(values) for values in samples]
-    return [
-        Moment(variant.tape, event, stage, number, numbering, tuple(int(table[event + 1]) for table in tables))
-        for (stage, number), event in events.items()
-    ]
-
-
-def _live_sets(variant: Variant, cell: Cell, numbering: Numbering, apart: bool) -> Events:
-    """Return each distinct live set where bytes stop growing that occurs in a cell, of each stage where ``apart``."""
-    limits, sets = prompt_limits(variant.tape), variant.evaluator.live_sets
+    Those of each stage where stages are ``apart``.
+    """
     found: dict[tuple[str, bytes], int] = {}
-    for (event, stage), number in zip(sets.places, numbering.numbers(sets), strict=True):
-        if _occurs(limits.get(stage), cell):
-            found.setdefault((stage if apart else "", number), event)
+    for stage, span in ((name, span) for name, span in _occurring(variant, cell).items() if name in stages):
+        sets, name = span.live_sets, stage if apart else ""
+        for place, number in zip(sets.places, numbering.numbers(sets), strict=True):
+            found.setdefault((name, number), span.start + place - 1)
     return found
+
+
+def _occurring(variant: Variant, cell: Cell) -> dict[str, Span]:
+    """Return the events of each stage that occurs in a cell."""
+    limits = prompt_limits(variant.tape)
+    return {name: span for name, span in variant.evaluator.spans.items() if _occurs(limits.get(name), cell)}
 
 
 def _occurs(max_length: int | None, cell: Cell) -> bool:
     length = symbol("L")
     return max_length is None or all(size != length or bound < max_length for size, bound in cell.above)
-
-
-def _covers(uppers: Sequence[Moment], lowers: Iterable[Moment]) -> bool:
-    return all(any(upper.covers(lower) for upper in uppers) for lower in lowers)
 
 
 def deviations(generic: Known, variants: Iterable[tuple[Cell, Variant]]) -> list[tuple[Cell, Known]]:
@@ -302,11 +267,14 @@ def _variants(derived: Derived, guidance: bool) -> list[tuple[Cell, Variant]]:
 
 def _component_cells(derived: Derived, guidance: bool) -> list[Cell]:
     """Return the cells in which some component's peak is another function."""
-    found: list[Cell] = []
-    for name in derived.subject.calls:
-        (_, generic), *others = regimes(derived.component(name, guidance), derived)
-        found += [cell for cell, _ in deviations(Known(generic), others)]
-    return found
+    calls = (derived.component(name, guidance) for name in derived.subject.calls)
+    return [cell for call in calls for cell in _cells_of(call, derived)]
+
+
+@lru_cache(maxsize=16)
+def _cells_of(call: Program, derived: Derived) -> tuple[Cell, ...]:
+    (_, generic), *others = regimes(call, derived)
+    return tuple(cell for cell, _ in deviations(Known(generic), others))
 
 
 def _own_cells(derived: Derived, guidance: bool) -> list[Cell]:

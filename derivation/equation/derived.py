@@ -116,7 +116,7 @@ class Derived:
 
     def component(self, name: str, guidance: bool = True) -> Program:
         """Return one component call as a recordable run; raises DerivationError for an unknown name."""
-        return self._once(self._component, name, guidance)
+        return self._once(self._component, name, guidance and name in self.subject.guided)
 
     def _component(self, name: str, guidance: bool) -> Program:
         return self.subject.component(name, guidance, self.fixed)

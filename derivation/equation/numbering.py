@@ -6,11 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from derivation.peak.liveness import Terms
 from derivation.peak.proof import Monomial
 from derivation.tape.evaluate import LiveSets
 from derivation.tape.symbols import INDEX, RING, Size, free_names
+
+# A size, and a monomial of how many storages have it, None for an integer.
+Place = tuple[Size, Monomial | None]
 
 
 @lru_cache(maxsize=65536)
@@ -34,12 +38,12 @@ class Numbering:
     """
 
     def __init__(self, ones: frozenset[str], sizes: Iterable[tuple[Size, Size]]) -> None:
-        self._ones = ones
-        self._places: dict[tuple[Size, Monomial | None], int] = {}
+        self.ones = ones
+        self._places: dict[Place, int] = {}
         self._parts = {kind: list(self._parted(*kind)) for kind in dict.fromkeys(sizes)}
 
     def _parted(self, nbytes: Size, count: Size) -> Iterator[tuple[int, int]]:
-        size, times = at(nbytes, self._ones), at(count, self._ones)
+        size, times = at(nbytes, self.ones), at(count, self.ones)
         for monomial, c in ((None, times),) if isinstance(times, int) else times.items():
             yield self._places.setdefault((size, monomial), len(self._places)), int(c)
 
@@ -50,6 +54,16 @@ class Numbering:
             for place, c in self._parted(nbytes, count):
                 row[place] += c
         return row.tobytes()
+
+    @property
+    def places(self) -> list[Place]:
+        """The size, and the monomial of a count, that each entry of a row counts."""
+        return list(self._places)
+
+    def rows(self, numbers: Iterable[bytes]) -> NDArray[np.int32]:
+        """Return the rows [numbers, places] behind some numbers."""
+        listed = b"".join(numbers)
+        return np.frombuffer(listed, dtype=np.int32).reshape(-1, len(self._places))
 
     def numbers(self, sets: LiveSets) -> list[bytes]:
         """Return the number of each live set."""

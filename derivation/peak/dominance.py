@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from derivation.peak.liveness import Point
 from derivation.peak.margins import Margins
 from derivation.peak.proof import margin, proven_nonnegative
-from derivation.tape.symbols import BLOCK_BYTES, MAX_LEVELS, SYMBOLS, Size, as_poly, ceil512
+from derivation.tape.symbols import BLOCK_BYTES, MAX_LEVELS, SYMBOLS, Size, as_poly
 from derivation.tape.tiles import Tile
 
 Samples = NDArray[np.float64]
@@ -35,6 +35,7 @@ class Reduction:
     unproven: int
 
 
+@lru_cache(maxsize=8)
 def sample_sizes(levels: int, tile: Tile | None = None) -> dict[str, Samples]:
     """Return a grid of sizes from tiny to huge, square and narrow, as one array a symbol, with VAE tiles as given."""
     sides: tuple[int, ...] = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 127, 256, 1024)
@@ -54,11 +55,13 @@ def sample_sizes(levels: int, tile: Tile | None = None) -> dict[str, Samples]:
     return values
 
 
-def _bytes_at(points: Sequence[Point], values: Mapping[str, Samples]) -> Samples:
+def _bytes_at(points: Sequence[Point]) -> Samples:
     """Return bytes [points, samples] in floating point; 0 where a point does not occur."""
+    tile = points[0].tile
+    values = sample_sizes(MAX_LEVELS, tile)
     atoms: dict[tuple[Size, Size], int] = {}
     columns = [[atoms.setdefault(term, len(atoms)) for term in p.terms] for p in points]
-    table = np.array([_atom(nbytes, values) * _poly(count, values) for nbytes, count in atoms])
+    table = np.array([_atom(nbytes, tile) * _poly(count, tile) for nbytes, count in atoms])
     incidence = np.zeros((len(points), len(atoms)))
     for row, alive in enumerate(columns):
         incidence[row, alive] = 1
@@ -71,14 +74,16 @@ def _bytes_at(points: Sequence[Point], values: Mapping[str, Samples]) -> Samples
     return result
 
 
-def _atom(nbytes: Size, values: Mapping[str, Samples]) -> Samples:
-    if isinstance(nbytes, int):
-        return np.full_like(values["B"], ceil512(nbytes))
-    blocks: Samples = np.ceil(_poly(nbytes, values) / BLOCK_BYTES)
+@lru_cache(maxsize=2048)
+def _atom(nbytes: Size, tile: Tile | None) -> Samples:
+    """Return a size in 512-byte blocks at the samples."""
+    blocks: Samples = np.ceil(_poly(nbytes, tile) / BLOCK_BYTES)
     return blocks * BLOCK_BYTES
 
 
-def _poly(size: Size, values: Mapping[str, Samples]) -> Samples:
+@lru_cache(maxsize=2048)
+def _poly(size: Size, tile: Tile | None) -> Samples:
+    values = sample_sizes(MAX_LEVELS, tile)
     total = np.zeros_like(values["B"])
     for monomial, coefficient in as_poly(size).items():
         term = np.full_like(total, int(coefficient))
@@ -122,7 +127,7 @@ class _Points:
 def _remembered(given: _Points) -> tuple[_Points, tuple[int, ...], int]:
     """Return the points, whose sizes' identities are the key, those that are kept, and how many of them win."""
     points = given.points
-    table = _bytes_at(points, sample_sizes(MAX_LEVELS, points[0].tile))
+    table = _bytes_at(points)
     occurring = table.max(axis=0) > 0
     wins = np.bincount(np.argmax(table[:, occurring], axis=0), minlength=len(points))
     winners = [int(i) for i in np.argsort(-wins, kind="stable") if wins[i]]

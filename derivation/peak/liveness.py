@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from derivation.tape.evaluate import Evaluator
+from derivation.tape.evaluate import Evaluator, Span
 from derivation.tape.events import Allocation
 from derivation.tape.symbols import RING, Size, as_poly, free_names, symbol
 from derivation.tape.tape import Tape
@@ -39,23 +41,35 @@ def local_maxima(tape: Tape, evaluator: Evaluator | None = None) -> list[Point]:
 
     Its sizes stand in the order in which they appeared.
     """
-    evaluator = evaluator or Evaluator(tape)
-    places: dict[Size, int] = {}
-    kinds = [(places.setdefault(nbytes, len(places)), count) for nbytes, count in evaluator.sizes]
-    steps, sizes = evaluator.steps.tolist(), list(places)
-    alive: dict[int, Size] = {}
-    points: dict[tuple[str, frozenset[tuple[int, Size]]], Point] = {}
-    limits = prompt_limits(tape)
-    done = 0
-    for index, stage in evaluator.live_sets.places:
-        for step in steps[done : index + 1]:
+    limits, alive, points = prompt_limits(tape), Terms(), list[Point]()
+    for stage, span in (evaluator or Evaluator(tape)).spans.items():
+        found, alive = _grown(span, alive)
+        for place, terms in found:
+            event = span.start + place - 1
+            points.append(Point(event, stage, terms, limits.get(stage), tape.tile, cut_at(tape, event)))
+    return points
+
+
+@lru_cache(maxsize=128)
+def _grown(span: Span, before: Terms) -> tuple[Sequence[tuple[int, Terms]], Terms]:
+    """Return the place and the terms of each live set of a span that starts with ``before``, and what is alive last."""
+    sizes = list(dict.fromkeys(nbytes for nbytes, _ in (*before, *span.sizes)))
+    index = {nbytes: i for i, nbytes in enumerate(sizes)}
+    kinds = [(index[nbytes], count) for nbytes, count in span.sizes]
+    alive: dict[int, Size] = {index[nbytes]: count for nbytes, count in before}
+    found: dict[frozenset[tuple[int, Size]], tuple[int, Terms]] = {}
+    steps, done = span.steps.tolist(), 0
+
+    def terms(end: int) -> Terms:
+        for step in steps[done:end]:
             kind, count = kinds[max(step, ~step)]
             _apply(alive, kind, count if step >= 0 else -count)
-        done = max(done, index + 1)
-        terms = tuple((sizes[kind], count) for kind, count in alive.items())
-        point = Point(index, stage, terms, limits.get(stage), tape.tile, cut_at(tape, index))
-        points.setdefault((stage, frozenset(alive.items())), point)
-    return list(points.values())
+        return tuple((sizes[kind], count) for kind, count in alive.items())
+
+    for place in span.live_sets.places:
+        here, done = terms(place), place
+        found.setdefault(frozenset(alive.items()), (place, here))
+    return list(found.values()), terms(len(steps))
 
 
 def cut_at(tape: Tape, event: int) -> frozenset[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
+from itertools import count as count_from
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 from derivation.tape.symbols import Size, ceil512, evaluate
 from derivation.tape.tape import Tape
 
+Integers = NDArray[np.int64]
 MAX_INT64 = 2**63 - 1
+_NUMBERS = count_from()
 
 
 def stages(tape: Tape) -> list[tuple[str, int, int]]:
@@ -34,30 +37,84 @@ def born_and_dead(values: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class LiveSets:
-    """Distinct live sets of a tape: ``counts`` [sizes, live sets] of ``sizes``, (nbytes, count) each.
+    """Distinct live sets at the maxima of a span, but empty ones: ``counts`` [sizes, live sets] of the span's sizes.
 
-    ``places`` holds the first event and the stage of each.
+    ``places`` holds how many of the span's events precede the first occurrence of each.
     """
 
-    sizes: list[tuple[Size, Size]]
-    places: list[tuple[int, str]]
+    sizes: Sequence[tuple[Size, Size]]
+    places: Sequence[int]
     counts: NDArray[np.int32]
 
-    @classmethod
-    def of(cls, evaluator: Evaluator) -> LiveSets:
-        """Return each distinct live set of a stage at the tape's maxima, but empty ones."""
-        places = evaluator.maxima
-        events = np.array([event for event, _ in places], dtype=np.int64)
-        steps = evaluator.steps[: int(events.max(initial=-1)) + 1]
-        changes = np.zeros((len(events), len(evaluator.sizes)), dtype=np.int32)
-        rows = np.searchsorted(events, np.arange(len(steps)))
-        np.add.at(changes, (rows, np.where(steps < 0, ~steps, steps)), np.where(steps < 0, -1, 1))
-        counts = np.cumsum(changes, axis=0, dtype=np.int32)
-        first: dict[tuple[str, bytes], int] = {}
-        for row, (_, stage) in enumerate(places):
-            first.setdefault((stage, counts[row].tobytes()), row)
-        kept = [row for row in first.values() if counts[row].any()]
-        return cls(evaluator.sizes, [places[row] for row in kept], np.ascontiguousarray(counts[kept].T))
+
+@cache
+def _number(nbytes: Size, count: Size) -> int:
+    """Return a number that no other (nbytes, count) has."""
+    return next(_NUMBERS)
+
+
+class Span:
+    """The events of one stage from event ``start`` on; spans are equal where the live sets that they pass are.
+
+    ``sizes`` holds each (nbytes, count) that is alive before it or changes in it, ``total`` how often each is alive
+    before it, ``steps`` one entry an event: i where sizes[i] appears, ~i where it dies.
+    """
+
+    def __init__(self, stage: str, start: int, end: int, sizes: Sequence[tuple[Size, Size]], steps: Integers) -> None:
+        self.stage, self.start = stage, start
+        total, kinds = _net(steps[:start], len(sizes)), _kinds(steps[start:end])
+        used = np.union1d(np.flatnonzero(total), kinds)
+        numbers = np.array([_number(*sizes[i]) for i in used], dtype=np.int64)
+        used, numbers = used[np.argsort(numbers)], np.sort(numbers)
+        places = np.zeros(len(sizes), dtype=np.int64)
+        places[used] = np.arange(len(used))
+        self.sizes = [sizes[i] for i in used]
+        self.total = total[used]
+        self.steps = np.where(steps[start:end] < 0, ~places[kinds], places[kinds])
+        self._key = (numbers.tobytes(), self.total.tobytes(), self.steps.tobytes())
+        self._hash = hash(self._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Span) and self._key == other._key
+
+    @property
+    def live_sets(self) -> LiveSets:
+        """The distinct live sets at the span's maxima."""
+        return _live_sets(self)
+
+    def maxima(self) -> Integers:
+        """Return how many events precede the start, each birth that a death follows, and the last one."""
+        born = self.steps >= 0
+        return np.flatnonzero(np.append(True, born) & np.append(~born, True))
+
+
+@lru_cache(maxsize=128)
+def _live_sets(span: Span) -> LiveSets:
+    places = span.maxima()
+    changes = np.zeros((len(places), len(span.sizes)), dtype=np.int32)
+    changes[0] = span.total
+    steps = span.steps[: places[-1]]
+    rows = np.searchsorted(places, np.arange(1, len(steps) + 1))
+    np.add.at(changes, (rows, _kinds(steps)), np.where(steps < 0, -1, 1))
+    counts = np.cumsum(changes, axis=0, dtype=np.int32)
+    first: dict[bytes, int] = {}
+    for row, counted in enumerate(counts):
+        first.setdefault(counted.tobytes(), row)
+    kept = [row for row in first.values() if counts[row].any()]
+    return LiveSets(span.sizes, places[kept].tolist(), np.ascontiguousarray(counts[kept].T))
+
+
+def _kinds(steps: Integers) -> Integers:
+    return np.where(steps < 0, ~steps, steps)
+
+
+def _net(steps: Integers, sizes: int) -> Integers:
+    """Return how often each size has appeared more often than it has died."""
+    births, deaths = steps[steps >= 0], ~steps[steps < 0]
+    return np.bincount(births, minlength=sizes) - np.bincount(deaths, minlength=sizes)
 
 
 class Evaluator:
@@ -78,19 +135,9 @@ class Evaluator:
         self._stages = stages(tape)
 
     @cached_property
-    def maxima(self) -> list[tuple[int, str]]:
-        """(event, stage) where a stage starts, where a storage's death follows a birth, and at a last birth."""
-        born = self.steps >= 0
-        found: list[tuple[int, str]] = []
-        for stage, start, end in self._stages:
-            grown, falls = np.append(True, born[start:end]), np.append(~born[start:end], True)
-            found += [(start - 1 + int(i), stage) for i in np.flatnonzero(grown & falls)]
-        return found
-
-    @cached_property
-    def live_sets(self) -> LiveSets:
-        """The tape's distinct live sets at its maxima."""
-        return LiveSets.of(self)
+    def spans(self) -> dict[str, Span]:
+        """The events of each stage."""
+        return {stage: Span(stage, start, end, self.sizes, self.steps) for stage, start, end in self._stages}
 
     def live_bytes(self, values: Mapping[str, int]) -> NDArray[Any]:
         """Return the live bytes in 512-byte blocks before the first event and after each one."""

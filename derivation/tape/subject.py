@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from math import prod
 from typing import Any, Protocol
 
@@ -20,7 +20,8 @@ class Subject(Protocol):
     """A pipeline, or one component: walked by our own blocks, or traced from the real modules.
 
     ``name`` is the model's, ``method`` "walk" or "trace"; ``whole`` says whether it is a pipeline; ``grid`` maps image
-    sides to level sides, of ``sides`` that are accepted; ``calls`` names the component calls in order.
+    sides to level sides, of ``sides`` that are accepted; ``calls`` names the component calls in order, ``guided`` those
+    that depend on guidance.
     """
 
     @property
@@ -37,6 +38,8 @@ class Subject(Protocol):
     def sides(self) -> Sides: ...
     @property
     def calls(self) -> tuple[str, ...]: ...
+    @property
+    def guided(self) -> Container[str]: ...
     @property
     def parameters(self) -> Parameters: ...
     @property

@@ -104,7 +104,13 @@ def product(factors: tuple[Size, ...]) -> Size:
     result: Size = 1
     for factor in factors:
         result = result * factor
-    return result
+    return _one_object(result)
+
+
+@lru_cache(maxsize=65536)
+def _one_object(size: Size) -> Size:
+    """Return the same object for equal sizes, which are equal at once then."""
+    return size
 
 
 def as_poly(size: Size) -> PolyElement:

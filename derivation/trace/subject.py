@@ -58,7 +58,7 @@ class TracedTransformer:
     Image sides are multiples of 16 pixels.
     """
 
-    method, whole, grid, calls = "trace", False, GRID, (MODEL,)
+    method, whole, grid, calls, guided = "trace", False, GRID, (MODEL,), (MODEL,)
 
     def __init__(self, config: Mapping[str, Any], file: str, options: Options) -> None:
         self.architecture = checked(config, file, options)

@@ -28,6 +28,8 @@ from derivation.walk.ops import given
 
 # SDXL's added time ids: original size, crop, target size (pipeline_stable_diffusion_xl.py)
 TIME_IDS = 6
+# The calls that take two rows an image under guidance.
+GUIDED = ("controlnet", "unet")
 
 
 @dataclass(frozen=True, slots=True)

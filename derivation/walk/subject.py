@@ -18,7 +18,7 @@ from derivation.tape.program import Program
 from derivation.tape.subject import Parameters
 from derivation.tape.tape import Memory, tape
 from derivation.tape.tiles import Tiling
-from derivation.walk.components import Component, components, parameter_count, parameters
+from derivation.walk.components import GUIDED, Component, components, parameter_count, parameters
 from derivation.walk.pipelines import Pipeline
 from derivation.walk.pipelines.offload import resident
 
@@ -27,6 +27,7 @@ class WalkedSubject:
     """A checkpoint under options; raises DerivationError for a GPU or a version that is not known."""
 
     method = "walk"
+    guided = GUIDED
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
         self.checkpoint = checkpoint
