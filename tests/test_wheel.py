@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from derivation.version import __version__
+
 ROOT = Path(__file__).parent.parent
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 PACKED = ("pyproject.toml", "README.md", "LICENSE", "derivation", "templates")
@@ -66,3 +68,12 @@ def test_an_installed_wheel_does_everything_in_an_empty_folder(site, tmp_path):
     assert (tmp_path / "formulas" / "peak_vram.py").is_file()
     [page] = (tmp_path / "out").glob("*.html")
     assert "<math" in page.read_text()
+
+
+def test_the_wheel_is_typed_and_the_citation_names_its_version(site):
+    assert (site / "derivation" / "py.typed").is_file()
+    assert f"\nversion: {__version__}\n" in (ROOT / ".github" / "CITATION.cff").read_text()
+
+
+def test_the_workflow_runs_what_contributors_run():
+    assert "- run: .ci/run\n" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
