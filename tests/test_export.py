@@ -26,7 +26,8 @@ from jsonschema import Draft202012Validator
 from derivation import Derivation, DerivationError, derive
 from derivation.equation.cases import regimes
 from derivation.export import CHECKED_IN, TARGETS, compiled, export, generate, write, write_formulas
-from derivation.export.render import VERSIONS, assumptions, exclusions
+from derivation.export.render import assumptions, exclusions
+from derivation.libraries import DEFAULT
 from derivation.tape.grid import B, H, L, W
 from derivation.walk.subject import WalkedSubject
 
@@ -105,7 +106,7 @@ def test_checked_in_python_equals_the_replayed_tape(entry):
 def test_versions_are_those_of_the_verify_extra():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = dict(line.split("==") for line in project["optional-dependencies"]["verify"] if "==" in line)
-    assert {name: pinned[name] for name in VERSIONS} == VERSIONS
+    assert {name: pinned[name] for name in DEFAULT} == DEFAULT
 
 
 @pytest.mark.parametrize("case", sizes(60), ids=str)

@@ -34,6 +34,7 @@ from derivation.verify.streams import naive_peak
 
 BLOCK = 512
 STEPS = {"num_inference_steps": 4}
+RUNNING = {library.__name__: str(library.__version__) for library in (torch, diffusers, transformers)}
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 FREEU = {"s1": 0.9, "s2": 0.2, "b1": 1.5, "b2": 1.6}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -173,13 +174,13 @@ SWITCHED: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
 def test_exactly_what_was_switched_on_is_found(name: str, pipe: Any) -> None:
     switch_on, expected = SWITCHED[name]
     switch_on(pipe)
-    assert live_options(pipe) == Options(pipeline="txt2img", **expected)
+    assert live_options(pipe) == Options(pipeline="txt2img", **RUNNING, **expected)
 
 
 @pytest.mark.parametrize("task", ["txt2img", "img2img", "inpaint"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_task_and_dtype(folder: Path, task: str, dtype: str) -> None:
-    assert live_options(build_pipeline(folder, task, dtype)) == Options(pipeline=task, dtype=dtype)
+    assert live_options(build_pipeline(folder, task, dtype)) == Options(pipeline=task, dtype=dtype, **RUNNING)
 
 
 BUILT: list[dict[str, Any]] = [
@@ -198,7 +199,7 @@ BUILT: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", BUILT, ids=str)
 def test_what_the_verification_switches_on_is_found(folder: Path, options: dict[str, Any]) -> None:
     pipe = build_pipeline(folder, "img2img", switches=tuple(options.items()))
-    assert live_options(pipe) == Options(pipeline="img2img", **options)
+    assert live_options(pipe) == Options(pipeline="img2img", **RUNNING, **options)
 
 
 def mixed_slices(pipe: Any) -> None:

@@ -18,7 +18,7 @@ from derivation.errors import DerivationError
 from derivation.evidence.bench import PIPELINE_ORDER, Bench
 from derivation.evidence.thumb import Call, rules_of_thumb
 from derivation.gpu.cards import lookup
-from derivation.gpu.profile import NearestProfile, fitted_rows, hardware
+from derivation.gpu.profile import fitted_rows, hardware
 from derivation.options import Options
 from derivation.tape.grid import Grid
 
@@ -123,7 +123,7 @@ def compare(row: Measurement) -> Comparison:
 
 def _bench(row: Measurement) -> Bench:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NearestProfile)
+        warnings.simplefilter("ignore")
         gpu = hardware(row.gpu, torch=row.torch, diffusers=row.diffusers)
     pipeline = row.what if row.what in PIPELINES else "img2img"
     options = Options(

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from derivation.equation.record import Equation
 from derivation.export.templates import environment
 from derivation.options import TABLE, Options
 from derivation.version import __version__
-
-# The versions whose allocations the derivation follows, as in pyproject.toml's "verify" extra.
-VERSIONS = {"torch": "2.13.0", "diffusers": "0.42.1", "transformers": "5.23.0"}
 
 # Where the models are during a call, by Options.offload.
 PLACES = {
@@ -53,7 +50,7 @@ def facts(equation: Equation) -> Facts:
         title=f"Peak GPU memory of {printable(d.name)} ({d.options.pipeline}), in bytes.",
         generator=f"diffusion-vram-derivation {__version__}, from the checkpoint's config files",
         options=tuple(f"{key}={printable(str(value))}" for key, value in d.options.as_dict().items()),
-        versions=tuple(f"{name} {getattr(d.options, name, None) or version}" for name, version in VERSIONS.items()),
+        versions=tuple(f"{name} {version}" for name, version in asdict(d.options.libraries).items()),
         assumptions=assumptions(d.options),
         exclusions=(*scratch, *exclusions(d.options)),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -16,16 +16,12 @@ from typing import Any
 
 from derivation.errors import DerivationError, one_of
 from derivation.gpu.cards import Gpu, lookup
+from derivation.libraries import Libraries, libraries, tell_unverified
 
 PROFILES = Path(__file__).with_name("profiles.json")
 SCRATCH = ("expected", "upper", "none")
-Version = tuple[int, int]
 # dtype, whether in channels_last, kind
 WorkspaceKey = tuple[str, bool, str]
-# Oldest torch whose allocations these rules follow: scaled_dot_product_attention's math path of 2.5.
-OLDEST_TORCH: Version = (2, 5)
-DEFAULT_TORCH: Version = (2, 13)
-DEFAULT_DIFFUSERS: Version = (0, 42)
 
 
 class NearestProfile(UserWarning):
@@ -60,8 +56,7 @@ class Hardware:
 
     compute_capability: tuple[int, int]
     sm_count: int | None = None
-    torch: Version = DEFAULT_TORCH
-    diffusers: Version = DEFAULT_DIFFUSERS
+    libraries: Libraries = field(default_factory=Libraries)
     scratch: str = "expected"
     workspaces: tuple[tuple[WorkspaceKey, Workspace], ...] = ()
 
@@ -79,35 +74,17 @@ class Hardware:
         raise DerivationError(f"{PROFILES.name}: no convolution workspace for {sm} {dtype}; use scratch upper or none")
 
     def cublas_workspace_bytes(self) -> int:
-        """Bytes that the first use of a cuBLAS handle allocates for good (CublasHandlePool.cpp).
+        """Bytes that the first use of a cuBLAS handle allocates for good: ``:4096:2:16:8``, or 32 MiB.
 
-        ``:4096:2:16:8``, or 32 MiB: Hopper always, Blackwell after PR 175344 (torch 2.12).
+        Source: CublasHandlePool.cpp.
         """
         major = self.compute_capability[0]
-        large = major == 9 or (major in (10, 12) and self.torch >= (2, 12))
+        large = major == 9 or (major in (10, 12) and self.libraries.follows("blackwell_cublas"))
         return 32 * 1024 * 1024 if large else (2 * 4096 + 8 * 16) * 1024
 
     def cublaslt_workspace_bytes(self) -> int:
-        """Bytes of cuBLASLt's own workspace: 1 MiB up to torch 2.11, then cuBLAS's is shared (PR 168175, PR 175879).
-
-        torch 2.11.0 allocates it on an H200: evidence/gpu-history.json.
-        """
-        return 1024 * 1024 if self.torch < (2, 12) else 0
-
-    @property
-    def keeps_cublaslt_workspace(self) -> bool:
-        """Whether that workspace is kept once allocated (PR 156495), else it is one call's."""
-        return self.torch >= (2, 9)
-
-    @property
-    def flash_state_on_gpu(self) -> bool:
-        """Whether flash attention's random state and its unused twin are CUDA tensors."""
-        return self.torch >= (2, 7)
-
-    @property
-    def contiguous_shortcut(self) -> bool:
-        """Whether ResnetBlock2D runs ``conv_shortcut(input_tensor.contiguous())`` (diffusers 0.33 to 0.36)."""
-        return (0, 33) <= self.diffusers <= (0, 36)
+        """Bytes of cuBLASLt's own workspace."""
+        return 0 if self.libraries.follows("shared_cublaslt") else 1024 * 1024
 
     def runs(self, backend: str, dtype: str, head_dim: int) -> bool:
         """Return whether an SDPA backend runs without a mask (ATen/native/transformers/cuda/sdp_utils.cpp)."""
@@ -115,8 +92,7 @@ class Hardware:
         if backend == "flash":
             return half and head_dim <= 256 and self._fused_from((8, 0))
         if backend == "cudnn":
-            # cuDNN 9.10 (wheels of torch 2.8 and later): head dims to 256 on Hopper
-            widest = 256 if self.compute_capability == (9, 0) and self.torch >= (2, 8) else 128
+            widest = 256 if self.compute_capability == (9, 0) and self.libraries.follows("wide_cudnn") else 128
             return half and head_dim % 8 == 0 and head_dim <= widest and self.compute_capability >= (8, 0)
         alignment = self._efficient_alignment(half)
         return head_dim % alignment == 0 and self._fused_from((8, 0) if dtype == "bfloat16" else (5, 0))
@@ -128,17 +104,17 @@ class Hardware:
         return 8 if half else 4
 
     def _fused_from(self, oldest: tuple[int, int]) -> bool:
-        """check_sm_version: Blackwell since PR 145602 (torch 2.7)."""
-        newest = (12, 1) if self.torch >= (2, 7) else (9, 0)
+        """check_sm_version."""
+        newest = (12, 1) if self.libraries.follows("fused_on_blackwell") else (9, 0)
         return oldest <= self.compute_capability <= newest
 
     @property
     def prefers_cudnn(self) -> bool:
-        """check_prefer_cudnn_attention(): torch 2.9, then again from 2.11 (cuDNN > 9.15 in its wheels)."""
+        """check_prefer_cudnn_attention()."""
         major, minor = self.compute_capability
-        if self.torch == (2, 9):
+        if self.libraries.follows("cudnn_first_on_x0"):
             return major in (9, 10) and minor == 0
-        return self.torch >= (2, 11) and major in (9, 10) and minor in (0, 3)
+        return self.libraries.follows("cudnn_first") and major in (9, 10) and minor in (0, 3)
 
     def num_splits(self, batch_heads: int, queries: int, keys: int, head_dim: int) -> int:
         """Return flash attention's split-KV factor (flash_api.cpp: num_splits_heuristic); 1 without sm_count."""
@@ -155,8 +131,8 @@ class Hardware:
         return next(n for n in eligible if efficiency[n] >= 0.85 * best)
 
     def split_head_dim(self, head_dim: int) -> int:
-        """Return the head dimension of the split-KV accumulator: a multiple of 32, newer of 64 above 128."""
-        unit = 64 if head_dim > 128 and self.torch >= (2, 7) else 32
+        """Return the head dimension of the split-KV accumulator: a multiple of 32, or of 64."""
+        unit = 64 if head_dim > 128 and self.libraries.follows("wide_split_head_dim") else 32
         return -(-head_dim // unit) * unit
 
 
@@ -181,38 +157,29 @@ def _wave_efficiency(blocks: int, slots: int) -> float:
 
 
 def hardware(
-    gpu: str, *, torch: str | None = None, diffusers: str | None = None, scratch: str = "expected"
+    gpu: str,
+    *,
+    torch: str | None = None,
+    diffusers: str | None = None,
+    transformers: str | None = None,
+    scratch: str = "expected",
 ) -> Hardware:
     """Describe ``gpu`` (a name or architecture of the GPU table) with library versions such as "2.8.0+cu126".
 
-    Warns NearestProfile where the profile of another architecture stands in; raises DerivationError for an
-    unknown GPU or version, or where no documented architecture is near enough.
+    Warns NearestProfile where the profile of another architecture stands in, NearestVersion where another version
+    does; raises DerivationError for an unknown GPU or version, or where no documented architecture is near enough.
     """
     one_of("scratch", scratch, SCRATCH)
     card = lookup(gpu)
-    version = DEFAULT_TORCH if torch is None else parse_version("torch", torch)
-    if version < OLDEST_TORCH:
-        warnings.warn(f"torch {torch}: the rules of torch 2.5 are used", NearestProfile, stacklevel=2)
+    versions = {"torch": torch, "diffusers": diffusers, "transformers": transformers}
+    tell_unverified(**versions)
     return Hardware(
         compute_capability=card.compute_capability,
         sm_count=card.sm_count,
-        torch=max(version, OLDEST_TORCH),
-        diffusers=DEFAULT_DIFFUSERS if diffusers is None else parse_version("diffusers", diffusers),
+        libraries=libraries(**versions),
         scratch=scratch,
         workspaces=_workspaces(card) if scratch == "expected" else (),
     )
-
-
-def parse_version(library: str, text: str) -> Version:
-    """Return (major, minor) of a version.
-
-    >>> parse_version("torch", "2.8.0+cu126")
-    (2, 8)
-    """
-    parts = text.split(".")
-    if len(parts) < 2 or not all(part.isdecimal() for part in parts[:2]):
-        raise DerivationError(f"{library} = {text!r} is not a version (expected: major.minor)")
-    return int(parts[0]), int(parts[1])
 
 
 def _workspaces(card: Gpu) -> tuple[tuple[WorkspaceKey, Workspace], ...]:

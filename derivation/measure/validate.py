@@ -14,6 +14,7 @@ from typing import Any
 from derivation.api import derive
 from derivation.config.checks import MAX_SIZE
 from derivation.errors import DerivationError, positive
+from derivation.libraries import LIBRARIES
 from derivation.measure.records import Records
 from derivation.options import Options
 
@@ -21,7 +22,7 @@ RECORDS = Path(__file__).parent.parent / "evidence" / "gpu-calls.json"
 # what ``validate --json`` said of them
 RECORDED = RECORDS.with_name("gpu-validation.json")
 COUNTERS = ("requested", "allocated", "reserved", "device")
-READ_OFF_THE_GPU = ("gpu", "torch", "diffusers")
+READ_OFF_THE_GPU = ("gpu", *LIBRARIES)
 SIZES = ("height", "width", "batch_size")
 # rows that a process takes at a time
 CHUNK = 4

@@ -12,6 +12,7 @@ from derivation.config.schedulers import DEFAULTS
 from derivation.errors import DerivationError, typed
 from derivation.gpu.cards import with_memory
 from derivation.gpu.profile import SCRATCH
+from derivation.libraries import Libraries, libraries
 from derivation.options.row import Remedy, Row, row
 
 PIPELINES = ("txt2img", "img2img", "inpaint")
@@ -47,7 +48,8 @@ class Options:
     """The choices of a run, named as diffusers' pipelines name them; raises DerivationError for a bad one.
 
     ``attention`` "xformers" is another name of "efficient", which replaces it, as ``dtype`` "fp16" is of "float16".
-    ``torch``, ``diffusers`` and ``scratch`` are read where a ``gpu`` is named; ``vae_slicing``, ``vae_tiling``,
+    ``torch``, ``diffusers`` and ``transformers`` are the versions whose allocations count (None: libraries.py says
+    which); ``scratch`` is read where a ``gpu`` is named; ``vae_slicing``, ``vae_tiling``,
     ``attention_slicing`` ("auto", "max" or a number) and ``offload`` ("model", "sequential") are what the pipeline's
     ``enable_...`` methods set; ``tile_sample_min_size`` (None: the VAE's sample_size) and ``tile_overlap_factor`` are
     the VAE's attributes. ``channels_last`` is the memory format of the weights of UNet and VAE. ``lora_rank`` is the
@@ -82,8 +84,9 @@ class Options:
         "GPU, architecture or a card's JSON file, such as rtx-4090 or sm89: adds its libraries' scratch memory.",
         "machine",
     )
-    torch: str | None = row(None, "torch version whose allocations count; read with a GPU.", "machine")
-    diffusers: str | None = row(None, "diffusers version whose allocations count; read with a GPU.", "machine")
+    torch: str | None = row(None, "torch version whose allocations count.", "machine")
+    diffusers: str | None = row(None, "diffusers version whose allocations count.", "machine")
+    transformers: str | None = row(None, "transformers version whose allocations count.", "machine")
     scratch: str = row("expected", "Library scratch on a GPU", "machine", choices=lambda: SCRATCH)
     safety_checker: bool = row(
         True,
@@ -284,6 +287,11 @@ class Options:
             )
         if self.lora_fused and self.lora_rank is None:
             raise DerivationError("lora_fused = True is not supported without a lora_rank")
+
+    @property
+    def libraries(self) -> Libraries:
+        """The verified versions whose allocations count."""
+        return libraries(self.torch, self.diffusers, self.transformers)
 
     def chosen(self, name: str) -> bool:
         """Return whether an option differs from its default."""

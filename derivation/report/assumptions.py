@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from derivation.api import Derivation
+from derivation.libraries import LIBRARIES
 from derivation.options import Options
 from derivation.report.answer import LOAD, PROMPT_LENGTH, SIZES, Answer, model_of
 from derivation.report.text import human
@@ -15,7 +16,7 @@ PADDED = "diffusers pads every prompt to 77 tokens, so L = 77 unless embeddings 
 Fact = tuple[str, str]
 
 # Options that a chip or a sentence of their own tells.
-TOLD = ("pipeline", "dtype", "attention", "gpu", "torch", "diffusers", "scratch", "safety_checker")
+TOLD = ("pipeline", "dtype", "attention", "gpu", *LIBRARIES, "scratch", "safety_checker")
 # diffusers/pipelines/pipeline_utils.py: enable_model_cpu_offload, enable_sequential_cpu_offload
 PLACEMENTS = {
     None: "All models stay on the GPU from before the call to its end.",

@@ -14,6 +14,7 @@ from typing import Any
 
 from derivation.errors import DerivationError
 from derivation.evidence.table import Comparison, measured_vs_predicted
+from derivation.libraries import LIBRARIES
 from derivation.measure import validate
 from derivation.options import Options
 from derivation.report import figures
@@ -92,12 +93,12 @@ def comparisons() -> tuple[Comparison, ...]:
 def live(model: str, options: Options) -> Run:
     """Trace the real modules now; raises DerivationError without the extra."""
     try:
-        from derivation.verify.verification import VERSIONS, run_verification
+        from derivation.verify.verification import run_verification
     except ImportError as error:
         raise DerivationError(f"--verify needs {error.name}: pip install 'diffusion-vram-derivation[verify]'") from None
     chosen: dict[str, Any] = options.as_dict()
     rows = [row.as_dict() for row in run_verification(model, **chosen)]
-    return _run("Traced while this report was written", {name: version(name) for name in VERSIONS}, rows)
+    return _run("Traced while this report was written", {name: version(name) for name in LIBRARIES}, rows)
 
 
 def recorded(model: str) -> Run | None:

@@ -43,7 +43,7 @@ def block(forward: Callable[P, R]) -> Callable[Concatenate[str, P], R]:
             return run(name, *args, **kwargs)
         inputs = list(_tensors((args, *kwargs.values())))
         model = here.path[0] if here.path else name
-        known = (here.options, here.hardware, model, here.dtypes.get(model), frozenset(here.kept))
+        known = (here.options, here.hardware, model, _dtypes(here, model), frozenset(here.kept))
         key = (forward, known, _form((args, *kwargs.items())), _aliases(inputs))
         try:
             recordings: list[Recording] = here.memory.setdefault(key, [])
@@ -59,6 +59,10 @@ def block(forward: Callable[P, R]) -> Callable[Concatenate[str, P], R]:
         return result
 
     return call
+
+
+def _dtypes(here: Tape, model: str) -> tuple[str, ...]:
+    return tuple(dtype for module, dtype in here.dtypes.items() if module.split(".")[0] == model)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from derivation.gpu.profile import Hardware
+from derivation.libraries import Libraries
 from derivation.options import Options
 from derivation.tape.events import Allocation, Category, Guard, Mark
 from derivation.tape.symbols import DTYPE_BYTES, Size, as_whole_tile, evaluate, nonnegative_from_one, product, symbol
@@ -48,12 +49,12 @@ class Tape:
     dies; ``parameters`` maps a parameter's or buffer's module path to its shape and dtype; ``loops`` holds event
     ranges (start, end, times) that the real program runs ``times`` times in all; ``iterations`` holds the event at
     which each recorded pass of the denoising loop begins, ``repeats`` how many timesteps a scheduler has beyond its
-    steps; ``dtypes`` maps a model to its parameters' dtype where that was changed; ``leaves`` holds, for each open
-    scope, the parameters that are on the GPU until it is left; ``tile`` is set where the run stands for every
-    number of VAE tiles, and ``cut`` holds event ranges (start, end, symbols) that belong to cut tiles: they do not
-    occur where a symbol is 0; ``emptied`` holds how many events precede each torch.cuda.empty_cache(); ``asked``
-    holds the answers that decide what a module does, in order, and ``memory`` what modules have recorded, on this
-    tape or others (``derivation.tape.block``), None for no memory.
+    steps; ``dtypes`` maps a model, then parts of it, to their parameters' dtype where that was changed; ``leaves``
+    holds, for each open scope, the parameters that are on the GPU until it is left; ``tile`` is set where the run
+    stands for every number of VAE tiles, and ``cut`` holds event ranges (start, end, symbols) that belong to cut
+    tiles: they do not occur where a symbol is 0; ``emptied`` holds how many events precede each
+    torch.cuda.empty_cache(); ``asked`` holds the answers that decide what a module does, in order, and ``memory``
+    what modules have recorded, on this tape or others (``derivation.tape.block``), None for no memory.
     """
 
     options: Options
@@ -79,6 +80,19 @@ class Tape:
     emptied: list[int] = field(default_factory=list)
     asked: list[Question] = field(default_factory=list)
     memory: Memory | None = None
+
+    def weights_dtype(self) -> str:
+        """Return the dtype of the current module's parameters."""
+        inside = ".".join([*self.path, ""])
+        found = [dtype for module, dtype in self.dtypes.items() if inside.startswith(f"{module}.")]
+        return found[-1] if found else self.options.dtype
+
+    @property
+    def libraries(self) -> Libraries:
+        """The versions whose allocations are recorded."""
+        if self.hardware is not None:
+            return self.hardware.libraries
+        return self.options.libraries
 
     def exceeds(self, size: Size, bound: int) -> bool:
         """Return whether ``size`` > ``bound``, recording the decision where it depends on a symbol.

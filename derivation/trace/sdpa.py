@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 aten = torch.ops.aten
+# attention.cpp: mem_eff_alignment
+BIAS_ALIGNMENT = 8
 
 
 class SdpaMode(TorchFunctionMode):
@@ -24,8 +26,8 @@ class SdpaMode(TorchFunctionMode):
 
     Both fused ones want equal head dims and a last stride of 1. Source: aten/src/ATen/native/
     transformers/cuda/sdp_utils.cpp: check_head_dim_size_flash, check_head_dim_size_mem_efficient,
-    minimum_gemm_alignment, check_last_dim_stride_equals_1_dense. A mask under ``flash`` or
-    ``efficient`` raises NotImplementedError: no supported pipeline passes one.
+    minimum_gemm_alignment, check_last_dim_stride_equals_1_dense. A mask, which transformers before 5 passes, keeps
+    flash out; for ``efficient`` its rows are padded to eights (attention.cpp: preprocess_mask, pad_bias).
     """
 
     def __init__(self, backend: str) -> None:
@@ -52,15 +54,16 @@ class SdpaMode(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
-        if attn_mask is not None or dropout_p or enable_gqa:
-            raise NotImplementedError(f"{self.backend} attention with a mask, dropout or grouped queries")
-        if self.backend == "flash" and _flash_can_run(query, key, value):
+        if dropout_p or enable_gqa:
+            raise NotImplementedError(f"{self.backend} attention with dropout or grouped queries")
+        if self.backend == "flash" and attn_mask is None and _flash_can_run(query, key, value):
             return _flash(query, key, value, is_causal, scale)
         if _efficient_can_run(query, key, value):
+            bias = None if attn_mask is None else _padded(attn_mask, query, key)
             return aten._scaled_dot_product_efficient_attention(
-                query, key, value, None, False, 0.0, is_causal, scale=scale
+                query, key, value, bias, False, 0.0, is_causal, scale=scale
             )[0]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
 
 
 def _dense(*qkv: torch.Tensor) -> bool:
@@ -75,6 +78,14 @@ def _flash_can_run(*qkv: torch.Tensor) -> bool:
 def _efficient_can_run(*qkv: torch.Tensor) -> bool:
     alignment = 4 if qkv[0].dtype == torch.float32 else 8
     return _dense(*qkv) and qkv[0].shape[-1] % alignment == 0
+
+
+def _padded(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Return a bias whose strides the kernel takes: [N, heads, S, T], a slice of rows that are padded to eights."""
+    if mask.stride(-1) != 1 or any(stride % BIAS_ALIGNMENT for stride in mask.stride()[:-1]):
+        tokens = mask.shape[-1]
+        mask = F.pad(mask, (0, BIAS_ALIGNMENT - tokens % BIAS_ALIGNMENT))[..., :tokens]
+    return mask.expand(*query.shape[:3], key.shape[2])
 
 
 def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float | None) -> Any:

@@ -16,6 +16,7 @@ from derivation.api import Derivation
 from derivation.call import Call, takes_call
 from derivation.config.checkpoint import BUNDLED, IMAGE_ENCODER
 from derivation.errors import DerivationError
+from derivation.libraries import LIBRARIES
 from derivation.options import Options
 from derivation.tape.evaluate import stages
 from derivation.trace.modules import Switches
@@ -38,7 +39,7 @@ CHUNK = 4
 # trace_component takes latents an eighth of the image's sides.
 TRACE_FACTOR = 8
 # read where a GPU is named: the oracle has none
-GPU_OPTIONS = ("gpu", "torch", "diffusers", "scratch")
+GPU_OPTIONS = ("gpu", *LIBRARIES, "scratch")
 # Slices are recorded once for all that are alike: there the peaks are compared, not the streams.
 GROUPING_OPTIONS = ("vae_slicing", "attention_slicing")
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from derivation.api import Derivation, derive
 from derivation.call import Call
+from derivation.libraries import LIBRARIES
 from derivation.verify.compare import Comparison, compare_components, compare_pipeline
 
-VERSIONS = ("torch", "diffusers", "transformers")
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -50,7 +50,7 @@ def run_verification(
 
     Raises DerivationError as derive does.
     """
-    derivation = derive(model, pipeline=pipeline, **options)
+    derivation = derive(model, pipeline=pipeline, **{**options, **installed()})
     for call in calls:
         yield from _rows(derivation, call, "component", compare_components(derivation, call))
         if derivation.checkpoint.whole:
@@ -67,5 +67,10 @@ def circumstances() -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in VERSIONS},
+        "versions": installed(),
     }
+
+
+def installed() -> dict[str, str]:
+    """Return the versions that run here, which are those that a trace follows."""
+    return {name: version(name) for name in LIBRARIES}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from derivation.call import DEFAULT_PROMPT_LENGTH
 from derivation.options import EAGER, SDPA
 from derivation.registry import Registry
 from derivation.tape.events import Category
@@ -22,13 +23,16 @@ HALF = ("float16", "bfloat16")
 FLASH_MAX_HEAD_DIM = 256
 # Taken by that choice alone, never asked for.
 CUDNN = "cudnn"
+FLASH = "flash"
+# attention.cpp: mem_eff_alignment
+BIAS_ALIGNMENT = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
     """One SDPA backend: its kernel's allocations, when it can run without a GPU, and what PyTorch tries next."""
 
-    run: Callable[[SymTensor, SymTensor, SymTensor, bool], SymTensor]
+    run: Callable[[SymTensor, SymTensor, SymTensor, bool, SymTensor | None], SymTensor]
     usable: Callable[[int, str], bool]
     fallback: str | None
 
@@ -51,33 +55,35 @@ def backend(
 
 
 def scaled_dot_product_attention(
-    query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool = False
+    query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool = False, attn_mask: SymTensor | None = None
 ) -> SymTensor:
-    """``F.scaled_dot_product_attention`` on the chosen backend, or the next one that can run."""
+    """``F.scaled_dot_product_attention`` on the chosen backend, or the next one that can run; flash takes no mask."""
     head_dim = query.shape[-1]
     assert isinstance(head_dim, int)
     name = first_tried(tape().options.attention)
-    while not BACKENDS[name].can_run(name, head_dim, query.dtype):
+    while (attn_mask is not None and name == FLASH) or not BACKENDS[name].can_run(name, head_dim, query.dtype):
         name = BACKENDS[name].fallback or "math"
-    return BACKENDS[name].run(query, key, value, is_causal)
+    return BACKENDS[name].run(query, key, value, is_causal, attn_mask)
 
 
 def first_tried(attention: str) -> str:
     """Return the backend that an ``attention`` option tries first (sdp_utils.cpp: priority_order)."""
     hardware = tape().hardware
     if attention == SDPA:
-        return "efficient" if hardware is None else CUDNN if hardware.prefers_cudnn else "flash"
+        return "efficient" if hardware is None else CUDNN if hardware.prefers_cudnn else FLASH
     return "math" if attention == EAGER else attention
 
 
 @backend("math", usable=lambda head_dim, dtype: True, fallback=None)
-def math(query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool) -> SymTensor:
+def math(
+    query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool, attn_mask: SymTensor | None
+) -> SymTensor:
     """Scores in float32 in full: 9 bytes a score and more where the inputs are half precision."""
     dtype = query.dtype
     if dtype in HALF:
         query, key, value = (to(x, "float32", Category.ATTENTION) for x in (query, key, value))
     scaled = elementwise("mul", query, category=Category.ATTENTION)
-    bias = _causal_bias(query, key) if is_causal else None
+    bias = _causal_bias(query, key) if is_causal else attn_mask
     scores = matmul(scaled, elementwise("mul", key.transpose(2, 3), category=Category.ATTENTION))
     if bias is not None and tape().hardware is None:
         # in place on CUDA (attention.cpp: areAnyTensorSubclassLike, which meta tensors are)
@@ -105,8 +111,11 @@ def _causal_bias(query: SymTensor, key: SymTensor) -> SymTensor:
     usable=lambda head_dim, dtype: head_dim % (8 if dtype in HALF else 4) == 0,
     fallback="math",
 )
-def efficient(query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool) -> SymTensor:
+def efficient(
+    query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool, attn_mask: SymTensor | None
+) -> SymTensor:
     """The result [N, S, heads, D], and int64 scalars for the dropout seed and offset, on CUDA kept on the CPU."""
+    bias = None if attn_mask is None else _padded(attn_mask)
     out = _by_tokens(query)
     state = None if tape().hardware else _scalars("efficient_attention")
     kernels.efficient_accumulator(query)
@@ -115,7 +124,9 @@ def efficient(query: SymTensor, key: SymTensor, value: SymTensor, is_causal: boo
 
 
 @backend(CUDNN, usable=lambda head_dim, dtype: False, fallback="flash")
-def cudnn(query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool) -> SymTensor:
+def cudnn(
+    query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool, attn_mask: SymTensor | None
+) -> SymTensor:
     """The result in the query's layout and two int64 scalars; the workspace's size is cuDNN's (cudnn/MHA.cpp)."""
     out = elementwise("cudnn_attention", query)
     state = _scalars("cudnn_attention")
@@ -128,7 +139,9 @@ def cudnn(query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool) -
     usable=lambda head_dim, dtype: dtype in HALF and head_dim <= FLASH_MAX_HEAD_DIM,
     fallback="efficient",
 )
-def flash(query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool) -> SymTensor:
+def flash(
+    query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool, attn_mask: SymTensor | None
+) -> SymTensor:
     """The result in the query's layout, the float32 logsumexp [N, heads, S], and the random state."""
     head_dim = query.shape[-1]
     if head_dim % 8:
@@ -137,7 +150,7 @@ def flash(query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool) -
     logsumexp = empty(query.shape[:3], "float32", "flash_attention", Category.STATISTICS)
     kernels.flash_split_buffers(query, key)
     hardware = tape().hardware
-    state = _flash_state() if hardware is None or hardware.flash_state_on_gpu else None
+    state = _flash_state() if hardware is None or hardware.libraries.follows("flash_state_on_gpu") else None
     del logsumexp, state
     return out.narrow(3, head_dim) if head_dim % 8 else out
 
@@ -151,6 +164,16 @@ def _flash_state() -> tuple[SymTensor, SymTensor]:
 def _scalars(op: str) -> tuple[SymTensor, SymTensor]:
     """Two int64 scalars on the device."""
     return empty((), "int64", op, Category.STATISTICS), empty((), "int64", op, Category.STATISTICS)
+
+
+def _padded(attn_mask: SymTensor) -> SymTensor:
+    """A mask [1, 1, S, T], its rows padded to eights where they are none (attention.cpp: pad_bias).
+
+    A symbol's rows are padded as 77 ones are, to which the pipelines pad a prompt; no peak has them.
+    """
+    last = attn_mask.shape[-1]
+    beyond = (last if isinstance(last, int) else DEFAULT_PROMPT_LENGTH) % BIAS_ALIGNMENT
+    return pad_last(attn_mask, BIAS_ALIGNMENT - beyond) if beyond else attn_mask
 
 
 def _by_tokens(query: SymTensor) -> SymTensor:

@@ -48,7 +48,7 @@ def parameter(name: str, shape: Sequence[int], dtype: str | None = None, runs: b
     here = tape()
     model = here.path[0]
     if dtype is None:
-        dtype = here.dtypes.get(model, here.options.dtype)
+        dtype = here.weights_dtype()
         if runs and here.options.offload == "sequential" and model not in EXCLUDED_FROM_CPU_OFFLOAD:
             here.load_leaf(name, tuple(shape), dtype)
     here.parameters[".".join([*here.path, name])] = (tuple(shape), dtype)

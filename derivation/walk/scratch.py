@@ -74,7 +74,7 @@ def cublas_workspace(hardware: Hardware) -> None:
 def cublaslt_workspace(hardware: Hardware) -> None:
     """cuBLASLt's workspace, one call's or kept by torch version (CUDABlas.cpp: gemm_and_bias)."""
     shape = (hardware.cublaslt_workspace_bytes(),)
-    if hardware.keeps_cublaslt_workspace:
+    if hardware.libraries.follows("kept_cublaslt"):
         tape().keep(shape, "uint8", "cublaslt workspace", Category.SCRATCH)
     else:
         _buffer(shape, "uint8", "cublaslt workspace")

@@ -11,7 +11,8 @@ from derivation.call import Call
 from derivation.config import VAE_SCALE_FACTOR, Checkpoint
 from derivation.config.document import from_document, to_document
 from derivation.errors import DerivationError, unsupported
-from derivation.gpu.profile import Hardware, hardware, parse_version
+from derivation.gpu.profile import Hardware, hardware
+from derivation.libraries import LIBRARIES, tell_unverified
 from derivation.options import Options, options_of
 from derivation.tape.grid import Grid, Sides
 from derivation.tape.program import Program
@@ -136,10 +137,8 @@ class WalkedSubject:
 
 
 def _hardware(options: Options) -> Hardware | None:
-    versions = {"torch": options.torch, "diffusers": options.diffusers}
+    versions = {name: getattr(options, name) for name in LIBRARIES}
     if options.gpu is None:
-        for library, version in versions.items():
-            if version is not None:
-                parse_version(library, version)
+        tell_unverified(**versions)
         return None
     return hardware(options.gpu, **versions, scratch=options.scratch)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from derivation.errors import shown
+from derivation.libraries import LIBRARIES
 from derivation.options import Options, options_of
 from derivation.options.live import adapters, readers
 from derivation.options.live.foreign import refuse_foreign, refuse_other_weights
@@ -22,7 +24,12 @@ def live_options(pipe: Any, **given: Any) -> Options:
     models = models_of(pipe)
     _refuse(pipe, models)
     found = {name: read(pipe, models) for name, read in READERS.items() if name not in given}
-    return options_of({**found, **given})
+    return options_of({**_installed(), **found, **given})
+
+
+def _installed() -> dict[str, str]:
+    """Return the versions of the libraries that are imported: those that a live pipeline runs on."""
+    return {name: str(module.__version__) for name in LIBRARIES if (module := sys.modules.get(name)) is not None}
 
 
 def _refuse(pipe: Any, models: Models) -> None:

@@ -21,9 +21,17 @@ Run = Callable[[SymTensor], SymTensor]
 
 def encode(x: SymTensor, config: AutoencoderKLConfig) -> DiagonalGaussianDistribution:
     """``AutoencoderKL.encode(x).latent_dist``: [N, 3, H, W] -> the posterior over [N, C, H/f, W/f]."""
-    h = _sliced(x, lambda part: _encode(part, config))
-    posterior = DiagonalGaussianDistribution(h)
+    if tape().libraries.follows("kept_encoder_output") and not _tiled(x, Tiling.of(config, tape().options).sample):
+        h = _sliced(x, lambda part: Encoder("encoder", part, config=config))
+        moments = _moments(h, config)
+    else:
+        moments = _sliced(x, lambda part: _encode(part, config))
+    posterior = DiagonalGaussianDistribution(moments)
     return posterior
+
+
+def _moments(enc: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
+    return Conv2d("quant_conv", enc, 2 * config.latent_channels, 1) if config.use_quant_conv else enc
 
 
 def decode(z: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
@@ -38,9 +46,9 @@ def _sliced(x: SymTensor, run: Run) -> SymTensor:
         return run(x)
     part = x.narrow(0, 1)
     first = run(part)
-    shape = first.shape
+    shape, dtype = first.shape, first.dtype
     del first
-    earlier = empty(shape, x.dtype, "slices", count=x.shape[0] - 1)
+    earlier = empty(shape, dtype, "slices", count=x.shape[0] - 1)
     last = run(part)
     return empty((x.shape[0], *last.shape[1:]), last.dtype, "cat")
 
@@ -49,8 +57,7 @@ def _encode(x: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
     if _tiled(x, Tiling.of(config, tape().options).sample):
         return _tiled_encode(x, config)
     enc = Encoder("encoder", x, config=config)
-    if config.use_quant_conv:
-        enc = Conv2d("quant_conv", enc, 2 * config.latent_channels, 1)
+    enc = _moments(enc, config)
     return enc
 
 
@@ -77,8 +84,7 @@ def _tiled_encode(x: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
 
     def run(tile: SymTensor) -> SymTensor:
         tile = Encoder("encoder", tile, config=config)
-        if config.use_quant_conv:
-            tile = Conv2d("quant_conv", tile, 2 * config.latent_channels, 1)
+        tile = _moments(tile, config)
         return tile
 
     return _tiles(x, run, tiles, (tiles.sample, tiles.latent), 2 * config.latent_channels)
@@ -105,11 +111,12 @@ def _tiles(x: SymTensor, run: Run, tiling: Tiling, tile: tuple[int, int], channe
     tall_cuts, wide_cuts = (cuts(side, axis, tiling, tile) for side, axis in zip(x.shape[2:], TILE_AXES, strict=True))
     if not all(isinstance(side, int) for side in x.shape[2:]):
         tape().tile = tiling.tile
+    dtype = tape().weights_dtype()
     rows: list[list[SymTensor]] = []
     earlier: list[SymTensor] = []
 
     def alike(height: Size, width: Size, count: Size) -> SymTensor:
-        return empty((x.shape[0], channels, height, width), x.dtype, "tiles", count=count)
+        return empty((x.shape[0], channels, height, width), dtype, "tiles", count=count)
 
     for tall in tall_cuts:
         earlier += [alike(tall.out, wide.out, (tall.count - 1) * wide.count) for wide in wide_cuts]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from derivation.config import CLIPTextConfig, CLIPVisionConfig
 from derivation.tape.block import block
+from derivation.tape.tape import tape
 from derivation.tape.tensor import SymTensor, is_many
 from derivation.walk.attention import scaled_dot_product_attention
 from derivation.walk.blocks.activations import activation, quick_gelu
@@ -55,8 +56,20 @@ def CLIPMLP(hidden_states: SymTensor, *, config: Config) -> SymTensor:
     return hidden_states
 
 
+def _sdpa_attention_forward(
+    query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool, attention_mask: SymTensor | None
+) -> SymTensor:
+    """integrations/sdpa_attention.py: [N, heads, S, D] each -> [N, S, heads, D]."""
+    if tape().libraries.follows("contiguous_qkv"):
+        query, key, value = (contiguous(x) for x in (query, key, value))
+    attn_output = scaled_dot_product_attention(query, key, value, is_causal, attention_mask)
+    return contiguous(attn_output.transpose(1, 2))
+
+
 @block
-def CLIPAttention(hidden_states: SymTensor, *, config: Config, is_causal: bool) -> SymTensor:
+def CLIPAttention(
+    hidden_states: SymTensor, attention_mask: SymTensor | None = None, *, config: Config, is_causal: bool
+) -> SymTensor:
     """[N, S, C] -> [N, S, C] through transformers' ``sdpa`` attention."""
     batch, tokens, dim = hidden_states.shape
     assert isinstance(dim, int)
@@ -67,19 +80,21 @@ def CLIPAttention(hidden_states: SymTensor, *, config: Config, is_causal: bool) 
     queries, keys, values = (
         x.view(batch, tokens, heads, dim // heads).transpose(1, 2) for x in (queries, keys, values)
     )
-    attn_output = scaled_dot_product_attention(queries, keys, values, is_causal and is_many(tokens))
-    attn_output = contiguous(attn_output.transpose(1, 2))
+    is_causal = is_causal and attention_mask is None and is_many(tokens)
+    attn_output = _sdpa_attention_forward(queries, keys, values, is_causal, attention_mask)
     attn_output = reshape(attn_output, batch, tokens, dim)
     attn_output = Linear("out_proj", attn_output, dim)
     return attn_output
 
 
 @block
-def CLIPEncoderLayer(hidden_states: SymTensor, *, config: Config, is_causal: bool) -> SymTensor:
+def CLIPEncoderLayer(
+    hidden_states: SymTensor, attention_mask: SymTensor | None = None, *, config: Config, is_causal: bool
+) -> SymTensor:
     """[N, S, C] -> [N, S, C]: attention and MLP, each with its residual."""
     residual = hidden_states
     hidden_states = LayerNorm("layer_norm1", hidden_states)
-    hidden_states = CLIPAttention("self_attn", hidden_states, config=config, is_causal=is_causal)
+    hidden_states = CLIPAttention("self_attn", hidden_states, attention_mask, config=config, is_causal=is_causal)
     hidden_states = add(residual, hidden_states)
 
     residual = hidden_states
@@ -91,14 +106,21 @@ def CLIPEncoderLayer(hidden_states: SymTensor, *, config: Config, is_causal: boo
 
 @block
 def CLIPEncoder(
-    inputs_embeds: SymTensor, *, config: Config, is_causal: bool, collected: list[SymTensor] | None = None
+    inputs_embeds: SymTensor,
+    attention_mask: SymTensor | None = None,
+    *,
+    config: Config,
+    is_causal: bool,
+    collected: list[SymTensor] | None = None,
 ) -> SymTensor:
     """[N, S, C] -> [N, S, C] through ``num_hidden_layers`` layers; ``collected`` takes all hidden states."""
     hidden_states = inputs_embeds
     if collected is not None:
         collected.append(hidden_states)
     for i in range(config.num_hidden_layers):
-        hidden_states = CLIPEncoderLayer(f"layers.{i}", hidden_states, config=config, is_causal=is_causal)
+        hidden_states = CLIPEncoderLayer(
+            f"layers.{i}", hidden_states, attention_mask, config=config, is_causal=is_causal
+        )
         if collected is not None:
             collected.append(hidden_states)
     return hidden_states
@@ -121,7 +143,10 @@ def CLIPTextModel(input_ids: SymTensor, *, config: CLIPTextConfig, output_hidden
     """[N, L] int64 -> last hidden state, pooled output and, with ``output_hidden_states``, all hidden states."""
     collected: list[SymTensor] | None = [] if output_hidden_states else None
     hidden_states = CLIPTextEmbeddings("embeddings", input_ids, config=config)
-    encoder_outputs = CLIPEncoder("encoder", hidden_states, config=config, is_causal=True, collected=collected)
+    mask = _causal_mask(hidden_states) if tape().libraries.follows("causal_mask") else None
+    if tape().libraries.follows("arange_for_mask"):
+        empty(hidden_states.shape[1:2], "int64", "arange")
+    encoder_outputs = CLIPEncoder("encoder", hidden_states, mask, config=config, is_causal=True, collected=collected)
     last_hidden_state = LayerNorm("final_layer_norm", encoder_outputs)
     pooled_output = _end_of_text(last_hidden_state, input_ids, config.eos_token_id)
     return TextOutput(last_hidden_state, pooled_output, tuple(collected or ()))
@@ -135,6 +160,20 @@ def CLIPTextModelWithProjection(
     text_outputs = CLIPTextModel("text_model", input_ids, config=config, output_hidden_states=output_hidden_states)
     text_embeds = Linear("text_projection", text_outputs.pooler_output, config.projection_dim, bias=False)
     return TextProjectionOutput(text_embeds, text_outputs.last_hidden_state, text_outputs.hidden_states)
+
+
+def _causal_mask(hidden_states: SymTensor) -> SymTensor | None:
+    """modeling_attn_mask_utils.py (_make_causal_mask): [1, 1, L, L], made in float32; one token has none."""
+    tokens = hidden_states.shape[1]
+    if not is_many(tokens):
+        return None
+    mask = empty((tokens, tokens), "float32", "full")
+    mask_cond = empty((tokens,), "int64", "arange")
+    later = elementwise("add", mask_cond)
+    below = empty((tokens, tokens), "bool", "lt")
+    del later, below
+    mask = to(mask, hidden_states.dtype)
+    return mask.view(1, 1, tokens, tokens)
 
 
 def _end_of_text(last_hidden_state: SymTensor, input_ids: SymTensor, eos_token_id: int) -> SymTensor:

@@ -43,6 +43,6 @@ def ResnetBlock2D(
 
 
 def _shortcut_input(input_tensor: SymTensor) -> SymTensor:
-    """diffusers 0.33 to 0.36 make it contiguous; only a GPU keeps a format that this changes."""
-    hardware = tape().hardware
-    return contiguous(input_tensor) if hardware and hardware.contiguous_shortcut else input_tensor
+    """Some versions make it contiguous; only a GPU keeps a format that this changes."""
+    copied = tape().hardware is not None and tape().libraries.follows("contiguous_shortcut")
+    return contiguous(input_tensor) if copied else input_tensor

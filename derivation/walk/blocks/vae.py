@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from derivation.config import AutoencoderKLConfig
 from derivation.tape.block import block
+from derivation.tape.tape import tape
 from derivation.tape.tensor import SymTensor
 from derivation.walk.blocks.activations import activation
 from derivation.walk.blocks.attention_processor import AttentionSpec
 from derivation.walk.blocks.unet_2d_blocks import BlockSpec, DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
-from derivation.walk.ops import Conv2d, GroupNorm, add, elementwise, empty, mul
+from derivation.walk.ops import Conv2d, GroupNorm, add, elementwise, empty, mul, to
 
 
 def _level(config: AutoencoderKLConfig, channels: int, layers: int, resample: bool) -> BlockSpec:
@@ -53,6 +54,7 @@ def Decoder(sample: SymTensor, *, config: AutoencoderKLConfig) -> SymTensor:
     channels = config.block_out_channels[::-1]
     sample = Conv2d("conv_in", sample, channels[0], 3, padding=1)
     sample = _mid_block(sample, config)
+    sample = to(sample, tape().weights_dtype())
     for i, out_channels in enumerate(channels):
         spec = _level(config, out_channels, config.layers_per_block + 1, i < len(channels) - 1)
         sample = UpDecoderBlock2D(f"up_blocks.{i}", sample, spec=spec)

@@ -198,7 +198,24 @@ class Pipeline:
             return decode(latents, self.vae)
 
 
-def denormalize(images: SymTensor) -> SymTensor:
+def denormalize(images: SymTensor) -> None:
+    """``(images * 0.5 + 0.5).clamp(0, 1)``, then to the CPU."""
+    if tape().libraries.follows("stacked_denormalize"):
+        denormalize_each(images)
+    else:
+        denormalized(images)
+
+
+def denormalize_each(images: SymTensor) -> None:
+    """``torch.stack([denormalize(image) for image in images])``, then to the CPU."""
+    one = images.select(0)
+    earlier = elementwise("clamp", one, category=Category.PIPELINE, count=images.shape[0] - 1)
+    last = denormalized(one)
+    stacked = empty(images.shape, images.dtype, "stack", Category.PIPELINE)
+    del earlier, last, stacked
+
+
+def denormalized(images: SymTensor) -> SymTensor:
     """``(images * 0.5 + 0.5).clamp(0, 1)``."""
     return elementwise("clamp", elementwise("add", mul(images)))
 

@@ -13,12 +13,12 @@ from derivation.walk.pipelines.base import (
     UNET,
     VAE_ENCODE,
     Pipeline,
+    denormalize_each,
     family,
 )
 from derivation.walk.pipelines.denoising import Denoising
 from derivation.walk.pipelines.stable_diffusion import (
     decode_latents,
-    denormalize_each,
     encode_prompt,
     prepare_image_latents,
     run_safety_checker,

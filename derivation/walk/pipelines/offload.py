@@ -39,9 +39,9 @@ class Models:
             tape().empty_cache()
         return self.weights[name].load()
 
-    def to(self, name: str, dtype: str) -> None:
-        """``model.to(dtype=dtype)``, wherever the model is."""
-        self.weights[name].to(dtype)
+    def to(self, name: str, dtype: str, *parts: str) -> None:
+        """``model.to(dtype=dtype)``, or of its ``parts``, wherever the model is."""
+        self.weights[name].to(dtype, *parts)
 
     def maybe_free_model_hooks(self) -> None:
         """The end of ``__call__``: under model offload every model goes to the CPU, and those that stay come back."""

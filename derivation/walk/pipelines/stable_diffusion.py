@@ -6,7 +6,7 @@ from derivation.tape.events import Category
 from derivation.tape.tape import tape
 from derivation.tape.tensor import SymTensor
 from derivation.walk.models import CLIPTextModel, StableDiffusionSafetyChecker
-from derivation.walk.ops import LayerNorm, cat, div, elementwise, empty, given, mul, repeat
+from derivation.walk.ops import LayerNorm, cat, div, empty, given, mul, repeat
 from derivation.walk.pipelines.base import (
     POSTPROCESS,
     PREPARE_LATENTS,
@@ -17,6 +17,7 @@ from derivation.walk.pipelines.base import (
     VAE_ENCODE,
     Pipeline,
     denormalize,
+    denormalize_each,
     family,
     required,
 )
@@ -151,13 +152,3 @@ def run_safety_checker(pipeline: Pipeline, image: SymTensor) -> None:
     if pipeline.options.dtype != "float32":
         clip_input = empty(shape, pipeline.options.dtype, "_to_copy", Category.PIPELINE)
     StableDiffusionSafetyChecker("safety_checker", clip_input, image, config=config)
-
-
-def denormalize_each(image: SymTensor) -> None:
-    """``torch.stack([denormalize(image) for image in images])``, then to the CPU."""
-    images = image.shape[0]
-    one = image.select(0)
-    earlier = elementwise("clamp", one, category=Category.PIPELINE, count=images - 1)
-    last = denormalize(one)
-    stacked = empty(image.shape, image.dtype, "stack", Category.PIPELINE)
-    del earlier, last, stacked

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from derivation.errors import DerivationError
+from derivation.options import EAGER
 from derivation.tape.events import Category
 from derivation.tape.tape import tape
 from derivation.tape.tensor import SymTensor
@@ -34,7 +35,8 @@ from derivation.walk.schedulers.arithmetic import Value
 
 # original size, crop's corner, target size; with an aesthetic score in the target size's place
 TIME_IDS, AESTHETIC_TIME_IDS = 6, 5
-
+# what stays in float16 where fused attention does, in the order of the casts
+HALF_PARTS = ("post_quant_conv", "decoder.conv_in", "decoder.mid_block")
 
 # [N, L, K] for the prompt and under guidance for the negative prompt, and the same pooled, [N, P]
 Prompt = tuple[SymTensor, SymTensor | None, SymTensor, SymTensor | None]
@@ -134,12 +136,14 @@ def encoded(pipeline: Pipeline, clip_skip: int) -> Iterator[SymTensor]:
         pipeline.models.pre_forward("text_encoder")
         output = CLIPTextModel("text_encoder", ids, config=config, output_hidden_states=True)
         hidden_state = output.hidden_states[-(clip_skip + 2)]
+        first = output.last_hidden_state if tape().libraries.follows("any_pooled_output") else None
         del ids, output
         yield hidden_state
     config = required(pipeline.checkpoint.text_encoder_2, "text_encoder_2")
     ids = input_ids()
     pipeline.models.pre_forward("text_encoder_2")
     outputs = CLIPTextModelWithProjection("text_encoder_2", ids, config=config, output_hidden_states=True)
+    first = None
     text_embeds, hidden_state = outputs.text_embeds, outputs.hidden_states[-(clip_skip + 2)]
     del outputs
     yield hidden_state
@@ -224,8 +228,8 @@ def decode_latents(pipeline: Pipeline, loop: Denoising) -> SymTensor:
             # diffusers reads the upcast dtype off post_quant_conv
             raise DerivationError("the VAE's use_post_quant_conv = false is not supported in SDXL with force_upcast")
         tape().mark(VAE_DECODE)
-        pipeline.models.to("vae", "float32")
-        loop.latents = to(loop.latents, "float32")
+        upcast_vae(pipeline)
+        loop.latents = to(loop.latents, post_quant_conv_dtype())
     if inpaints_with_controlnets(pipeline):
         latents = div(loop.latents)
     else:
@@ -233,6 +237,19 @@ def decode_latents(pipeline: Pipeline, loop: Denoising) -> SymTensor:
     if not needs_upcasting:
         tape().mark(VAE_DECODE)
     return pipeline.decode(latents)
+
+
+def upcast_vae(pipeline: Pipeline) -> None:
+    """``upcast_vae``: the VAE in float32, parts of it back in float16 in some versions."""
+    pipeline.models.to("vae", "float32")
+    if tape().libraries.follows("half_upcast_vae") and pipeline.options.attention != EAGER:
+        pipeline.models.to("vae", pipeline.options.dtype, *HALF_PARTS)
+
+
+def post_quant_conv_dtype() -> str:
+    """Return the dtype that the latents are cast to."""
+    with tape().scope("vae"), tape().scope("post_quant_conv"):
+        return tape().weights_dtype()
 
 
 def unscale(pipeline: Pipeline, loop: Denoising) -> SymTensor:

@@ -54,15 +54,20 @@ class ModelWeights:
         self.on_gpu = False
         return True
 
-    def to(self, dtype: str) -> None:
-        """``model.to(dtype=dtype)``: each new parameter exists before the old one is freed."""
-        if dtype == self.dtype:
-            return
-        for i, (path, shape, _) in enumerate(self.entries):
-            if self.on_gpu:
-                self._replace(i, tape().load(path, shape, dtype))
-            self.entries[i] = (path, shape, dtype)
-        self.dtype = tape().dtypes[self.name] = dtype
+    def to(self, dtype: str, *parts: str) -> None:
+        """``model.to(dtype=dtype)``, or of its ``parts``: each new parameter exists before the old one is freed."""
+        changed = tape().dtypes
+        for module in [f"{self.name}.{part}" for part in parts] or [self.name]:
+            for i, (path, shape, old) in enumerate(self.entries):
+                if old != dtype and path.startswith(f"{module}."):
+                    if self.on_gpu:
+                        self._replace(i, tape().load(path, shape, dtype))
+                    self.entries[i] = (path, shape, dtype)
+            for inner in [name for name in changed if name.startswith(f"{module}.")]:
+                del changed[inner]
+            if module != self.name or dtype != self.dtype:
+                changed[module] = dtype
+        self.dtype = self.dtype if parts else dtype
 
     def _replace(self, i: int, storage: Storage | None) -> None:
         if self.storages[i] is None:
