@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from importlib import import_module
 from typing import Any
 
 import sympy
 
 from derivation.allocator.memory import DeviceMemory, device_memory
 from derivation.call import Call, takes_call
-from derivation.config import Checkpoint, is_live, load
+from derivation.config import Checkpoint, is_live, load, traced_folder
 from derivation.equation.derived import Stage
 from derivation.equation.record import Equation
 from derivation.errors import DerivationError, one_of, unsupported
@@ -24,8 +23,9 @@ from derivation.options.live import live_options, refuse_other_weights
 from derivation.peak.record import Record
 from derivation.peak.witness import witness_at
 from derivation.tape.grid import Grid
-from derivation.tape.program import Program, Variant
+from derivation.tape.program import Recordings, Variant
 from derivation.tape.subject import Parameters, Subject
+from derivation.trace import store
 from derivation.verdict import Verdict, of_tensors, on_card
 from derivation.walk.subject import WalkedSubject
 
@@ -56,7 +56,7 @@ class Derivation:
             document = json.loads(text)
             one_of("method", document.get("method", "walk"), METHODS)
             if document.get("method") == "trace":
-                subject: Subject = _tracing().TracedTransformer.from_document(document)
+                subject = store.from_document(document)
             else:
                 subject = WalkedSubject.from_document(document)
             return cls(subject)._fixed_as(document["fixed"])
@@ -111,6 +111,11 @@ class Derivation:
         return self.equation.grid
 
     @property
+    def prompt_length(self) -> int:
+        """The prompt length in tokens of a call that says none."""
+        return self.equation.prompt_length
+
+    @property
     def calls(self) -> tuple[str, ...]:
         """The names of the component calls, in pipeline order."""
         return self.subject.calls
@@ -140,11 +145,11 @@ class Derivation:
         """Bytes of all weights that are on the GPU throughout; others are part of the stages that use them."""
         return self.equation.weights_bytes
 
-    def program(self, guidance: bool = True) -> Program:
+    def program(self, guidance: bool = True) -> Recordings:
         """Return the whole call as a recordable run; of a component alone, its calls, each a stage."""
         return self.equation.program(guidance)
 
-    def component(self, name: str, guidance: bool = True) -> Program:
+    def component(self, name: str, guidance: bool = True) -> Recordings:
         """Return one component call as a recordable run; raises DerivationError for an unknown name."""
         return self.equation.component(name, guidance)
 
@@ -297,7 +302,7 @@ def derive(
     dtype: str | None = None,
     attention: str | None = None,
     gpu: str | None = None,
-    method: str = "walk",
+    method: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
     **options: Any,
@@ -309,16 +314,21 @@ def derive(
     "org/name@revision"; with ``local_files_only`` it is read from the Hub's cache alone. The derivation of one
     component's config is that of its calls.
 
-    ``method`` "walk" interprets diffusers' blocks; "trace" runs the real module with symbolic shapes (a
-    transformer's config, folder or dict; needs the extra ``verify``). Raises DerivationError, with one line,
-    for a config or an option that is not supported.
+    ``method`` "walk" interprets diffusers' blocks, for the classes that are walked the default; "trace" runs the real
+    code: a pipeline of any other class, called on ``meta`` at a few sizes and interpolated (shipped for the bundled
+    ones, else with the extra ``verify``), or a transformer's config, folder or dict, with symbolic shapes. Raises
+    DerivationError, with one line, for a config or an option that is not supported.
     """
-    one_of("method", method, METHODS)
+    if method is not None:
+        one_of("method", method, METHODS)
     named = {"pipeline": pipeline, "dtype": dtype, "attention": attention, "gpu": gpu}
     given = {**{name: value for name, value in named.items() if value is not None}, **options}
+    every = method == "trace"
+    if method != "walk" and (folder := traced_folder(model, revision, local_files_only, every)) is not None:
+        recorded = store.subject(folder, given)
+        return Derivation(recorded, recorded.fixed)
     if method == "trace":
-        traced: Subject = _tracing().TracedTransformer.read(model, options_of(given))
-        return Derivation(traced)
+        return Derivation(store.transformer(model, options_of(given)))
     if is_live(model):
         return derived_live(model, **given)
     chosen = options_of(given)
@@ -331,11 +341,3 @@ def derived_live(pipe: object, **given: Any) -> Derivation:
     subject = WalkedSubject(load(pipe, scheduler=options.scheduler), options)
     refuse_other_weights(pipe, subject.parameters)
     return Derivation(subject)
-
-
-def _tracing() -> Any:
-    """Return the module that traces; raises DerivationError where torch is not installed."""
-    try:
-        return import_module("derivation.trace.subject")
-    except ImportError as error:
-        raise DerivationError(f"method = 'trace' needs the extra verify (missing: {error.name})") from None

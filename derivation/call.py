@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -24,29 +24,37 @@ class Call:
     """The arguments of one pipeline call that sizes depend on, named as diffusers names them.
 
     ``height`` and ``width`` are pixels, ``prompt_length`` is tokens, ``batch_size`` prompts; ``guidance`` says whether
-    guidance_scale is above 1. Raises DerivationError for a size that is no integer from 1.
+    guidance_scale is above 1; ``num_frames`` is a video's. ``prompt_length`` and ``num_frames`` are the pipeline's
+    defaults where they are None. Raises DerivationError for a size that is no integer from 1.
 
     >>> Call(512, 768)
-    Call(height=512, width=768, batch_size=1, prompt_length=77, guidance=True)
+    Call(height=512, width=768, batch_size=1, prompt_length=None, guidance=True, num_frames=None)
     """
 
     height: int
     width: int
     batch_size: int = 1
-    prompt_length: int = DEFAULT_PROMPT_LENGTH
+    prompt_length: int | None = None
     guidance: bool = True
+    num_frames: int | None = None
 
     def __post_init__(self) -> None:
         for name in SIZES:
-            positive(name, getattr(self, name))
+            if (value := getattr(self, name)) is not None or name not in OPTIONAL:
+                positive(name, value)
         typed("guidance", self.guidance, bool)
 
+    def filled(self, prompt_length: int) -> Call:
+        """Return the call with its prompt length, ``prompt_length`` where it says none."""
+        return self if self.prompt_length is not None else replace(self, prompt_length=prompt_length)
+
     def as_dict(self) -> dict[str, Any]:
-        """Return the arguments by name."""
-        return asdict(self)
+        """Return the arguments by name, ``num_frames`` where it is given."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-SIZES = ("height", "width", "batch_size", "prompt_length")
+SIZES = ("height", "width", "batch_size", "prompt_length", "num_frames")
+OPTIONAL = ("prompt_length", "num_frames")
 NAMES = tuple(field.name for field in fields(Call))
 
 
@@ -64,18 +72,22 @@ def parse_size(text: str, key: str = "size") -> tuple[int, int]:
 
 
 def takes_call(method: Callable[..., R]) -> Callable[..., R]:
-    """Let ``method(self, call, ...)`` be called with a Call, or with a Call's own arguments in its place."""
+    """Let ``method(self, call, ...)`` be called with a Call, or with a Call's own arguments in its place.
+
+    The call's prompt length is ``self.prompt_length`` where it says none.
+    """
 
     @wraps(method)
     def called(self: Any, *given: Any, **named: Any) -> R:
         if "call" in named or (given and isinstance(given[0], Call)):
-            return method(self, *given, **named)
+            call, *rest = (named.pop("call"),) if "call" in named else given
+            return method(self, call.filled(self.prompt_length), *rest, **named)
         own = {name: named.pop(name) for name in NAMES if name in named}
         try:
             call = Call(*given, **own)
         except TypeError as error:
             raise TypeError(str(error).replace("Call.__init__()", f"{method.__name__}()")) from None
-        return method(self, call, **named)
+        return method(self, call.filled(self.prompt_length), **named)
 
     called.__signature__ = _spelled_out(method)  # type: ignore[attr-defined]
     return called

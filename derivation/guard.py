@@ -18,7 +18,7 @@ from typing import Any
 from derivation.api import Derivation, derived_live
 from derivation.ask.fit import fit, peak_tensor_bytes
 from derivation.ask.recommend import recommend
-from derivation.call import DEFAULT_PROMPT_LENGTH, Call
+from derivation.call import Call
 from derivation.config import is_live
 from derivation.errors import DerivationError, unsupported
 from derivation.options.live import FREEU
@@ -72,7 +72,7 @@ def will_fit(
     height: int,
     width: int,
     batch_size: int = 1,
-    prompt_length: int = DEFAULT_PROMPT_LENGTH,
+    prompt_length: int | None = None,
     guidance: bool = True,
     free_bytes: int | None = None,
     compiled: bool = False,
@@ -89,7 +89,7 @@ def will_fit(
     if not is_live(pipe):
         raise unsupported("pipe", pipe, "a DiffusionPipeline")
     known = _known(pipe, compiled, options)
-    call = Call(height, width, batch_size, prompt_length, guidance)
+    call = Call(height, width, batch_size, prompt_length, guidance).filled(known.derivation.prompt_length)
     if (peak := known.answers.get(call)) is None:
         known.derivation.sizes(call)
         peak = known.answers[call] = known.peak(call)

@@ -9,7 +9,6 @@ from typing import Any
 import sympy
 
 from derivation.api import Derivation
-from derivation.call import DEFAULT_PROMPT_LENGTH
 from derivation.equation.derived import Stage
 from derivation.tape.grid import B, H, L, W
 from derivation.tape.tiles import IN_PIXELS
@@ -92,12 +91,12 @@ def compare(
     b: Derivation,
     sides: tuple[int, ...] = SIDES,
     batch_size: int = 1,
-    prompt_length: int = DEFAULT_PROMPT_LENGTH,
+    prompt_length: int | None = None,
     guidance: bool = True,
 ) -> Comparison:
     """Return where ``a`` and ``b`` differ; raises DerivationError for a side that both pipelines reject."""
     call = {"batch_size": batch_size, "prompt_length": prompt_length, "guidance": guidance}
-    at = {H: max(sides), W: max(sides), L: prompt_length, B: batch_size}
+    at = {H: max(sides), W: max(sides), L: prompt_length or a.prompt_length, B: batch_size}
     return Comparison(
         a.checkpoint.name,
         b.checkpoint.name,

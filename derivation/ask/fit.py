@@ -17,7 +17,7 @@ from typing import Any
 import sympy
 
 from derivation.api import Derivation
-from derivation.call import DEFAULT_PROMPT_LENGTH, MAX_SIDE_PIXELS, Call
+from derivation.call import MAX_SIDE_PIXELS, Call
 from derivation.errors import positive, unsupported
 from derivation.tape.grid import B, H, L, W
 from derivation.tape.symbols import Size, as_poly
@@ -105,7 +105,7 @@ def fit(
     budget_bytes: int,
     aspect: tuple[int, int] = (1, 1),
     batch_size: int = 1,
-    prompt_length: int = DEFAULT_PROMPT_LENGTH,
+    prompt_length: int | None = None,
     guidance: bool = True,
     replayed: bool = False,
 ) -> Fit:
@@ -117,7 +117,7 @@ def fit(
     for key, value in (("budget_bytes", budget_bytes), ("aspect", min(aspect)), ("batch_size", batch_size)):
         positive(key, value)
     request, factor = Request(derivation, budget_bytes, replayed), derivation.grid.vae_scale_factor
-    call = Call(factor, factor, batch_size, prompt_length, guidance)
+    call = Call(factor, factor, batch_size, prompt_length, guidance).filled(derivation.prompt_length)
     side = solved_side(request, aspect, call)
     image, aligned = (_largest(request, aspect, call, step, side) for step in (factor, ALIGNED))
     weights = derivation.weights_bytes
@@ -129,13 +129,14 @@ def largest_batch(
     budget_bytes: int,
     height: int,
     width: int,
-    prompt_length: int = DEFAULT_PROMPT_LENGTH,
+    prompt_length: int | None = None,
     guidance: bool = True,
     replayed: bool = False,
 ) -> Image | None:
     """Return the largest batch of this image size that is within ``budget_bytes``, None if not even one is."""
     positive("budget_bytes", budget_bytes)
-    request, call = Request(derivation, budget_bytes, replayed), Call(height, width, 1, prompt_length, guidance)
+    request = Request(derivation, budget_bytes, replayed)
+    call = Call(height, width, 1, prompt_length, guidance).filled(derivation.prompt_length)
     guess = _solved_batch(request, call)
     batch = last_that_fits(lambda n: request.fits(replace(call, batch_size=n)), guess, MAX_BATCH)
     return request.image(replace(call, batch_size=batch)) if batch else None

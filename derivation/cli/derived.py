@@ -63,7 +63,7 @@ def show_estimate(result: Mapping[str, Any], options: Options) -> None:
 
 
 MAIN = ("pipeline", "dtype", "attention", "guidance_scale")
-_CALL = {"height", "width", "batch_size", "prompt_length", "witness"}
+_CALL = {"height", "width", "batch_size", "prompt_length", "num_frames", "witness"}
 
 
 def _show_witness(witness: Mapping[str, Any]) -> None:

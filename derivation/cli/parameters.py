@@ -5,20 +5,20 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import wraps
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from derivation.api import Derivation
-from derivation.call import DEFAULT_PROMPT_LENGTH, Call, parse_size
+from derivation.api import Derivation, derive
+from derivation.call import Call, parse_size
 from derivation.cli.output import checked_number
-from derivation.config import bundled, load
+from derivation.config import bundled
 from derivation.errors import DerivationError, shown, unsupported
 from derivation.gpu.cards import known, with_memory
 from derivation.options import TABLE, Options
-from derivation.walk.subject import WalkedSubject
 
 DEFAULT_SIDE = 512
 DEFAULT_GUIDANCE_SCALE = 7.5
@@ -29,7 +29,8 @@ HELP = {
     "height": "Image height in pixels, 512 if not given.",
     "width": "Image width in pixels, 512 if not given.",
     "batch_size": "Prompts in one call.",
-    "prompt_length": "Prompt length in tokens; pipelines pad to 77.",
+    "num_frames": "Frames of a video; the pipeline's own number by default.",
+    "prompt_length": "Prompt length in tokens; the pipeline's own (77 for Stable Diffusion) by default.",
     "guidance_scale": "Classifier-free guidance is on above 1.",
 }
 
@@ -47,7 +48,8 @@ class Prompt:
     """What a call is besides its image size."""
 
     batch_size: int = 1
-    prompt_length: int = DEFAULT_PROMPT_LENGTH
+    prompt_length: int | None = None
+    num_frames: int | None = None
     guidance_scale: float = DEFAULT_GUIDANCE_SCALE
 
     @property
@@ -92,6 +94,11 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a H
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+_CONTEXT = inspect.Parameter("_context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+# The options that are on the command line.
+_SAID: ContextVar[frozenset[str]] = ContextVar("_SAID", default=frozenset())
+
+
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """Return ``command`` with each dataclass parameter replaced by one command line option a field.
 
@@ -106,7 +113,9 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     hints = {name: get_type_hints(group) for name, group in groups.items()}
 
     @wraps(command)
-    def run(**values: Any) -> None:
+    def run(_context: typer.Context, **values: Any) -> None:
+        sources = {name: _context.get_parameter_source(name) for name in values}
+        _SAID.set(frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE"))
         given = {name: _checked(name, value) for name, value in values.items()}
         if (memory := given.pop("memory", None)) is not None and "vram" in given and given["gpu"] is None:
             given["vram"] = given["vram"] or memory
@@ -120,7 +129,7 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
 
     found += [_parameter(field, hints[name][field.name]) for name in groups for field in members[name]]
     found += [MEMORY] if Options in groups.values() else []
-    found = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found]
+    found = [_CONTEXT, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found)]
     run.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in found}
     return run
@@ -193,11 +202,13 @@ def _checked(key: str, value: Any) -> Any:
 
 
 def derivation_of(model: str, options: Options, revision: str | None = None) -> Derivation:
-    """Return the derivation of what a MODEL argument names."""
-    return Derivation(WalkedSubject(load(model, revision, scheduler=options.scheduler), options))
+    """Return the derivation of what a MODEL argument names; options that nobody typed are the model's own."""
+    usual = Options().as_dict()
+    given: dict[str, Any] = {n: v for n, v in options.as_dict().items() if v != usual[n] or n in _SAID.get()}
+    return derive(model, revision=revision, **given)
 
 
 def call_of(size: Size, prompt: Prompt) -> Call:
     """Return the call that is asked about, a square of 512 where no size is given; raises DerivationError."""
     height, width = size.sides or (DEFAULT_SIDE, DEFAULT_SIDE)
-    return Call(height, width, prompt.batch_size, prompt.prompt_length, prompt.guidance)
+    return Call(height, width, prompt.batch_size, prompt.prompt_length, prompt.guidance, prompt.num_frames)

@@ -14,6 +14,7 @@ from .models import (
 )
 from .schedulers import SchedulerConfig, scheduler_config
 from .sources import bundled, is_live, load
+from .traced import TracedFolder, bundled_traced, traced_folder
 
 __all__ = [
     "VAE_SCALE_FACTOR",
@@ -23,14 +24,17 @@ __all__ = [
     "Checkpoint",
     "ControlNetConfig",
     "SchedulerConfig",
+    "TracedFolder",
     "UNet2DConditionConfig",
     "bundled",
+    "bundled_traced",
     "clip_text_config",
     "clip_vision_config",
     "image_encoder",
     "is_live",
     "load",
     "scheduler_config",
+    "traced_folder",
     "unet_config",
     "vae_config",
 ]

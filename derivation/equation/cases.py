@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from derivation.call import Call
 from derivation.equation.derived import Derived
 from derivation.equation.moments import Events, Moments
 from derivation.equation.numbering import Numbering, at
@@ -23,7 +22,7 @@ from derivation.peak.dominance import reduce_points
 from derivation.peak.liveness import Point, local_maxima, prompt_limits
 from derivation.tape.evaluate import Span
 from derivation.tape.events import Guard
-from derivation.tape.program import Program, Variant
+from derivation.tape.program import Recordings, Variant
 from derivation.tape.symbols import MAX_LEVELS, Size, evaluate, free_names, nonnegative_from_one, symbol
 
 # A size compared with more thresholds than this counts something without end.
@@ -119,11 +118,10 @@ def _with_deeper(names: Iterable[str]) -> frozenset[str]:
 
 def generic_sizes(derived: Derived) -> dict[str, int]:
     """Return the least sizes at which every symbol that is not fixed is above 1."""
-    unit = derived.grid.unit
-    return dict.fromkeys(derived.sizes(Call(unit, unit, 1, 1)), 2) | derived.fixed
+    return dict.fromkeys(derived.symbols, 2) | derived.fixed
 
 
-def regimes(program: Program, derived: Derived) -> list[tuple[Cell, Variant]]:
+def regimes(program: Recordings, derived: Derived) -> list[tuple[Cell, Variant]]:
     """Return a recorded variant for every combination of decisions that ``program`` can take.
 
     Sizes at which a variant does not hold violate one of its guards, so they lie in a cell that is visited.
@@ -272,7 +270,7 @@ def _component_cells(derived: Derived, guidance: bool) -> list[Cell]:
 
 
 @lru_cache(maxsize=16)
-def _cells_of(call: Program, derived: Derived) -> tuple[Cell, ...]:
+def _cells_of(call: Recordings, derived: Derived) -> tuple[Cell, ...]:
     (_, generic), *others = regimes(call, derived)
     return tuple(cell for cell, _ in deviations(Known(generic), others))
 

@@ -88,7 +88,7 @@ def in_area(expression: sympy.Expr) -> sympy.Expr | None:
 def crossovers(
     derived: Derived,
     guidance: bool = True,
-    prompt_length: int = DEFAULT_PROMPT_LENGTH,
+    prompt_length: int | None = None,
     batch_size: int = 1,
     side: int = REFERENCE_SIDE,
 ) -> tuple[Crossover, ...]:
@@ -97,7 +97,7 @@ def crossovers(
     forms = _forms(terms)
     if any(term.expression.free_symbols & set(IN_PIXELS.values()) for term in terms):
         return ()
-    area = _along(forms, A, {"L": prompt_length, "B": batch_size}, derived.grid.unit**2)
+    area = _along(forms, A, {"L": prompt_length or derived.prompt_length, "B": batch_size}, derived.grid.unit**2)
     length = _along(forms, L, {"H": side, "W": side, "B": batch_size}, 1)
     return (*area, *length)
 

@@ -9,14 +9,14 @@ from typing import Any, Self, TypeVar
 
 import sympy
 
-from derivation.call import DEFAULT_PROMPT_LENGTH, Call
+from derivation.call import Call
 from derivation.errors import unsupported
 from derivation.options import Options
 from derivation.peak.headline import Term, maximum
 from derivation.peak.record import Record, StageRecord, derive_record
 from derivation.peak.witness import Witness, witness_at
-from derivation.tape.grid import Grid, Sides
-from derivation.tape.program import Program, Variant
+from derivation.tape.grid import Grid, Range, Sides
+from derivation.tape.program import Recordings, Variant
 from derivation.tape.subject import Parameters, Subject, weights_bytes
 
 T = TypeVar("T")
@@ -107,26 +107,29 @@ class Derived:
         """Bytes of all weights that are on the GPU throughout; others are part of the stages that use them."""
         return sum(self.weights.values())
 
-    def program(self, guidance: bool = True) -> Program:
+    def program(self, guidance: bool = True) -> Recordings:
         """Return the whole call as a recordable run."""
         return self._once(self._program, guidance)
 
-    def _program(self, guidance: bool) -> Program:
+    def _program(self, guidance: bool) -> Recordings:
         return self.subject.program(guidance, self.fixed)
 
-    def component(self, name: str, guidance: bool = True) -> Program:
+    def component(self, name: str, guidance: bool = True) -> Recordings:
         """Return one component call as a recordable run; raises DerivationError for an unknown name."""
         return self._once(self._component, name, guidance and name in self.subject.guided)
 
-    def _component(self, name: str, guidance: bool) -> Program:
+    def _component(self, name: str, guidance: bool) -> Recordings:
         return self.subject.component(name, guidance, self.fixed)
 
     def sizes(self, call: Call) -> dict[str, int]:
         """Return the value of every symbol for a call; raises DerivationError for one that the pipeline rejects."""
+        call = call.filled(self.prompt_length)
+        length = call.prompt_length or self.prompt_length
         for key, side in (("height", call.height), ("width", call.width)):
             self.sides.check(key, side)
         self.subject.check(call)
-        return {"B": call.batch_size, "L": call.prompt_length, **self.grid.sizes(call.height, call.width)}
+        frames = {} if self.grid.frames is None else {"F": self.grid.frames.latent(call.num_frames)}
+        return {"B": call.batch_size, "L": length, **frames, **self.grid.sizes(call.height, call.width)}
 
     def stage_peaks(self, call: Call) -> dict[str, int]:
         """Return each stage's peak bytes over the whole call, beyond ``weights_bytes``."""
@@ -180,6 +183,19 @@ class Derived:
         return all(value * (self.factor << int(name[1:])) <= self.sides.most for name, value in sides.items())
 
     @property
+    def bounds(self) -> Mapping[str, Range]:
+        """The values that batch_size and prompt_length may have, where those are fewer than all."""
+        names = {"B": "batch_size", "L": "prompt_length"}
+        given = {names[name] for name in self.given if name in names}
+        return {name: bound for name, bound in self.subject.bounds.items() if name not in given}
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """The symbols of a call."""
+        frames = () if self.grid.frames is None else ("F",)
+        return ("B", "L", *frames, *self.grid.sizes(self.grid.unit, self.grid.unit))
+
+    @property
     def given(self) -> dict[str, int]:
         """Symbols that have one value here, of those that a caller gives."""
         return {name: value for name, value in self.fixed.items() if name in ("B", "L", "h0", "w0")}
@@ -187,7 +203,12 @@ class Derived:
     @property
     def defaults(self) -> dict[str, int]:
         """What B and L are where the caller says nothing."""
-        return {"L": self.fixed.get("L", DEFAULT_PROMPT_LENGTH), "B": self.fixed.get("B", 1)}
+        return {"L": self.prompt_length, "B": self.fixed.get("B", 1)}
+
+    @property
+    def prompt_length(self) -> int:
+        """The prompt length in tokens of a call that says none."""
+        return self.fixed.get("L", self.subject.prompt_length)
 
     @property
     def example(self) -> Example:
@@ -198,7 +219,8 @@ class Derived:
 
     def at(self, **given: int | None) -> Self:
         """Return the same with some of height, width, batch_size and prompt_length fixed."""
-        some = {"height": self.grid.unit, "width": self.grid.unit, "batch_size": 1, "prompt_length": 1}
+        least = -(-self.sides.least // self.grid.unit) * self.grid.unit
+        some = {"height": least, "width": least, "batch_size": 1, "prompt_length": 1}
         known = {name: value for name, value in given.items() if value is not None}
         if self.options.vae_tiling and ("height" in known) != ("width" in known):
             raise unsupported("vae_tiling", True, "height and width together: tiles depend on both")

@@ -85,12 +85,20 @@ def _arguments(equation: Equation) -> list[dict[str, Any]]:
             "meaning": meanings[name],
             "units": units,
             "minimum": 1,
+            **_bounded(equation, argument),
             "default": equation.defaults[name],
             **_fixed(equation, name, 1),
         }
         for name, (argument, units) in ARGUMENTS.items()
     ]
     return [*sides, *others]
+
+
+def _bounded(equation: Equation, argument: str) -> dict[str, int]:
+    if (bound := equation.bounds.get(argument)) is None:
+        return {}
+    steps = {"multiple_of": bound.step} if bound.step > 1 and bound.first % bound.step == 0 else {}
+    return {"minimum": bound.first, "maximum": bound.last, **steps}
 
 
 def _fixed(equation: Equation, name: str, factor: int) -> dict[str, int]:

@@ -51,7 +51,7 @@ def facts(equation: Equation) -> Facts:
         generator=f"diffusion-vram-derivation {__version__}, from the checkpoint's config files",
         options=tuple(f"{key}={printable(str(value))}" for key, value in d.options.as_dict().items()),
         versions=tuple(f"{name} {version}" for name, version in asdict(d.options.libraries).items()),
-        assumptions=assumptions(d.options),
+        assumptions=(*assumptions(d.options), *d.subject.remarks),
         exclusions=(*scratch, *exclusions(d.options)),
     )
 

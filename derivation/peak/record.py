@@ -8,7 +8,7 @@ from derivation.peak.dominance import Reduction, reduce_points
 from derivation.peak.headline import Term, headline
 from derivation.peak.liveness import Point, local_maxima
 from derivation.tape.grid import Grid
-from derivation.tape.program import Program
+from derivation.tape.program import Recordings
 from derivation.tape.tape import Tape
 
 
@@ -31,7 +31,7 @@ class Record:
     pipeline: StageRecord
 
 
-def derive_record(program: Program, grid: Grid) -> Record:
+def derive_record(program: Recordings, grid: Grid) -> Record:
     """Return the symbolic peaks of ``program``, stage by stage and over all of them."""
     variant = program.generic  # [configs] -> [alloc and free events]
     points = local_maxima(variant.tape, variant.evaluator)  # [events] -> [live sets: bytes polynomial -> count]

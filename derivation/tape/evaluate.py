@@ -152,5 +152,6 @@ class Evaluator:
         found: dict[str, tuple[int, int]] = {}
         for stage, start, end in self._stages:
             event = start + int(np.argmax(live[start : end + 1]))
-            found[stage] = (int(live[event]), event - 1)
+            if stage not in found or live[event] > found[stage][0]:
+                found[stage] = (int(live[event]), event - 1)
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import sympy
@@ -39,12 +39,57 @@ class Sides:
 
 
 @dataclass(frozen=True, slots=True)
+class Range:
+    """The integers from ``first`` to ``last`` in steps of ``step``."""
+
+    first: int
+    last: int
+    step: int = 1
+
+    def __contains__(self, value: int) -> bool:
+        return self.first <= value <= self.last and (value - self.first) % self.step == 0
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.first, self.last + 1, self.step))
+
+    @property
+    def is_one(self) -> bool:
+        """Whether there is one value."""
+        return self.first == self.last
+
+    def __str__(self) -> str:
+        if self.is_one:
+            return str(self.first)
+        return f"{self.first} to {self.last}" + (f" in steps of {self.step}" if self.step > 1 else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """How a video's frames map to latent frames: the VAE's temporal factor; ``default`` frames where none are given."""
+
+    factor: int
+    default: int
+
+    def latent(self, num_frames: int | None) -> int:
+        """Return the latent frames; raises DerivationError for frames that are not 1 + a multiple of the factor."""
+        given = self.default if num_frames is None else num_frames
+        if (given - 1) % self.factor:
+            raise unsupported("num_frames", given, f"1 + multiples of {self.factor}")
+        return (given - 1) // self.factor + 1
+
+    def frames(self, latent: int) -> int:
+        """Return the frames of ``latent`` latent frames."""
+        return (latent - 1) * self.factor + 1
+
+
+@dataclass(frozen=True, slots=True)
 class Grid:
-    """How image sides map to level sides: the VAE's scale factor, the UNet's number of levels, the VAE's tile."""
+    """How image sides map to level sides: the VAE's scale factor, the number of levels, the VAE's tile; and frames."""
 
     vae_scale_factor: int
     levels: int
     tile: Tile | None = None
+    frames: Frames | None = None
 
     @property
     def unit(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from derivation.gpu.profile import Hardware
 from derivation.options import Options
@@ -30,6 +31,22 @@ def decides_alike(tape: Tape, values: Mapping[str, int]) -> bool:
     fixed = all(values[name] == value for name, value in tape.fixed.items())
     ones = all(values[name] == 1 for name in tape.ones)
     return fixed and ones and all(guard.holds(values) for guard in tape.guards.values())
+
+
+class Recordings(Protocol):
+    """A run's variants, whoever records them."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def generic(self) -> Variant:
+        """The variant for sizes where every symbol is above 1 and below every threshold."""
+
+    def at(self, values: Mapping[str, int]) -> Variant:
+        """Return the variant that holds at ``values``."""
+
+    def regime(self, values: Mapping[str, int]) -> Variant:
+        """Return the variant of the decisions at ``values``."""
 
 
 class Program:

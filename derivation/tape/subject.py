@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from derivation.call import Call
 from derivation.options import Options
-from derivation.tape.grid import Grid, Sides
-from derivation.tape.program import Program
+from derivation.tape.grid import Grid, Range, Sides
+from derivation.tape.program import Recordings
 from derivation.tape.symbols import DTYPE_BYTES, ceil512
 
 # Parameters and buffers of each model: path -> (shape, dtype).
@@ -33,9 +33,21 @@ class Subject(Protocol):
     @property
     def options(self) -> Options: ...
     @property
+    def prompt_length(self) -> int:
+        """The prompt length in tokens of a call that says none."""
+
+    @property
     def grid(self) -> Grid: ...
     @property
     def sides(self) -> Sides: ...
+    @property
+    def bounds(self) -> Mapping[str, Range]:
+        """The values that batch_size and prompt_length may have, where those are fewer than all."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What holds of this subject alone, in words, beside what its options take for granted."""
+
     @property
     def calls(self) -> tuple[str, ...]: ...
     @property
@@ -49,10 +61,10 @@ class Subject(Protocol):
     @property
     def parameter_counts(self) -> Mapping[str, int]: ...
 
-    def program(self, guidance: bool, fixed: Mapping[str, int]) -> Program:
+    def program(self, guidance: bool, fixed: Mapping[str, int]) -> Recordings:
         """Return the whole call as a recordable run, ``fixed`` symbols as numbers."""
 
-    def component(self, name: str, guidance: bool, fixed: Mapping[str, int]) -> Program:
+    def component(self, name: str, guidance: bool, fixed: Mapping[str, int]) -> Recordings:
         """Return the component call ``name`` as a recordable run."""
 
     def check(self, call: Call) -> None:

@@ -22,8 +22,18 @@ DTYPE_BYTES: Mapping[str, int] = {
     "float16": 2,
     "bfloat16": 2,
     "float32": 4,
+    "float64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "complex64": 8,
+    "complex128": 16,
     "int64": 8,
     "int32": 4,
+    "uint64": 8,
+    "uint32": 4,
+    "uint16": 2,
+    "int16": 2,
+    "int8": 1,
     "bool": 1,
     "uint8": 1,
 }
@@ -71,6 +81,7 @@ SYMBOLS: tuple[Symbol, ...] = (
     Symbol("L", "L", "prompt length in tokens, as the UNet's cross-attention sees it"),
     *_level_symbols(),
     *_tile_symbols(),
+    Symbol("F", "F", "latent frames: 1 + (frames - 1) / the VAE's temporal factor"),
 )
 
 RING, *GENERATORS = ring([symbol.name for symbol in SYMBOLS], ZZ)

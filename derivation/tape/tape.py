@@ -35,6 +35,8 @@ class Sized:
 
 
 Question = Guard | Sized
+# The shapes of some tensors.
+Shapes = tuple[tuple[Size, ...], ...]
 # What modules have recorded, by all that it follows from but the answers of a tape (derivation.tape.block).
 Memory = dict[Hashable, list[Any]]
 
@@ -53,7 +55,8 @@ class Tape:
     holds, for each open scope, the parameters that are on the GPU until it is left; ``tile`` is set where the run
     stands for every number of VAE tiles, and ``cut`` holds event ranges (start, end, symbols) that belong to cut
     tiles: they do not occur where a symbol is 0; ``emptied`` holds how many events precede each
-    torch.cuda.empty_cache(); ``asked`` holds the answers that decide what a module does, in order, and ``memory``
+    torch.cuda.empty_cache(); ``convolutions`` holds, of traced ones, the shapes of input and weight by the output's
+    allocation; ``asked`` holds the answers that decide what a module does, in order, and ``memory``
     what modules have recorded, on this tape or others (``derivation.tape.block``), None for no memory.
     """
 
@@ -78,6 +81,7 @@ class Tape:
     tile: Tile | None = None
     cut: list[tuple[int, int, frozenset[str]]] = field(default_factory=list)
     emptied: list[int] = field(default_factory=list)
+    convolutions: dict[int, Shapes] = field(default_factory=dict)
     asked: list[Question] = field(default_factory=list)
     memory: Memory | None = None
 

@@ -28,6 +28,7 @@ class SdpaMode(TorchFunctionMode):
     transformers/cuda/sdp_utils.cpp: check_head_dim_size_flash, check_head_dim_size_mem_efficient,
     minimum_gemm_alignment, check_last_dim_stride_equals_1_dense. A mask, which transformers before 5 passes, keeps
     flash out; for ``efficient`` its rows are padded to eights (attention.cpp: preprocess_mask, pad_bias).
+    Grouped queries keep efficient out; dropout raises NotImplementedError.
     """
 
     def __init__(self, backend: str) -> None:
@@ -54,20 +55,30 @@ class SdpaMode(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
-        if dropout_p or enable_gqa:
-            raise NotImplementedError(f"{self.backend} attention with dropout or grouped queries")
+        if dropout_p:
+            raise NotImplementedError(f"{self.backend} attention with dropout")
         if self.backend == "flash" and attn_mask is None and _flash_can_run(query, key, value):
             return _flash(query, key, value, is_causal, scale)
         if _efficient_can_run(query, key, value):
-            bias = None if attn_mask is None else _padded(attn_mask, query, key)
+            bias = None if attn_mask is None else _bias(attn_mask, query, key)
             return aten._scaled_dot_product_efficient_attention(
                 query, key, value, bias, False, 0.0, is_causal, scale=scale
             )[0]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+
+def _bias(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Return a mask as the efficient kernel's bias; a boolean one becomes additive (convert_boolean_attn_mask)."""
+    if mask.dtype is torch.bool:
+        low = torch.scalar_tensor(float("-inf"), dtype=query.dtype, device=mask.device)
+        mask = torch.where(mask, 0.0, low)
+    return _padded(mask, query, key)
 
 
 def _dense(*qkv: torch.Tensor) -> bool:
-    return len({t.shape[-1] for t in qkv}) == 1 and all(t.stride(-1) == 1 for t in qkv)
+    return qkv[0].dim() == 4 and len({t.shape[-1] for t in qkv}) == 1 and all(t.stride(-1) == 1 for t in qkv)
 
 
 def _flash_can_run(*qkv: torch.Tensor) -> bool:
@@ -77,7 +88,8 @@ def _flash_can_run(*qkv: torch.Tensor) -> bool:
 
 def _efficient_can_run(*qkv: torch.Tensor) -> bool:
     alignment = 4 if qkv[0].dtype == torch.float32 else 8
-    return _dense(*qkv) and qkv[0].shape[-1] % alignment == 0
+    grouped = qkv[0].shape[1] != qkv[1].shape[1]
+    return _dense(*qkv) and qkv[0].shape[-1] % alignment == 0 and not grouped
 
 
 def _padded(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from derivation.call import MAX_SIDE_PIXELS, Call
+from derivation.call import DEFAULT_PROMPT_LENGTH, MAX_SIDE_PIXELS, Call
 from derivation.errors import DerivationError, one_of, unsupported
 from derivation.options import Options, options_of
-from derivation.tape.grid import Grid, Sides
+from derivation.tape.grid import Grid, Range, Sides
 from derivation.tape.program import Program
 from derivation.tape.subject import Parameters
 from derivation.tape.tape import Tape, tape
@@ -59,6 +59,9 @@ class TracedTransformer:
     """
 
     method, whole, grid, calls, guided = "trace", False, GRID, (MODEL,), (MODEL,)
+    prompt_length = DEFAULT_PROMPT_LENGTH
+    bounds: Mapping[str, Range] = {}
+    remarks: tuple[str, ...] = ()
 
     def __init__(self, config: Mapping[str, Any], file: str, options: Options) -> None:
         self.architecture = checked(config, file, options)

@@ -15,7 +15,6 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from derivation.options import Options
 from derivation.tape.events import Allocation, Category
@@ -40,6 +39,15 @@ def category(op: str, shape: tuple[Size, ...]) -> Category:
     if op == "native_group_norm" and len(shape) == 2:
         return Category.STATISTICS
     return Category.STATISTICS if op == "native_layer_norm" and shape[-1] == 1 else Category.ACTIVATION
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in an operator's argument or output: nested lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from tensors_in(each)
 
 
 def _tensors(owner: torch.nn.Module | torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -112,8 +120,8 @@ class Tracer(TorchDispatchMode):
         if (read := _READ_BACK.get(func)) and (value := read(*args, **kwargs)) is not NotImplemented:
             return value
         out = self._kernels.run(func, args, kwargs)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+        for tensor in tensors_in(out):
+            if tensor.is_meta:
                 self._see(tensor, func)
         return out
 

@@ -107,7 +107,7 @@ def compare_pipeline(derivation: Derivation, call: Call) -> list[Comparison]:
         height=call.height,
         width=call.width,
         batch_size=call.batch_size,
-        prompt_length=call.prompt_length,
+        prompt_length=values["L"],
         guidance_scale=7.5 if call.guidance else 1.0,
         switches=switches(derivation.options),
         **_trace_options(derivation),

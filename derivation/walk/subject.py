@@ -7,14 +7,14 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from derivation.call import Call
+from derivation.call import DEFAULT_PROMPT_LENGTH, Call
 from derivation.config import VAE_SCALE_FACTOR, Checkpoint
 from derivation.config.document import from_document, to_document
 from derivation.errors import DerivationError, unsupported
 from derivation.gpu.profile import Hardware, hardware
 from derivation.libraries import LIBRARIES, tell_unverified
 from derivation.options import Options, options_of
-from derivation.tape.grid import Grid, Sides
+from derivation.tape.grid import Grid, Range, Sides
 from derivation.tape.program import Program
 from derivation.tape.subject import Parameters
 from derivation.tape.tape import Memory, tape
@@ -29,6 +29,9 @@ class WalkedSubject:
 
     method = "walk"
     guided = GUIDED
+    prompt_length = DEFAULT_PROMPT_LENGTH
+    bounds: Mapping[str, Range] = {}
+    remarks: tuple[str, ...] = ()
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
         self.checkpoint = checkpoint
@@ -113,7 +116,7 @@ class WalkedSubject:
     def check(self, call: Call) -> None:
         """Raise DerivationError for a prompt that is too long for a text encoder alone."""
         config = self.checkpoint.text_encoder
-        if not self.whole and config is not None and call.prompt_length > config.max_position_embeddings:
+        if not self.whole and config is not None and (call.prompt_length or 0) > config.max_position_embeddings:
             supported = f"up to max_position_embeddings = {config.max_position_embeddings}"
             raise unsupported("prompt_length", call.prompt_length, supported)
 

@@ -1,0 +1,214 @@
+"""A pipeline's tapes as data: recorded once by tracing, read and evaluated without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from derivation.call import Call
+from derivation.errors import DerivationError, unsupported
+from derivation.options import Options, options_of
+from derivation.tape.evaluate import Evaluator
+from derivation.tape.grid import Frames, Grid, Range, Sides
+from derivation.tape.program import Variant, decides_alike
+from derivation.tape.regime import Regime, regime_document, regime_of, specialised
+from derivation.tape.subject import Parameters
+from derivation.tape.tape import Tape
+
+FORMAT = "derivation-recorded-1"
+# The arguments of a call that give each symbol.
+ARGUMENTS = {"h": "height", "w": "width", "B": "batch_size", "L": "prompt_length", "F": "num_frames"}
+
+
+# Traces a call at integers: (guidance, values) -> the tape.
+Retrace = Callable[[bool, Mapping[str, int]], Tape]
+
+
+class RecordedProgram:
+    """The regimes of one guidance; sizes that none covers are traced where that can be done."""
+
+    def __init__(self, regimes: Iterable[Regime], retrace: Callable[[Mapping[str, int]], Tape], what: str) -> None:
+        self._regimes = list(regimes)
+        self._variants = [Variant(regime.tape, Evaluator(regime.tape)) for regime in self._regimes]
+        self._retrace, self._what = retrace, what
+        self._traced: list[Variant] = []
+
+    @property
+    def generic(self) -> Variant:
+        """The first regime, of the most general sizes."""
+        return self._variants[0]
+
+    def regime(self, values: Mapping[str, int]) -> Variant:
+        """Return the variant of the decisions at ``values``."""
+        found = next((v for v in [*self._variants, *self._traced] if decides_alike(v.tape, values)), None)
+        return found or self._trace(values)
+
+    def at(self, values: Mapping[str, int]) -> Variant:
+        """Return the variant that covers ``values``, tracing them if there is none; raises DerivationError."""
+        pairs = zip(self._regimes, self._variants, strict=True)
+        found = next((v for regime, v in pairs if regime.covers(values) and decides_alike(v.tape, values)), None)
+        return found or next((v for v in self._traced if v.holds(values)), None) or self._trace(values)
+
+    def _trace(self, values: Mapping[str, int]) -> Variant:
+        tape = self._retrace(values)
+        self._traced.append(Variant(tape, Evaluator(tape)))
+        return self._traced[-1]
+
+
+@dataclass(frozen=True)
+class RecordedSubject:
+    """A traced pipeline: its tapes under guidance and without, by sizes, and its parameters.
+
+    ``retrace`` records a call at sizes that no regime covers.
+    """
+
+    name: str
+    class_name: str
+    source: str
+    options: Options
+    grid: Grid
+    sides: Sides
+    prompt_length: int
+    parameters: Parameters
+    parameter_counts: Mapping[str, int]
+    regimes: tuple[Regime, ...]
+    passes: int
+    versions: Mapping[str, str] = field(default_factory=dict)
+    retrace: Retrace | None = field(default=None, compare=False)
+
+    method, whole, calls, guided = "trace", True, (), ()
+
+    @property
+    def resident(self) -> Parameters:
+        """All parameters and buffers."""
+        return self.parameters
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was traced, where the closed form was checked, and what it takes for granted."""
+        fitted = sum(len(regime.fitted) for regime in self.regimes)
+        checked = sum(len(regime.checked) for regime in self.regimes)
+        libraries = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        lines = dict.fromkeys(line for regime in self.regimes for line in regime.assumed)
+        frames = None if self.grid.frames is None or "F" not in self.fixed else self.grid.frames.frames(self.fixed["F"])
+        return (
+            f"the real call of {self.class_name} on meta tensors ({libraries}), traced at {fitted} sizes and "
+            f"interpolated; equal to the byte at {checked} other sizes, not proven between them",
+            f"{self.passes} passes of the denoising loop stand for any number; use_resolution_binning is off",
+            *(() if frames is None else (f"num_frames = {frames}",)),
+            *(f"unknown when it was traced: {line}" for line in lines),
+        )
+
+    @cached_property
+    def bounds(self) -> dict[str, Range]:
+        """The values that arguments of a call may have beside the image's sides, where some regime covers several."""
+        found: dict[str, Range] = {}
+        for key, name in (("B", "batch_size"), ("L", "prompt_length")):
+            ranges = sorted((r.ranges[key] for r in self.regimes), key=lambda r: r.first)
+            if not all(r.is_one for r in ranges) or key == "B":
+                found[name] = Range(ranges[0].first, ranges[-1].last, ranges[-1].step)
+        return {name: found[name] for name in found if not found[name].is_one}
+
+    @cached_property
+    def fixed(self) -> dict[str, int]:
+        """The symbols that no regime leaves open, at the values of the first; a call may have others, traced anew."""
+        first = self.regimes[0].fixed | dict.fromkeys(self.regimes[0].tape.ones, 1)
+        return {n: v for n, v in first.items() if all(regime.ranges[n].is_one for regime in self.regimes)}
+
+    def program(self, guidance: bool, fixed: Mapping[str, int]) -> RecordedProgram:
+        """Return the whole call's tapes, ``fixed`` symbols as numbers."""
+        own = [r for r in self.regimes if r.guidance == guidance] or list(self.regimes)
+        fitting = [r for r in own if all(value in r.ranges[name] for name, value in fixed.items() if name in r.ranges)]
+        regimes = [specialised(regime, fixed) for regime in fitting]
+        if not regimes:
+            wanted = {**self.regimes[0].fixed, **fixed}
+            regimes = [specialised(r, {}) for r in self.regimes if r.guidance == guidance and r.fixed == wanted]
+        if not regimes:
+            raise unsupported(self._spelled(fixed), self._values(fixed), self._covered())
+        return RecordedProgram(regimes, lambda values: self._traced(guidance, values), self.name)
+
+    def _traced(self, guidance: bool, values: Mapping[str, int]) -> Tape:
+        if self.retrace is None:
+            raise DerivationError(
+                f"{self.name}: {self._values(values)} was not recorded (recorded: {self._covered()}); "
+                "with the extra verify it is traced"
+            )
+        return self.retrace(guidance, values)
+
+    def _covered(self) -> str:
+        return "; ".join(dict.fromkeys(", ".join(f"{n} {r}" for n, r in g.ranges.items()) for g in self.regimes))
+
+    @staticmethod
+    def _spelled(values: Mapping[str, int]) -> str:
+        return ", ".join(dict.fromkeys(ARGUMENTS[name[0]] for name in values))
+
+    @staticmethod
+    def _values(values: Mapping[str, int]) -> str:
+        return ", ".join(f"{name} = {value}" for name, value in values.items())
+
+    def component(self, name: str, guidance: bool, fixed: Mapping[str, int]) -> RecordedProgram:
+        """Raise DerivationError: components are recorded as stages of the whole call."""
+        raise unsupported("component", name, "the stages of a whole call")
+
+    def check(self, call: Call) -> None:
+        """Raise DerivationError for frames of a pipeline of images, and for frames that the VAE rejects."""
+        if self.grid.frames is not None:
+            self.grid.frames.latent(call.num_frames)
+        elif call.num_frames is not None:
+            raise unsupported("num_frames", call.num_frames, "pipelines of videos")
+
+    def longest_prompt(self, name: str) -> int | None:
+        """Return None: prompts are recorded whole."""
+        return None
+
+    def changed(self, **options: Any) -> RecordedSubject:
+        """Return the same pipeline under the same options; raises DerivationError for others."""
+        wanted = replace(self.options, **options)
+        if wanted != self.options:
+            raise DerivationError(f"{self.name}: recorded with {self.options}; derive it again for other options")
+        return self
+
+    def document(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        frames = self.grid.frames
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "class": self.class_name,
+            "source": self.source,
+            "options": self.options.as_dict(),
+            "grid": [self.grid.vae_scale_factor, self.grid.levels],
+            "frames": None if frames is None else [frames.factor, frames.default],
+            "sides": [self.sides.least, self.sides.step, self.sides.most],
+            "prompt_length": self.prompt_length,
+            "parameters": {m: [[n, list(s), d] for n, (s, d) in es.items()] for m, es in self.parameters.items()},
+            "parameter_counts": dict(self.parameter_counts),
+            "passes": self.passes,
+            "versions": dict(self.versions),
+            "regimes": [regime_document(regime) for regime in self.regimes],
+        }
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any], retrace: Retrace | None = None) -> RecordedSubject:
+        """Return the subject of ``document()``; raises DerivationError for another format."""
+        if document.get("format") != FORMAT:
+            raise unsupported("format", document.get("format"), FORMAT)
+        frames, (factor, levels) = document["frames"], document["grid"]
+        options = options_of(document["options"])
+        return cls(
+            document["name"],
+            document["class"],
+            document["source"],
+            options,
+            Grid(factor, levels, None, None if frames is None else Frames(*frames)),
+            Sides(*document["sides"]),
+            document["prompt_length"],
+            {m: {n: (tuple(s), d) for n, s, d in entries} for m, entries in document["parameters"].items()},
+            document["parameter_counts"],
+            tuple(regime_of(regime, options) for regime in document["regimes"]),
+            document["passes"],
+            document["versions"],
+            retrace,
+        )

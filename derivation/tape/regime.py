@@ -1,0 +1,155 @@
+"""One tape of a recorded pipeline with the sizes that it covers, as an object and as JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from derivation.options import Options
+from derivation.tape.events import Allocation, Category, Guard, Mark
+from derivation.tape.grid import Range
+from derivation.tape.symbols import INDEX, RING, SYMBOLS, Size, as_poly, free_names, symbol
+from derivation.tape.tape import Tape
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """One tape and the sizes that it covers: those at which it was interpolated, and checked, lie at the ranges' ends.
+
+    ``assumed`` are source lines that read values which nobody knows.
+    """
+
+    guidance: bool
+    ranges: Mapping[str, Range]
+    tape: Tape
+    fitted: tuple[Mapping[str, int], ...] = ()
+    checked: tuple[Mapping[str, int], ...] = ()
+    assumed: tuple[str, ...] = ()
+
+    def covers(self, values: Mapping[str, int]) -> bool:
+        """Return whether ``values`` lie in the ranges."""
+        return all(values[name] in values_of for name, values_of in self.ranges.items())
+
+    @property
+    def fixed(self) -> dict[str, int]:
+        """The symbols that have one value, above 1."""
+        return {name: r.first for name, r in self.ranges.items() if r.is_one and r.first > 1}
+
+    def decided(self) -> Regime:
+        """Return the regime with its tape's decisions: which symbols are 1, which have one value, which are above 1."""
+        ones = frozenset(name for name, r in self.ranges.items() if r.is_one and r.first == 1)
+        above = (symbol(name) for name, r in self.ranges.items() if not r.is_one and name == "B")
+        guards = {(size, 1): Guard(size, 1, True) for size in above}
+        return replace(self, tape=replace(self.tape, ones=ones, fixed=self.fixed, guards=guards))
+
+
+def specialised(regime: Regime, fixed: Mapping[str, int]) -> Regime:
+    """Return a regime with some symbols as numbers."""
+    wanted = {n: v for n, v in fixed.items() if not regime.ranges.get(n, Range(0, 1)).is_one}
+    decided = regime.decided()
+    if not wanted:
+        return decided
+    at = [(symbol(name), value) for name, value in wanted.items()]
+    known: dict[Size, Size] = {}
+
+    def put(size: Size) -> Size:
+        if isinstance(size, int):
+            return size
+        if size not in known:
+            found = size.compose(at)
+            known[size] = found if free_names(found) else int(found.get(RING.zero_monom, 0))
+        return known[size]
+
+    allocations = [
+        replace(a, shape=tuple(map(put, a.shape)), nbytes=put(a.nbytes), count=put(a.count))
+        for a in decided.tape.allocations
+    ]
+    guards = {key: guard for key, guard in decided.tape.guards.items() if not free_names(guard.size) & wanted.keys()}
+    shapes = {i: tuple(tuple(map(put, shape)) for shape in each) for i, each in decided.tape.convolutions.items()}
+    tape = replace(decided.tape, allocations=allocations, guards=guards, convolutions=shapes)
+    tape.fixed = {**tape.fixed, **wanted}
+    return replace(decided, tape=tape)
+
+
+def regime_document(regime: Regime) -> dict[str, Any]:
+    """Return a regime as JSON values: its sizes and its kinds of allocations stand in tables."""
+    sizes: dict[Size, int] = {}
+    allocations: dict[tuple[Any, ...], int] = {}
+
+    def number(size: Size) -> int:
+        return sizes.setdefault(size, len(sizes))
+
+    placed = [
+        allocations.setdefault(
+            (a.path, a.op, tuple(map(number, a.shape)), a.dtype, number(a.nbytes), a.category.value, a.loaded),
+            len(allocations),
+        )
+        for a in regime.tape.allocations
+    ]
+    document: dict[str, Any] = {
+        "guidance": regime.guidance,
+        "ranges": {name: [r.first, r.last, r.step] for name, r in regime.ranges.items()},
+        "kinds": list(map(list, allocations)),
+        "allocations": placed,
+        "events": regime.tape.events,
+        "marks": [[mark.event, mark.stage] for mark in regime.tape.marks],
+        "iterations": regime.tape.iterations,
+        "convolutions": [
+            [i, [list(map(number, shape)) for shape in shapes]] for i, shapes in regime.tape.convolutions.items()
+        ],
+        "fitted": [dict(values) for values in regime.fitted],
+        "checked": [dict(values) for values in regime.checked],
+        "assumed": list(regime.assumed),
+    }
+    return {**document, "sizes": [_terms(size) for size in sizes]}
+
+
+def regime_of(document: Mapping[str, Any], options: Options) -> Regime:
+    """Return the regime of ``regime_document``."""
+    sizes = [_size(terms) for terms in document["sizes"]]
+    kinds = [
+        Allocation(p, op, tuple(sizes[i] for i in shape), dtype, sizes[n], Category(category), loaded=loaded)
+        for p, op, shape, dtype, n, category, loaded in document["kinds"]
+    ]
+    tape = Tape(
+        options,
+        allocations=[kinds[i] for i in document["allocations"]],
+        events=document["events"],
+        marks=[Mark(event, stage) for event, stage in document["marks"]],
+        iterations=document["iterations"],
+        convolutions={
+            index: tuple(tuple(sizes[i] for i in shape) for shape in shapes)
+            for index, shapes in document["convolutions"]
+        },
+    )
+    return Regime(
+        document["guidance"],
+        {name: Range(*values) for name, values in document["ranges"].items()},
+        tape,
+        tuple(document["fitted"]),
+        tuple(document["checked"]),
+        tuple(document["assumed"]),
+    )
+
+
+def _terms(size: Size) -> Any:
+    """Return an integer, or [[coefficient, symbol, ...], ...] with a symbol as often as its power."""
+    if isinstance(size, int):
+        return size
+    return [
+        [int(c), *(SYMBOLS[i].name for i, power in enumerate(monomial) for _ in range(power))]
+        for monomial, c in as_poly(size).items()
+    ]
+
+
+def _size(terms: Any) -> Size:
+    if isinstance(terms, int):
+        return terms
+    found: dict[tuple[int, ...], int] = {}
+    for coefficient, *names in terms:
+        powers = [0] * len(SYMBOLS)
+        for name in names:
+            powers[INDEX[name]] += 1
+        found[tuple(powers)] = coefficient
+    return RING(found)

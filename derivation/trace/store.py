@@ -1,0 +1,131 @@
+"""Where recorded pipelines are found: shipped beside their configs, in a cache on disk, or traced now (needs torch)."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from derivation.config.traced import TracedFolder
+from derivation.errors import DerivationError
+from derivation.files import write_files
+from derivation.options import Options
+from derivation.tape.recorded import FORMAT, RecordedSubject
+from derivation.tape.subject import Subject
+from derivation.tape.tape import Tape
+
+RECORDED = "recorded.json.gz"
+# What a recorded pipeline's options are where the caller names none: the dtype in which these models are published.
+DEFAULTS: Mapping[str, Any] = {"dtype": "bfloat16", "attention": "flash"}
+# Options that tracing obeys.
+APPLICABLE = ("dtype", "attention", "pipeline")
+LIBRARIES = ("torch", "diffusers", "transformers")
+
+Progress = Callable[[str], None]
+
+
+class Tracing:
+    """Traces one folder's pipeline under some options, when it is first asked."""
+
+    def __init__(self, folder: TracedFolder, options: Options) -> None:
+        self.folder, self.options = folder, options
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        module = _module()
+        return module.TracedPipeline(module.Description.of(self.folder.path), self.options)
+
+    def __call__(self, guidance: bool, values: Mapping[str, int]) -> Tape:
+        """Return the tape of a call at integers."""
+        tape: Tape = self._pipeline.at(guidance, values)
+        return replace(tape, fixed=dict(values))
+
+
+def subject(folder: TracedFolder, given: Mapping[str, Any], progress: Progress = lambda _: None) -> RecordedSubject:
+    """Return the recorded pipeline of a folder: shipped, cached, or traced now and cached.
+
+    Raises DerivationError for an option that tracing does not obey, and without torch where nothing is recorded.
+    """
+    options = Options(**{**DEFAULTS, **given, "pipeline": folder.task})
+    for name, value in options.as_dict().items():
+        if name not in APPLICABLE and value != getattr(Options(), name):
+            raise DerivationError(f"{name} = {value!r} is not supported for {folder.class_name}, which is traced")
+    retrace = Tracing(folder, options)
+    for path in (folder.path / RECORDED, cache_path(folder, options)):
+        if path.is_file():
+            found = read(path, retrace)
+            if found is not None and found.options == options:
+                return found
+    module = _module()
+    made: RecordedSubject = module.record(
+        module.Description.of(folder.path), options, str(folder.source), folder.name, progress=progress
+    )
+    store(made, cache_path(folder, options))
+    return replace(made, retrace=retrace)
+
+
+def _module(name: str = "pipeline") -> Any:
+    """Return a module that traces; raises DerivationError where torch is not installed."""
+    try:
+        return import_module(f"derivation.trace.{name}")
+    except ImportError as error:
+        raise DerivationError(f"method = 'trace' needs the extra verify (missing: {error.name})") from None
+
+
+def transformer(model: object, options: Options) -> Subject:
+    """Return a transformer alone, traced with symbolic sizes; raises DerivationError."""
+    found: Subject = _module("subject").TracedTransformer.read(model, options)
+    return found
+
+
+def from_document(document: Mapping[str, Any]) -> Subject:
+    """Return the traced subject of ``document()``; raises DerivationError, KeyError or TypeError for anything else."""
+    if "format" in document:
+        return RecordedSubject.from_document(document)
+    found: Subject = _module("subject").TracedTransformer.from_document(document)
+    return found
+
+
+def cache_path(folder: TracedFolder, options: Options) -> Path:
+    """Return the file of the cache for a folder's configs, options and the installed versions."""
+    key = [FORMAT, folder.contents, options.as_dict(), [_version(name) for name in LIBRARIES]]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(root) / "derivation" / f"{digest[:32]}.json.gz"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def read(path: Path, retrace: Tracing | None = None) -> RecordedSubject | None:
+    """Return the recorded pipeline of a file, None where it is of another format or damaged."""
+    try:
+        return replace(_read(path, path.stat().st_mtime_ns), retrace=retrace)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, DerivationError):
+        return None
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, _: int) -> RecordedSubject:
+    return RecordedSubject.from_document(json.loads(gzip.decompress(path.read_bytes())))
+
+
+def store(recorded: RecordedSubject, path: Path) -> None:
+    """Write a recorded pipeline; a cache that cannot be written is left alone."""
+    content = json.dumps(recorded.document(), separators=(",", ":")).encode()
+    try:
+        write_files(path.parent, {path.name: gzip.compress(content, 9, mtime=0)})
+    except DerivationError:
+        return

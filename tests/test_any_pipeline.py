@@ -1,0 +1,232 @@
+"""Any pipeline: the real call on meta, interpolated, equals plain traces at sizes that were held out."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from conftest import SD15
+
+from derivation import DerivationError, derive
+from derivation.api import Derivation
+from derivation.call import Call
+from derivation.config.traced import TRACED, bundled_traced, traced_folder
+from derivation.export import export
+from derivation.options import Options
+from derivation.tape.grid import Range
+from derivation.tape.recorded import RecordedSubject
+from derivation.tape.symbols import as_poly, ceil512, symbol
+from derivation.tape.tape import Tape
+from derivation.trace import store
+from derivation.trace.build import Description, build, modules_of
+from derivation.trace.interpolate import Parted, fit, normalised, parting, points
+from derivation.trace.pipeline import TracedPipeline, record
+from derivation.trace.shadows import ShadowTracer
+from derivation.trace.standins import word_tokenizer
+from derivation.verify.pipelines import SIDES, arguments, checked, description, read
+from derivation.verify.streams import naive_peak
+
+DOCUMENTS = {document["class"]: document for document in read(Path(__file__).parent / "tiny_pipelines.jsonl")}
+OPTIONS = Options(pipeline="txt2img", dtype="float32")
+# (transformer parameters, all parameters) as published in the checkpoints' safetensors headers or model cards
+PUBLISHED = {
+    "black-forest-labs/FLUX.1-dev": 11_901_408_320,
+    "black-forest-labs/FLUX.1-schnell": 11_891_178_560,
+    "Qwen/Qwen-Image": 20_430_401_088,
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1_418_996_800,
+}
+
+
+@pytest.fixture(scope="module")
+def flux() -> tuple[TracedPipeline, RecordedSubject]:
+    document = DOCUMENTS["FluxPipeline"]
+    made = record(description(document), OPTIONS, "tiny", "tiny Flux", arguments(document), sides=SIDES)
+    return TracedPipeline(description(document), OPTIONS, arguments(document), SIDES), made
+
+
+def test_a_closed_form_equals_plain_traces_at_held_out_sizes(flux) -> None:
+    plain, recorded = flux
+    derivation, rng = Derivation(recorded, recorded.fixed), random.Random(7)
+    peak_vram = derivation.lambdify()
+    unit, lengths = recorded.grid.unit, list(recorded.bounds["prompt_length"])
+    for batch_size in (1, 1, 2, 3, 8):
+        height, width = (unit * rng.randint(4, recorded.sides.most // unit) for _ in range(2))
+        call = Call(height, width, batch_size, rng.choice(lengths))
+        peak = derivation.weights_bytes + naive_peak(plain.trace(call))
+        assert peak_vram(height, width, call.prompt_length, batch_size) == peak
+        assert derivation.estimate(call)["peak_tensor_bytes"] == peak
+        values = derivation.sizes(call)
+        stages = derivation.program(True).at(values).evaluator.peaks(values)
+        assert max(bytes_ for bytes_, _ in stages.values()) + derivation.weights_bytes == peak
+
+
+def test_every_export_of_a_traced_pipeline_is_made(flux) -> None:
+    derivation = Derivation(flux[1])
+    for target in ("latex", "json", "javascript", "c", "numpy"):
+        assert "not proven between" in export(derivation.equation, target)
+    numpy = derivation.lambdify("numpy")
+    assert numpy(512, 512, 64, 2) == derivation.lambdify()(512, 512, 64, 2)
+    assert derivation.peak.free_symbols and "align" in derivation.latex()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [((512, 512, 63, 1), "prompt_length is 8 to 512 in steps of 8"), ((512, 512, 64, 10), "batch_size is 1 to 9")],
+)
+def test_generated_code_refuses_what_was_not_covered(flux, sizes, said) -> None:
+    derivation = Derivation(flux[1])
+    for target in ("math", "numpy"):
+        with pytest.raises(ValueError, match=said):
+            derivation.lambdify(target)(*sizes)
+
+
+def test_sizes_that_nothing_covers_are_traced_or_refused(flux) -> None:
+    plain, recorded = flux
+    odd = Call(64, 64, prompt_length=13)
+    alone = Derivation(replace(recorded, retrace=None))
+    with pytest.raises(DerivationError, match=r"L = 13.* was not recorded .*with the extra verify it is traced"):
+        alone.estimate(odd)
+    traced = Derivation(replace(recorded, retrace=lambda guidance, values: plain.at(guidance, values)))
+    assert max(traced.stage_peaks(odd).values()) == naive_peak(plain.trace(odd))
+
+
+def test_a_recorded_pipeline_survives_json(flux) -> None:
+    recorded = flux[1]
+    again = RecordedSubject.from_document(json.loads(json.dumps(recorded.document())))
+    assert again.document() == recorded.document()
+    assert Derivation(again).peak == Derivation(recorded).peak
+    with pytest.raises(DerivationError, match="format"):
+        RecordedSubject.from_document({"format": "derivation-recorded-0"})
+
+
+def test_a_damaged_record_is_no_record(flux, tmp_path: Path) -> None:
+    path = tmp_path / "recorded.json.gz"
+    store.store(flux[1], path)
+    assert store.read(path).regimes
+    path.write_bytes(path.read_bytes()[:100])
+    assert store.read(path) is None
+
+
+@pytest.mark.parametrize("name", ["PixArtSigmaPipeline", "SanaPipeline", "LTXPipeline"])
+def test_other_families_have_a_closed_form(name: str) -> None:
+    row = checked(DOCUMENTS[name])
+    assert row.runs and row.exact, row.reason
+
+
+def test_an_unknown_class_and_a_broken_config_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DerivationError, match="is no pipeline of diffusers"):
+        build(Description("NoSuchPipeline", {}), "float16")
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline", "vae": ["diffusers", "NoSuchModel"]}')
+    with pytest.raises(DerivationError, match="NoSuchModel"):
+        derive(folder)
+    with pytest.raises(DerivationError, match="vae_tiling"):
+        derive(folder, vae_tiling=True)
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_bundled_configs_have_the_published_parameters(model: str) -> None:
+    pipe = build(Description.of(TRACED / model), "bfloat16")
+    assert sum(p.numel() for p in modules_of(pipe)["transformer"].parameters()) == PUBLISHED[model]
+
+
+def test_bundled_ids_are_found_by_their_short_names() -> None:
+    assert len(bundled_traced()) >= 15
+    assert traced_folder("flux.1-dev").name == "black-forest-labs/FLUX.1-dev"
+    assert traced_folder(SD15) is None and traced_folder(SD15, any_class=True) is not None
+
+
+# shadows
+
+
+def test_values_that_follow_from_the_call_are_known() -> None:
+    with ShadowTracer() as tracer:
+        ids = torch.tensor([[3, 5, 0, 0]]).to("meta")
+        mask = ids > 0
+        length, positions = mask.sum().item(), mask.nonzero()
+        chosen = torch.empty(4, 2, device="meta")[mask[0]]
+        ids[0, 1] = 7
+        changed = ids.tolist()
+    assert (length, tuple(positions.shape), tuple(chosen.shape), changed) == (2, (2, 2), (2, 2), [[3, 7, 0, 0]])
+    assert not tracer.unknown
+
+
+def test_what_nobody_knows_reads_as_zeros_and_is_noted() -> None:
+    with ShadowTracer() as tracer:
+        noise = torch.randn(4, device="meta")
+        assert noise.sum().item() == 0.0
+        kept = noise[noise > 0]
+    assert tuple(kept.shape) == (4,) and tracer.unknown
+
+
+def test_a_word_is_a_token() -> None:
+    tokenizer = word_tokenizer("CLIPTokenizer", 77)
+    assert len(tokenizer("a cat, sat").input_ids) == 4 + 2
+    # pipeline_qwenimage.py drops the 34 tokens of its template before the prompt
+    template = (
+        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+        "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
+    )
+    assert len(word_tokenizer("Qwen2Tokenizer")(template).input_ids) == 34
+
+
+# interpolation
+
+
+def program(values: dict[str, int], branch: int = 1 << 30) -> Tape:
+    with ShadowTracer() as tracer:
+        x = torch.empty(values["B"], 3, 2 * values["h1"], values["w1"] + 1, device="meta")
+        y = torch.empty(values["h1"] * values["w1"], values["h1"] * values["w1"], dtype=torch.int8, device="meta")
+        if values["h1"] > branch:
+            z = torch.empty(8, device="meta")
+    del x, y
+    return normalised(tracer.tape)
+
+
+RANGES = {"h1": Range(3, 40), "w1": Range(3, 40), "B": Range(2, 9)}
+
+
+def test_sizes_become_polynomials() -> None:
+    through, held = points(RANGES, 0)
+    first, second = (a.nbytes for a in fit(program, through, held).allocations)
+    batch, height, width = symbol("B"), symbol("h1"), symbol("w1")
+    assert first == 24 * batch * height * (width + 1) and second == as_poly(height * width) ** 2
+
+
+def test_a_structure_that_depends_on_a_size_is_told() -> None:
+    through, held = points(RANGES, 0)
+    with pytest.raises(Parted) as error:
+        fit(lambda values: program(values, 20), through, held)
+    assert "h1" in error.value.symbols
+    assert parting(program(through[0]), program(through[0], 0)) is not None
+
+
+def test_a_size_that_no_polynomial_gives_is_told() -> None:
+    def padded(values: dict[str, int]) -> Tape:
+        with ShadowTracer() as tracer:
+            x = torch.empty(-(-values["h1"] // 8) * 8, device="meta")
+        del x
+        return normalised(tracer.tape)
+
+    through, held = points(RANGES, 0)
+    with pytest.raises(Parted) as error:
+        fit(padded, through, held)
+    assert error.value.symbols == {"h1"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_trace_of_stable_diffusion_is_the_walk_and_the_timesteps(batch_size: int) -> None:
+    """What the walk leaves on the CPU: PNDM's timesteps, int64, one more than the passes."""
+    options = Options(pipeline="txt2img", attention="efficient")
+    traced = TracedPipeline(Description.of(traced_folder(SD15, any_class=True).path), options)
+    call = Call(256, 320, batch_size, 77)
+    walked = derive(SD15, "txt2img", num_inference_steps=traced.arguments.steps)
+    assert naive_peak(traced.trace(call)) == max(walked.stage_peaks(call).values()) + ceil512(8 * 6)
