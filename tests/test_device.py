@@ -1,10 +1,17 @@
 """Reserved bytes in closed form: a few symbolic replays for all sizes, held to the numeric replay at each."""
 
+import json
 import random
+import shutil
+import subprocess
 from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator
 
 from derivation import Derivation, derive
 from derivation.allocator.allocator import CachingAllocator
@@ -14,9 +21,11 @@ from derivation.allocator.simulate import replay
 from derivation.allocator.symbolic import Atom, Carried, Points
 from derivation.equation.device import N_SMALL
 from derivation.errors import DerivationError
+from derivation.export import export
 from derivation.tape.grid import H, W
 from derivation.tape.symbols import free_names, symbol
 
+ROOT = Path(__file__).resolve().parent.parent
 SIDES = range(512, 2049, 64)
 SIZES = list(product(SIDES, SIDES))
 
@@ -131,3 +140,85 @@ def test_what_the_forms_do_not_say_is_refused(sd15: Derivation) -> None:
         assert not sd15.equation.device.covers(*size)
         with pytest.raises(DerivationError, match="a regime met, or what at"):
             sd15.equation.device.reserved_at(*size)
+
+
+def test_the_small_pool_is_bounded_without_its_replay(sd15: Derivation) -> None:
+    form = sd15.equation.device
+    counted = [form.small_segments(side, side) for side in (512, 768, 1024, 1600)]
+    assert max(counted) <= form.most_small_segments <= max(counted) + 40  # 80 MiB of slack at most
+
+
+@pytest.fixture(scope="module")
+def expected(sd15: Derivation) -> dict[tuple[int, int], tuple[int, int, bool]]:
+    """What generated code must say of every size: the regime's bytes, and the small pool's where it is counted."""
+    form, code = sd15.equation.device, sd15.equation.device_code
+    assert code is not None and form.card.total_memory_bytes is not None and form.context_bytes is not None
+    found = {}
+    for size, point in form.index.items():
+        [regime] = (regime for regime in form.reserved_regimes if regime.where[point])
+        small = code.small.get(size[0] * size[1] // 64**2)
+        assert (max(size) <= 1024) <= (small is not None)
+        reserved = int(regime.total[point]) + SMALL_SEGMENT_BYTES * (small or form.most_small_segments)
+        device = reserved + form.context_bytes
+        found[size] = reserved, device, small is not None and device <= form.card.total_memory_bytes
+        assert not found[size][2] or reserved == form.reserved_at(*size)
+    return found
+
+
+def test_generated_python_and_numpy_say_what_the_form_says(sd15: Derivation, expected: dict) -> None:
+    scalar, arrays = {"__name__": "scalar"}, {"__name__": "arrays"}
+    exec(export(sd15.equation, "python"), scalar)
+    exec(export(sd15.equation, "numpy"), arrays)
+    assert {size: scalar["device_vram"](*size) for size in SIZES} == expected
+    columns = (column.tolist() for column in arrays["device_vram"](*np.array(SIZES).T))
+    assert dict(zip(SIZES, zip(*columns, strict=True), strict=True)) == expected
+    for module in (scalar, arrays):
+        for size in [(520, 512), (448, 512), (512, 2112)]:
+            with pytest.raises(ValueError):
+                module["device_vram"](*size)
+    assert "device_vram" not in export(sd15.equation, "python", device=False)
+
+
+def test_generated_javascript_and_c_say_what_the_form_says(sd15: Derivation, expected: dict, tmp_path: Path) -> None:
+    (tmp_path / "peak_vram.mjs").write_text(export(sd15.equation, "javascript"))
+    (tmp_path / "run.mjs").write_text(
+        'import { device_vram } from "./peak_vram.mjs";\n'
+        "for (let h = 512; h <= 2048; h += 64) for (let w = 512; w <= 2048; w += 64) {\n"
+        "  const r = device_vram(h, w); console.log(h, w, r.reserved, r.device, Number(r.exact));\n}\n"
+    )
+    (tmp_path / "peak_vram.h").write_text(export(sd15.equation, "c"))
+    (tmp_path / "run.c").write_text(
+        '#include <stdio.h>\n#include "peak_vram.h"\nint main(void) {\n'
+        "for (int h = 512; h <= 2048; h += 64) for (int w = 512; w <= 2048; w += 64) {\n"
+        "int64_t device; bool exact; int64_t reserved = device_vram(h, w, &device, &exact);\n"
+        'printf("%d %d %lld %lld %d\\n", h, w, (long long)reserved, (long long)device, exact);\n}\n'
+        "return device_vram(520, 512, 0, 0) != -1;\n}\n"
+    )
+    said = [" ".join(map(str, [*size, *map(int, values)])) for size, values in expected.items()]
+    for program, command in (("node", "node run.mjs"), ("cc", "cc -Wall -Werror run.c -o run && ./run")):
+        if shutil.which(program):
+            done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert sorted(done.stdout.split("\n")[:-1]) == sorted(said)
+
+
+def test_the_json_document_says_what_the_form_says(sd15: Derivation, expected: dict) -> None:
+    document = json.loads(export(sd15.equation, "json"))
+    Draft202012Validator(json.loads((ROOT / "derivation/export/schema.json").read_text())).validate(document)
+    device = document["device"]
+    operators = {"add": sum, "mul": prod, "floor_div": lambda x: x[0] // x[1], "ceil_div": lambda x: -(-x[0] // x[1])}
+
+    def value(tree: Any, names: dict[str, int]) -> int:
+        if isinstance(tree, dict):
+            return operators[tree["operator"]]([value(x, names) for x in tree["operands"]])
+        return names[tree] if isinstance(tree, str) else tree
+
+    for (height, width), (reserved, _, _) in expected.items():
+        names = {"height": height, "width": width}
+        for let in device["symbols"]:
+            names[let["name"]] = value(let["value"], names)
+        [first, *_] = (
+            case for case in device["cases"] if all(value(c["left"], names) > c["right"] for c in case["conditions"])
+        )
+        small = device["small_segments"].get(str(height * width // 64**2), device["most_small_segments"])
+        assert value(first["value"], names) + small * device["small_segment_bytes"] == reserved

@@ -15,6 +15,7 @@ import numpy as np
 
 from derivation.allocator.allocator import CachingAllocator
 from derivation.allocator.memory import Parameters
+from derivation.allocator.replay import load_weights
 from derivation.allocator.report import SMALL_BYTES, SMALL_SEGMENT_BYTES
 from derivation.allocator.simulate import replay
 from derivation.allocator.symbolic import Atom, Comparison, GridAllocator, Points, Vector
@@ -291,3 +292,24 @@ class Survey:
             small = replay(self.tape, self.points.values[point], weights).only(lambda n: n <= SMALL_BYTES)
             self._small[content] = small.run(allocator).reserved_bytes.nbytes // SMALL_SEGMENT_BYTES
         return self._small[content]
+
+    def most_small_segments(self) -> int:
+        """Return a number of segments that the small pool exceeds at no size, without its replay.
+
+        Theorem: n segments of 2 MiB that the run opened, with K live blocks of P bytes in all, have at most K + n
+        gaps; where none of r bytes is free, 2 MiB n < P + (K + n) r. So the one opened for r then is at most number
+        ceil((P + K r) / (2 MiB - r)). A block of the small pool is as large as its request.
+        """
+        live, count, most = (np.zeros(len(self.points), dtype=np.int64) for _ in range(3))
+        for event in self.tape.events:
+            size = self.bytes[abs(event) - 1]
+            is_small = size <= SMALL_BYTES
+            if event > 0:
+                needed = -(-(live + count * size) // np.maximum(SMALL_SEGMENT_BYTES - size, SMALL_BYTES))
+                most = np.maximum(most, is_small * np.maximum(needed, 1))
+            if not self.tape.allocations[abs(event) - 1].loaded:
+                live += np.sign(event) * is_small * size
+                count += np.sign(event) * is_small
+        weights = CachingAllocator()
+        load_weights(weights, (n for n in self.weights.values() if n <= SMALL_BYTES))
+        return int(most.max()) + weights.reserved_bytes.current // SMALL_SEGMENT_BYTES

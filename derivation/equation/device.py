@@ -48,7 +48,8 @@ class Regime:
     """Sizes at which the allocator decides the same of what counts: bytes that do not vary, and parts that do.
 
     ``conditions`` tell these sizes from those of the regimes behind it in a list; each is a comparison that the
-    allocator makes. ``where`` are the sizes, ``total`` the bytes at each, small segments left out.
+    allocator makes. ``where`` are the sizes, ``total`` the bytes at each, small segments left out; ``sums`` are the
+    numbers of the parts, each with its count, and ``comparisons`` what the conditions compare.
     """
 
     constant_bytes: int
@@ -56,6 +57,8 @@ class Regime:
     conditions: tuple[sympy.Basic, ...]
     where: Vector
     total: Vector
+    sums: tuple[tuple[int, int], ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
 
     @property
     def bytes(self) -> sympy.Expr:
@@ -168,12 +171,16 @@ class DeviceForm:
         regimes = []
         for i, (where, sums) in enumerate(ordered):
             others = np.any([w for w, _ in ordered[i + 1 :]], axis=0) if ordered[i + 1 :] else np.zeros_like(where)
-            conditions = tuple(self._relation(c, where | others) for c in self._telling(where, others))
-            regimes.append(self._regime(constant, sums, conditions, where))
+            regimes.append(self._regime(constant, sums, self._telling(where, others), where, where | others))
         return tuple(regimes)
 
     def _regime(
-        self, constant: int, sums: Sequence[tuple[int, int]], conditions: tuple[sympy.Basic, ...], where: Vector
+        self,
+        constant: int,
+        sums: Sequence[tuple[int, int]],
+        comparisons: Sequence[Comparison],
+        where: Vector,
+        among: Vector,
     ) -> Regime:
         total = np.zeros(len(self.points), dtype=np.int64) + constant
         names: dict[int, list[str]] = {}
@@ -185,7 +192,9 @@ class DeviceForm:
             else:
                 constant += int(self.points.vector(number)[0])
         parts = tuple(Part(self._expression(number, where), tuple(tensors)) for number, tensors in names.items())
-        return Regime(constant, parts, conditions, where, total)
+        conditions = tuple(self._relation(c, among) for c in comparisons)
+        counts = tuple((number, len(tensors)) for number, tensors in names.items())
+        return Regime(constant, parts, conditions, where, total, counts, tuple(comparisons))
 
     def _telling(self, own: Vector, others: Vector) -> list[Comparison]:
         """Return decisions that the allocator takes so at all sizes of ``own``, but not together at any of ``others``.
@@ -266,6 +275,11 @@ class DeviceForm:
         point = self.index[self._covered(height, width)]
         [large] = (int(regime.total[point]) for regime in self.reserved_regimes if regime.where[point])
         return large + SMALL_SEGMENT_BYTES * self.survey.small_segments(point)
+
+    @cached_property
+    def most_small_segments(self) -> int:
+        """More segments than this the small pool has at no size: proven, without its replay."""
+        return self.survey.most_small_segments()
 
     def covers(self, height: int, width: int) -> bool:
         """Return whether the forms hold for a size: its regime was met, and the card has room for it."""

@@ -8,8 +8,10 @@ from derivation.equation.cases import Case, exact_cases
 from derivation.equation.crossover import Crossover, Irrelevant, crossovers, does_not_matter
 from derivation.equation.derived import Derived
 from derivation.equation.device import DeviceForm
+from derivation.equation.device_code import DeviceCode, device_code
 from derivation.equation.function import Function, Stages, function, stages
 from derivation.equation.limits import Limits, limits
+from derivation.errors import DerivationError
 
 
 class Equation(Derived):
@@ -47,6 +49,16 @@ class Equation(Derived):
     def device(self) -> DeviceForm:
         """What the GPU's allocator and nvidia-smi show under guidance; raises DerivationError without a GPU."""
         return DeviceForm(self)
+
+    @cached_property
+    def device_code(self) -> DeviceCode | None:
+        """``device`` as straight-line code, None without a GPU or where it leaves sizes on its grid out."""
+        if self.options.gpu is None:
+            return None
+        try:
+            return device_code(self.device)
+        except DerivationError:
+            return None
 
     @cached_property
     def limits(self) -> Limits:

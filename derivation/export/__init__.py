@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,14 @@ class Target:
     """A format: the file it goes to, and what writes it."""
 
     file: str
-    write: Callable[[Equation], str]
+    write: Callable[..., str]
 
 
 TARGETS: Mapping[str, Target] = {
     "latex": Target("peak_vram.tex", latex),
     "python": Target("peak_vram.py", python),
-    "numpy": Target("peak_vram_numpy.py", lambda equation: arrays(equation, "numpy")),
-    "torch": Target("peak_vram_torch.py", lambda equation: arrays(equation, "torch")),
+    "numpy": Target("peak_vram_numpy.py", partial(arrays, library="numpy")),
+    "torch": Target("peak_vram_torch.py", partial(arrays, library="torch")),
     "json": Target("peak_vram.json", document),
     "javascript": Target("peak_vram.js", javascript),
     "c": Target("peak_vram.h", c),
@@ -89,14 +89,18 @@ class Compiled:
         return Compiled, (self._source, self._target)
 
 
-def export(equation: Equation, target: str, notes: bool = False) -> str:
-    """Return the peak as the text of ``target``, LaTeX with its ``notes`` if asked for; raises DerivationError."""
-    return _written(_target(target), equation, notes)
+def export(equation: Equation, target: str, notes: bool = False, device: bool = True) -> str:
+    """Return the peak as the text of ``target``, LaTeX with its ``notes`` if asked for; raises DerivationError.
+
+    With a GPU, code and data hold what the ``device`` shows, too, where its form covers its whole grid.
+    """
+    return _written(_target(target), equation, notes, device)
 
 
-def _written(target: Target, equation: Equation, notes: bool) -> str:
+def _written(target: Target, equation: Equation, notes: bool, device: bool) -> str:
+    code = equation.device_code if device and target.write is not latex else None
     if not notes:
-        return target.write(equation)
+        return target.write(equation) if code is None else target.write(equation, device=code)
     if target.write is not latex:
         raise unsupported("notes", True, "LaTeX alone")
     return latex(equation, notes=True)
@@ -110,7 +114,7 @@ def _target(name: str) -> Target:
 def compiled(equation: Equation, target: str = "math") -> Compiled:
     """Return the exact peak as a function; raises DerivationError for an unknown ``target``."""
     one_of("target", target, COMPILED)
-    return Compiled(export(equation, COMPILED[target]), target)
+    return Compiled(export(equation, COMPILED[target], device=False), target)
 
 
 def write(
@@ -121,7 +125,7 @@ def write(
     Raises DerivationError for an unknown target or a directory that cannot be written.
     """
     found = [_target(target) for target in targets]
-    texts = {target.file: _written(target, equation, notes) for target in found}
+    texts = {target.file: _written(target, equation, notes, device=True) for target in found}
     return write_files(Path(directory), texts)
 
 

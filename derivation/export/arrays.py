@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from derivation.equation.device_code import DeviceCode
 from derivation.equation.expression import Expression, Writer
 from derivation.equation.record import Equation
 from derivation.export.python import NAMES
@@ -16,12 +17,13 @@ class ArrayWriter(Writer):
         return f"({self(dividend)} + {divisor - 1}) // {divisor}"
 
 
-def arrays(equation: Equation, library: str) -> str:
+def arrays(equation: Equation, library: str, device: DeviceCode | None = None) -> str:
     """Return a module with ``peak_vram`` for arrays of ``library``, "numpy" or "torch"."""
     name = {"numpy": "np", "torch": "torch"}[library]
     return render(
         "peak_vram_arrays.py.j2",
         equation,
+        device=device,
         write=ArrayWriter(NAMES),
         library=library,
         name=name,

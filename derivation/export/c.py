@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from derivation.equation.device_code import DeviceCode
 from derivation.equation.expression import Expression, Writer
 from derivation.equation.record import Equation
 from derivation.export.python import NAMES
@@ -26,11 +27,12 @@ class CWriter(Writer):
         return f"({self(dividend)} + {divisor - 1}) / {divisor}"
 
 
-def c(equation: Equation) -> str:
+def c(equation: Equation, device: DeviceCode | None = None) -> str:
     """Return a header that defines ``peak_vram``."""
     return render(
         "peak_vram.h.j2",
         equation,
+        device=device,
         write=CWriter(NAMES),
         limits=equation.limits,
     )

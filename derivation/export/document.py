@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import sympy
 
 from derivation.equation.derived import Stage
+from derivation.equation.device_code import DeviceCode
 from derivation.equation.expression import Expression, Let, Name
-from derivation.equation.function import CaseCode
+from derivation.equation.function import CaseCode, Condition
 from derivation.equation.record import Equation
 from derivation.export.render import facts, printable
 from derivation.peak.witness import Witness
@@ -21,12 +22,12 @@ SCHEMA = "peak_vram/1"
 ARGUMENTS = {"L": ("prompt_length", "tokens"), "B": ("batch_size", "prompts")}
 
 
-def document(equation: Equation) -> str:
-    """Return the JSON document of an equation."""
-    return json.dumps(as_dict(equation), indent=1, ensure_ascii=True) + "\n"
+def document(equation: Equation, device: DeviceCode | None = None) -> str:
+    """Return the JSON document of an equation, and of what the device shows."""
+    return json.dumps(as_dict(equation, device), indent=1, ensure_ascii=True) + "\n"
 
 
-def as_dict(equation: Equation) -> dict[str, Any]:
+def as_dict(equation: Equation, device: DeviceCode | None = None) -> dict[str, Any]:
     """Return the document as plain data."""
     d, header, function = equation, facts(equation), equation.function
     return {
@@ -47,7 +48,32 @@ def as_dict(equation: Equation) -> dict[str, Any]:
         ],
         "cases": [_case(case, g, d.weights_bytes) for g, cases in function.cases.items() for case in cases],
         "headline": {name: _headline(d, g) for name, g in (("guidance", True), ("no_guidance", False))},
+        **({} if device is None else {"device": _device(equation, device)}),
     }
+
+
+def _device(equation: Equation, code: DeviceCode) -> dict[str, Any]:
+    return {
+        "valid_for": {
+            "multiples_of": code.step,
+            "least_side": code.least,
+            "most_side": code.most,
+            "prompt_length": equation.defaults["L"],
+            "batch_size": equation.defaults["B"],
+            "guidance": True,
+        },
+        "symbols": [_let(side, "pixels / VAE scale factor") for side in code.sides],
+        "cases": [{"conditions": _conditions(case.conditions), "value": tree(case.value)} for case in code.cases],
+        "small_segment_bytes": code.small_bytes,
+        "small_segments": {str(pixels): n for pixels, n in code.small.items()},
+        "most_small_segments": code.most_small,
+        "context_bytes": code.context,
+        "room_bytes": code.room,
+    }
+
+
+def _conditions(conditions: Iterable[Condition]) -> list[dict[str, Any]]:
+    return [{"left": tree(x.left), "operator": x.operator, "right": x.right} for x in conditions]
 
 
 def tree(expression: Expression) -> Any:
@@ -112,7 +138,7 @@ def _let(let: Let, units: str) -> dict[str, Any]:
 def _case(case: CaseCode, guidance: bool, weights_bytes: int) -> dict[str, Any]:
     return {
         "guidance": guidance,
-        "conditions": [{"left": tree(x.left), "operator": x.operator, "right": x.right} for x in case.conditions],
+        "conditions": _conditions(case.conditions),
         "constants": {"WEIGHTS_BYTES": weights_bytes},
         "lets": [_let(let, "bytes" if let.note else "elements") for let in case.lets],
         "value": tree(case.result),

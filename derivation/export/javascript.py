@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from derivation.equation.device_code import DeviceCode
 from derivation.equation.expression import Expression, Writer
 from derivation.equation.record import Equation
 from derivation.export.python import NAMES
@@ -24,11 +25,12 @@ class JavaScriptWriter(Writer):
         return f"Math.ceil({self.atom(dividend)} / {divisor})"
 
 
-def javascript(equation: Equation) -> str:
+def javascript(equation: Equation, device: DeviceCode | None = None) -> str:
     """Return an ES module that exports ``peak_vram``, ``stage_vram`` and ``WEIGHTS_BYTES``."""
     return render(
         "peak_vram.js.j2",
         equation,
+        device=device,
         stages=equation.stage_functions,
         write=JavaScriptWriter(NAMES),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from derivation.equation.device_code import DeviceCode
 from derivation.equation.expression import Writer
 from derivation.equation.record import Equation
 from derivation.export.render import render
@@ -11,11 +12,12 @@ NAMES = {"B": "batch_size", "L": "prompt_length"}
 WITHOUT_EFFECT = ("eta", "generator", "image", "num_inference_steps", "prompt", "strength")
 
 
-def python(equation: Equation) -> str:
+def python(equation: Equation, device: DeviceCode | None = None) -> str:
     """Return a module with ``peak_vram`` and ``f``, runnable as a script."""
     return render(
         "peak_vram.py.j2",
         equation,
+        device=device,
         write=Writer(NAMES),
         without_effect=without_effect(equation),
     )
