@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
 import os
@@ -61,6 +62,7 @@ def small(monkeypatch):
     for module in (calculator, content):
         monkeypatch.setattr(module, "BACKENDS_SHOWN", ("efficient",))
     monkeypatch.setattr(calculator, "DTYPES", ("float16",))
+    monkeypatch.setattr(calculator, "REPLAYED_CARDS", ())
     monkeypatch.setattr(content, "comparisons", no_measurements)
 
 
@@ -371,7 +373,9 @@ for (const state of STATES) {
     total: Number(total), peak, error: document.getElementById("calc-error").hidden,
     stages: Object.fromEntries(bars.map(({ stage, bytes }) => [stage, Number(bytes)])),
     largest: document.getElementById("calc-largest").textContent, hash: location.hash,
-    verdict: document.getElementById("calc-verdict").dataset.verdict,
+    ...document.getElementById("calc-verdict").dataset, said: document.getElementById("calc-verdict").textContent,
+    layers: [...document.querySelectorAll("#calc-legend li")].map((li) => Number(li.dataset.bytes)),
+    gone: document.getElementById("calc-results").hidden,
   });
 }
 const out = document.createElement("pre");
@@ -394,12 +398,7 @@ def browse(page, tmp_path):
 @needs_chromium
 def test_the_calculator_says_what_python_says(report, tmp_path):
     wanted = states()
-    page = tmp_path / "page.html"
-    page.write_text(report.read_text().replace("</body>", PROBE.replace("STATES", json.dumps(wanted))))
-    dom, console = browse(page, tmp_path)
-    assert console == []
-    collected = json.loads(re.search(r'<pre id="collected">(.*?)</pre>', dom, re.S)[1].replace("&amp;", "&"))
-    for state, shown in zip(wanted, collected, strict=True):
+    for state, shown in zip(wanted, shown_for(report, wanted, tmp_path), strict=True):
         d, expected = told(state)
         assert shown["stages"] == expected, state
         assert shown["total"] == d.weights_bytes + max(expected.values()), state
@@ -407,17 +406,34 @@ def test_the_calculator_says_what_python_says(report, tmp_path):
         assert f"height={state['height']}" in shown["hash"]
 
 
+def shown_for(page, wanted, tmp_path):
+    """Return what a page shows for states of its form."""
+    copy = tmp_path / "page.html"
+    copy.write_text(page.read_text().replace("</body>", PROBE.replace("STATES", json.dumps(wanted))))
+    dom, console = browse(copy, tmp_path)
+    assert console == []
+    text = re.search(r'<pre id="collected">(.*?)</pre>', dom, re.S)[1]
+    return json.loads(html.unescape(text))
+
+
 @needs_chromium
-def test_the_largest_image_fits_and_the_next_does_not(report, tmp_path, derivation):
-    state = {"height": 512, "width": 512, "batch_size": 1, "prompt_length": 77, "gpu": "rtx-3060", "guidance": True}
-    page = tmp_path / "page.html"
-    page.write_text(report.read_text().replace("</body>", PROBE.replace("STATES", json.dumps([state]))))
-    dom, _ = browse(page, tmp_path)
-    [shown] = json.loads(re.search(r'<pre id="collected">(.*?)</pre>', dom, re.S)[1].replace("&amp;", "&"))
-    side = int(re.search(r"square: (\d+)", shown["largest"])[1])
-    room = 12517900288
-    assert max(derivation.stage_peaks(side, side).values()) + derivation.weights_bytes <= room
-    assert max(derivation.stage_peaks(side + 8, side + 8).values()) + derivation.weights_bytes > room
+def test_a_verdict_of_the_page_is_the_estimate_s_and_tensors_alone_never_fit(report, tmp_path, derivation):
+    base = {"prompt_length": 77, "dtype": "float16", "attention": "efficient", "guidance": True}
+    asked = [(512, 768, 1, "rtx-3060"), (1024, 1024, 4, "t4"), (2048, 2048, 1, "RTX 3060"), (512, 512, 1, "h100")]
+    unknown = [(520, 512, 1, "rtx-3060"), (512, 512, 1, "12"), (512, 512, 1, "rtx-4080")]
+    calls = [*asked, *unknown, (4096, 4096, 4, "8 GiB"), (512, 512, 1, "no such card")]
+    wanted = [{**base, "height": h, "width": w, "batch_size": b, "gpu": gpu} for h, w, b, gpu in calls]
+    found = shown_for(report, wanted, tmp_path)
+    for (h, w, b, gpu), shown in zip(asked, found, strict=False):
+        d = derive(SD15, gpu=gpu)
+        memory, verdict = d.device_memory(h, w, b), d.verdict(h, w, b)
+        assert (int(shown["needs"]), shown["verdict"]) == (memory.device, "fits" if verdict.fits else "no"), gpu
+        assert shown["said"].startswith(str(verdict).partition(": ")[2])
+        tensors = [derivation.weights_bytes, max(derivation.stage_peaks(h, w, b).values())]
+        assert shown["layers"][:2] == tensors
+        assert not verdict.fits or sum(shown["layers"]) == memory.device
+    assert {shown["verdict"] for shown in found[4:7]} == {"unknown"}
+    assert (found[7]["verdict"], found[8]["gone"], found[8]["error"]) == ("no", True, False)
 
 
 def test_the_main_job_is_quiet_in_a_pipe_and_answers_json(tmp_path, monkeypatch, capsys, small):
@@ -484,10 +500,6 @@ def test_the_tiled_calculator_says_what_python_says(tiled, tmp_path, small):
          "dtype": "float16", "attention": "efficient"}
         for h, w, b, g in ((256, 256, 1, True), (128, 216, 2, False), (264, 128, 1, True), (704, 448, 2, True))
     ]  # fmt: skip
-    page.write_text(page.read_text().replace("</body>", PROBE.replace("STATES", json.dumps(wanted))))
-    dom, console = browse(page, tmp_path)
-    assert console == []
-    collected = json.loads(re.search(r'<pre id="collected">(.*?)</pre>', dom, re.S)[1].replace("&amp;", "&"))
-    for state, shown in zip(wanted, collected, strict=True):
+    for state, shown in zip(wanted, shown_for(page, wanted, tmp_path), strict=True):
         size = {key: state[key] for key in ("height", "width", "batch_size", "prompt_length", "guidance")}
         assert shown["stages"] == tiled.stage_peaks(**size), state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 from markupsafe import Markup
 
 from derivation.api import Derivation, derive
+from derivation.call import Call
 from derivation.config import Checkpoint
 from derivation.equation.crossover import Crossover
 from derivation.export import export
 from derivation.gpu.cards import known, lookup
-from derivation.options import DTYPES, EAGER, Options
+from derivation.options import DTYPES, EAGER, TABLE, Options, flag
 from derivation.report.answer import PROMPT_LENGTH, STAGE_TITLES, square_peaks, stage_title
 from derivation.text import GIB, NARROW_SPACE
+from derivation.verdict import on_card
 from derivation.walk.attention import BACKENDS
 
 BACKENDS_SHOWN = (EAGER, "math", "efficient", "flash")
@@ -27,8 +30,13 @@ ATTENTION_SIDES = tuple(range(256, 2049, 128))
 MAX_SIDE, MAX_BATCH, MAX_LENGTH = 8192, 32, 1001
 SLIDER_SIDE, SLIDER_BATCH, SLIDER_LENGTH = 2048, 16, 308
 DEFAULT_GPU = "rtx-3060"
-# Below this much left a verdict says "tight": a CUDA context and cuBLAS workspaces alone take some hundred MiB.
-TIGHT_BYTES = GIB
+# The cards and the calls that verdicts are replayed for: height, width, batch; others have none on a page.
+REPLAYED_CARDS = (DEFAULT_GPU, "t4", "rtx-4090", "h100")
+SQUARES = tuple((side, side, 1) for side in (512, 640, 768, 896, 1024, 1280, 1536, 2048))
+OBLONG = ((512, 768, 1), (768, 512, 1), (768, 1024, 1), (1024, 768, 1), (832, 1216, 1), (1216, 832, 1))
+BATCHES = tuple((side, side, batch) for side in (512, 768, 1024) for batch in (2, 4))
+REPLAYED = (*SQUARES, *OBLONG, *BATCHES)
+ABOUT = "One {} call{}."
 
 # The keyword of an export, and the name behind it.
 EXPORT = re.compile(r"^export (?=(?:const|function) (\w+))", re.MULTILINE)
@@ -60,18 +68,21 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A field with a list of entries."""
+    """A field with a list of entries; ``free`` text may be typed, too, as its ``hint`` says."""
 
     name: str
     label: str
     value: str
     options: tuple[Option, ...]
+    free: bool = False
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Calculator:
     """The form's fields, and the script that holds the programs."""
 
+    about: str
     numbers: tuple[Number, ...]
     choices: tuple[Choice, ...]
     script: Markup
@@ -118,6 +129,31 @@ def backend(checkpoint: Checkpoint, options: Options, dtype: str, attention: str
     )
 
 
+# Of one call: allocated, reserved and nvidia-smi's bytes, whether it fits, and the verdict in words.
+Replay = tuple[int, int, int, bool, str]
+
+
+def replayed_cards(checkpoint: Checkpoint, options: Options) -> tuple[str, ...]:
+    """Return the cards that verdicts are replayed for: of a whole pipeline, that of the options first."""
+    own = [] if options.gpu is None else [options.gpu]
+    return tuple(dict.fromkeys([*own, *REPLAYED_CARDS])) if checkpoint.whole else ()
+
+
+def replays(checkpoint: Checkpoint, options: Options, gpu: str) -> dict[str, Replay]:
+    """Return what ``estimate`` says of each of REPLAYED on one card, by "HxWxB", where nvidia-smi's bytes are known."""
+    chosen: dict[str, Any] = {**options.as_dict(), "gpu": gpu}
+    d, found = derive(checkpoint, **chosen), {}
+    for height, width, batch in REPLAYED:
+        call = Call(height, width, batch, PROMPT_LENGTH)
+        memory = d.device_memory(call)
+        if memory.device is not None and memory.total is not None:
+            verdict = on_card(gpu, memory)
+            said = "; ".join(filter(None, (str(verdict).partition(": ")[2], verdict.trust)))
+            key = f"{height}x{width}x{batch}"
+            found[key] = (memory.allocated, memory.reserved, memory.device, verdict.fits, said)
+    return found
+
+
 def titled(found: Sequence[Crossover]) -> tuple[str, ...]:
     """Return the sentences of crossovers with the stages' titles."""
     return tuple(typeset(c.sentence.replace(f"from {c.before} to {c.after}", _move(c))) for c in found)
@@ -136,9 +172,13 @@ def _move(c: Crossover) -> str:
     return f"from “{stage_title(c.before)}” to “{stage_title(c.after)}”"
 
 
-def calculator(d: Derivation, backends: Mapping[tuple[str, str], Backend]) -> Calculator:
-    """Return the calculator of a report."""
+def calculator(
+    d: Derivation, backends: Mapping[tuple[str, str], Backend], replayed: Mapping[str, Mapping[str, Replay]]
+) -> Calculator:
+    """Return the calculator of a report; ``replayed`` is what ``replays`` found by card."""
     choices = _choices(d.options)
+    chosen = [flag(name, getattr(d.options, name)) for name in sorted(TABLE) if d.options.chosen(name)]
+    others = [option for option in chosen if option.split()[0] not in ("--pipeline", "--dtype", "--attention", "--gpu")]
     table = {
         f"{dtype.value}/{attention.value}": "/".join(resolved(d.checkpoint, dtype.value, attention.value))
         for dtype in choices[0].options
@@ -149,11 +189,15 @@ def calculator(d: Derivation, backends: Mapping[tuple[str, str], Backend]) -> Ca
         "cards": _cards(),
         "factor": d.grid.vae_scale_factor,
         "multiple": d.grid.vae_scale_factor if d.options.pipeline == "txt2img" else 1,
-        "reserve": TIGHT_BYTES,
+        "model": shlex.quote(d.checkpoint.name),
+        "options": " ".join([f"--pipeline {d.options.pipeline}", *others]),
+        "own": {"prompt_length": PROMPT_LENGTH, "guidance": True, **{c.name: c.value for c in choices if not c.free}},
+        "replays": replayed,
         "titles": dict(STAGE_TITLES),
     }
     modules = {"/".join(pair): found.javascript for pair, found in backends.items()}
-    return Calculator(_numbers(d), choices, _script(data, modules))
+    about = ABOUT.format(d.options.pipeline, f" with {' '.join(others)}" if others else "")
+    return Calculator(about, _numbers(d), choices, _script(data, modules))
 
 
 def _script(data: Mapping[str, Any], modules: Mapping[str, str]) -> Markup:
@@ -196,10 +240,11 @@ def _numbers(d: Derivation) -> tuple[Number, ...]:
 
 def _choices(options: Options) -> tuple[Choice, ...]:
     backends = tuple(dict.fromkeys([*BACKENDS_SHOWN, options.attention]))
+    cards = tuple(Option(key, card["label"]) for key, card in _cards().items())
     return (
         Choice("dtype", "Precision", options.dtype, tuple(Option(name, name) for name in DTYPES)),
         Choice("attention", "Attention", options.attention, tuple(Option(name, name) for name in backends)),
-        Choice("gpu", "GPU", DEFAULT_GPU, tuple(Option(key, card["label"]) for key, card in _cards().items())),
+        Choice("gpu", "Card or memory", options.gpu or DEFAULT_GPU, cards, True, "rtx-3060, 12, 12 GiB"),
     )
 
 

@@ -19,6 +19,8 @@ from derivation.report.calculator import (
     backend,
     calculator,
     combinations,
+    replayed_cards,
+    replays,
     resolved,
     titled,
     typeset,
@@ -99,6 +101,8 @@ def content(model: object, options: Options, command: str, progress: Progress, v
         measured = pool.submit(comparisons)
         pairs = combinations(d.checkpoint, options)
         derived = {pair: pool.submit(backend, d.checkpoint, options, *pair) for pair in pairs}
+        cards = replayed_cards(d.checkpoint, options)
+        replayed = {card: pool.submit(replays, d.checkpoint, options, card) for card in cards}
         placed = pool.submit(placements, d.checkpoint, options) if d.checkpoint.whole else None
         found = answer(d)
         walked, reduced = walks(d), reductions(d)
@@ -107,6 +111,7 @@ def content(model: object, options: Options, command: str, progress: Progress, v
         solved = d.equation.crossovers(), d.equation.irrelevant()
         progress("deriving every precision and attention backend for the calculator")
         backends = {pair: future.result() for pair, future in derived.items()}
+        verdicts = {card: future.result() for card, future in replayed.items()}
         progress("comparing with measurements")
         checked = validation(d.checkpoint.name, options, measured.result(), verify)
     drawn |= {"attention": _attention(d, backends)}
@@ -143,7 +148,7 @@ def content(model: object, options: Options, command: str, progress: Progress, v
         walks=walked,
         figures=drawn,
         validation=checked,
-        calculator=calculator(d, backends),
+        calculator=calculator(d, backends, verdicts),
     )
 
 
