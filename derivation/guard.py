@@ -1,17 +1,18 @@
 """A guard for other people's code: will the next call of a live pipeline fit into the GPU's free memory?
 
 >>> from derivation.guard import will_fit  # doctest: +SKIP
->>> verdict = will_fit(pipe, height=1024, width=1024)  # doctest: +SKIP
->>> verdict.fits, verdict.needed_bytes, verdict.free_bytes  # doctest: +SKIP
+>>> found = will_fit(pipe, height=1024, width=1024, guidance_scale=5.0)  # doctest: +SKIP
+>>> found.fits, found.needed_bytes, found.free_bytes  # doctest: +SKIP
 (True, 1610612736, 8102345216)
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,11 +22,26 @@ from derivation.ask.recommend import recommend
 from derivation.call import Call
 from derivation.config import is_live
 from derivation.errors import DerivationError, unsupported
+from derivation.gpu.cards import lookup
 from derivation.options.live import FREEU
 from derivation.options.live.modules import MODELS, attentions, first_parameter, models_of, tuners, up_blocks
+from derivation.verdict import Verdict, of_tensors
 
 # What a pipeline can set on its VAE
 VAE_SWITCHES = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_overlap_factor")
+
+# What configures PyTorch's caching allocator.
+ALLOC_CONF = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+# Arguments of the pipelines' __call__ that its memory does not depend on, or that only take some of it away.
+IGNORED = (
+    "generator eta output_type return_dict callback_on_step_end callback_on_step_end_tensor_inputs latents mask_image "
+    "cross_attention_kwargs controlnet_conditioning_scale control_guidance_start control_guidance_end guess_mode "
+    "control_image ip_adapter_image original_size crops_coords_top_left target_size negative_original_size "
+    "negative_crops_coords_top_left negative_target_size aesthetic_score negative_aesthetic_score prompt_2 "
+    "negative_prompt_2"
+)
+# More than any GPU has: what is reserved where nothing has to be released.
+UNLIMITED = 1 << 50
 
 # A call -> bytes, weights included
 Peak = Callable[[Call], int]
@@ -33,13 +49,33 @@ Watch = Callable[[Any], tuple[object, ...]]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether a call fits: the bytes it needs beyond what is on the GPU already, and the bytes that are free."""
+class Forecast:
+    """The verdict on a call of a live pipeline; ``assumed`` says what could not be read and was guessed.
 
-    fits: bool
-    needed_bytes: int
-    free_bytes: int
+    ``verdict`` counts the weights, wherever they are; of them ``resident_bytes`` are on the GPU already, and
+    ``free_bytes`` are what else the process may take: None where a whole card was asked about.
+    """
+
+    verdict: Verdict
+    resident_bytes: int
+    free_bytes: int | None
+    assumed: tuple[str, ...] = ()
     _advise: Callable[[], tuple[str, ...]] = field(default=tuple, repr=False, compare=False)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the call runs; where no GPU is known, whether its tensors are within the free bytes."""
+        return self.verdict.fits
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the call needs beyond the weights that are on the GPU already."""
+        return (self.verdict.needs_bytes or 0) - self.resident_bytes
+
+    @property
+    def margin_bytes(self) -> int | None:
+        """How much more a measured call needed at most than was predicted."""
+        return self.verdict.margin_bytes
 
     @cached_property
     def advice(self) -> tuple[str, ...]:
@@ -55,13 +91,37 @@ class _Known:
     watched: Watch
     parameters: Mapping[str, Callable[[], Any]]
     derivation: Derivation
-    peak: Peak
-    answers: dict[Call, int]
+    peak: Peak | None
+    answers: dict[object, Verdict]
 
     def resident_bytes(self) -> int:
         """Return the bytes of the weights that are on the GPU already."""
         weights = self.derivation.weights
         return sum(weights.get(name, 0) for name, get in self.parameters.items() if _device(get()) == "cuda")
+
+    def verdict(self, call: Call, room: int | None) -> Verdict:
+        """Return the verdict on a call in ``room`` bytes, None: on the whole card.
+
+        Theorem: an allocator that may reserve what it reserves without a limit makes the same decisions.
+        """
+        if room is None:
+            return self._once(call, None)
+        if self.peak is not None:
+            return of_tensors(self._once(call, UNLIMITED).needs_bytes or 0, room)
+        most = self._once(call, UNLIMITED)
+        if most.needs_bytes is not None and most.needs_bytes <= room:
+            return replace(most, of_bytes=room, left_bytes=room - most.needs_bytes)
+        return self._once(call, room)
+
+    def _once(self, call: Call, room: int | None) -> Verdict:
+        if (known := self.answers.get((call, room))) is None:
+            self.derivation.sizes(call)
+            if self.peak is not None and room is not None:
+                known = of_tensors(self.peak(call), room)
+            else:
+                known = self.derivation.verdict(call, free_bytes=room)
+            self.answers[call, room] = known
+        return known
 
 
 _KNOWN: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
@@ -69,33 +129,75 @@ _KNOWN: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
 def will_fit(
     pipe: Any,
-    height: int,
-    width: int,
-    batch_size: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int | None = None,
     prompt_length: int | None = None,
-    guidance: bool = True,
+    guidance: bool | None = None,
     free_bytes: int | None = None,
     compiled: bool = False,
-    **options: Any,
-) -> Verdict:
-    """Return whether ``pipe(...)`` at this size fits into the free memory; weights on the GPU count once.
+    **arguments: Any,
+) -> Forecast:
+    """Return whether ``pipe(...)`` fits; ``arguments`` are those of its call, or options of ``derive``.
 
-    ``free_bytes`` defaults to what CUDA reports free, with what PyTorch has cached. ``options`` are those of
-    ``derive`` that a pipeline object does not know (num_images_per_prompt, strength, gpu, ...). A size seen before
-    takes microseconds, a new one a fraction of a millisecond; with ``compiled`` it takes microseconds too, after
-    the first call spent some seconds on generating code. Raises DerivationError for a pipeline or a size that is
-    not supported, or without CUDA and ``free_bytes``.
+    With CUDA the card, torch and what the process holds are read off it; weights on the GPU count once. With
+    ``gpu`` that card is asked about, all of it unless ``free_bytes`` says what is free there; with ``free_bytes``
+    alone only weights and tensors are counted. A size seen before takes microseconds; with ``compiled`` a new one
+    does, too, where only tensors count. Raises DerivationError, with one line, for what is not supported.
     """
     if not is_live(pipe):
         raise unsupported("pipe", pipe, "a DiffusionPipeline")
-    known = _known(pipe, compiled, options)
-    call = Call(height, width, batch_size, prompt_length, guidance).filled(known.derivation.prompt_length)
-    if (peak := known.answers.get(call)) is None:
-        known.derivation.sizes(call)
-        peak = known.answers[call] = known.peak(call)
-    free = cuda_free_bytes() if free_bytes is None else free_bytes
-    needed = peak - known.resident_bytes()
-    return Verdict(needed <= free, needed, free, lambda: _advice(known.derivation, peak - needed + free, call))
+    try:
+        given = {"height": height, "width": width, "batch_size": batch_size, "guidance": guidance}
+        sizes, options = _read_arguments(pipe, given, arguments)
+        machine = Machine.here() if options.get("gpu") is None else Machine()
+        known = _known(pipe, compiled, {**machine.options, **options})
+        call = Call(prompt_length=prompt_length, **sizes).filled(known.derivation.prompt_length)
+        return _forecast(known, call, _free_bytes(machine, options, free_bytes), machine.assumed)
+    except DerivationError:
+        raise
+    except Exception as error:
+        raise DerivationError(f"{type(pipe).__name__} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _forecast(known: _Known, call: Call, free: int | None, assumed: tuple[str, ...]) -> Forecast:
+    resident = 0 if free is None else known.resident_bytes()
+    room = None if free is None else free + resident
+    verdict = known.verdict(call, room)
+    return Forecast(verdict, resident, free, assumed, lambda: _advice(known.derivation, room, call))
+
+
+def _read_arguments(
+    pipe: Any, given: dict[str, Any], arguments: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the sizes of a call, and the options, from the arguments of the pipeline's ``__call__``."""
+    own = {name: value for name, value in arguments.items() if name not in IGNORED.split()}
+    prompt, image, scale = own.pop("prompt", None), own.pop("image", None), own.pop("guidance_scale", None)
+    own = {name: value for name, value in own.items() if not name.endswith("prompt_embeds")}
+    if "negative_prompt" in own and not isinstance(own["negative_prompt"], bool):
+        own["negative_prompt"] = own["negative_prompt"] is not None
+    prompts = len(prompt) if isinstance(prompt, (list, tuple)) else 1
+    usual = {"batch_size": prompts, "guidance": scale is None or scale > 1}
+    sizes = {name: usual.get(name) if value is None else value for name, value in given.items()}
+    sizes["num_frames"] = own.pop("num_frames", None)
+    for name, side in zip(("height", "width"), _image_size(pipe, image), strict=True):
+        sizes[name] = side if sizes[name] is None else sizes[name]
+    return sizes, own
+
+
+def _image_size(pipe: Any, image: Any) -> tuple[int | None, int | None]:
+    """Return (height, width) of an image, PIL's or an array, else the pipeline's own."""
+    while isinstance(image, (list, tuple)) and image:
+        image = image[0]
+    if isinstance(size := getattr(image, "size", None), tuple):
+        return int(size[1]), int(size[0])
+    if (shape := getattr(image, "shape", None)) is not None and len(shape) > 1:
+        # H x W x 3 of NumPy, (B x) 3 x H x W of torch
+        return (int(shape[0]), int(shape[1])) if shape[-1] in (1, 3, 4) else (int(shape[-2]), int(shape[-1]))
+    own, factor = getattr(getattr(pipe, "unet", None), "config", None), getattr(pipe, "vae_scale_factor", None)
+    sample = own.get("sample_size") if own is not None and hasattr(own, "get") else None
+    side = sample * factor if isinstance(sample, int) and isinstance(factor, int) else None
+    return side, side
 
 
 def _known(pipe: Any, compiled: bool, options: dict[str, Any]) -> _Known:
@@ -112,6 +214,31 @@ def _known(pipe: Any, compiled: bool, options: dict[str, Any]) -> _Known:
     return known
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What CUDA says of where the process runs: options of ``derive``, and what they do not cover."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
+
+    @classmethod
+    def here(cls) -> Machine:
+        """Return this machine, one without options where torch was not imported or has no CUDA."""
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.cuda.is_available():
+            return cls()
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        assumed = [f"{name}={os.environ[name]} is not replayed" for name in ALLOC_CONF if os.environ.get(name)]
+        try:
+            gpu = lookup(card.name).key
+        except DerivationError:
+            gpu = f"sm{card.major}{card.minor}"
+            assumed.append(f"{card.name} is not in the table: as any card of {gpu}")
+        libraries = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "diffusers")}
+        found = {"gpu": gpu, **{name: version for name, version in libraries.items() if version is not None}}
+        return cls(found, tuple(assumed))
+
+
 def cuda_free_bytes() -> int:
     """Return the bytes that PyTorch can still allocate on the current GPU: free ones and its own cache.
 
@@ -119,35 +246,35 @@ def cuda_free_bytes() -> int:
     """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
-        raise DerivationError("free_bytes is not given and CUDA is not available (supported: free_bytes=<bytes>)")
+        supported = "free_bytes=<bytes>, or gpu=<a card's name>"
+        raise DerivationError(f"free_bytes is not given and CUDA is not available (supported: {supported})")
     return int(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
 
 
-def _peak(derivation: Derivation, compiled: bool) -> Peak:
-    """Return the peak as a function of the call: the GPU's where one is named, else from the tape or generated code."""
+def _free_bytes(machine: Machine, options: Mapping[str, Any], free_bytes: int | None) -> int | None:
+    if free_bytes is not None or options.get("gpu") is not None:
+        return free_bytes
+    return cuda_free_bytes()
+
+
+def _peak(derivation: Derivation, compiled: bool) -> Peak | None:
+    """Return the peak of tensors as a function of the call, None where a GPU's replay says what is needed."""
     if derivation.options.gpu is not None:
-        return lambda call: _device_peak(derivation, call)
+        return None
     if compiled:
         generated = derivation.lambdify("math")
         return lambda call: int(generated(**call.as_dict()))
     return lambda call: peak_tensor_bytes(derivation, call)[1]
 
 
-def _device_peak(derivation: Derivation, call: Call) -> int:
-    """Return the bytes that the allocator reserves on the GPU named; more than the card has where they do not fit."""
-    found = derivation.device_memory(call)
-    return found.reserved if found.failed is None else (found.total or found.reserved) + found.failed["short_bytes"]
-
-
-def _advice(derivation: Derivation, budget: int, call: Call) -> tuple[str, ...]:
-    if budget < 1:
+def _advice(derivation: Derivation, budget: int | None, call: Call) -> tuple[str, ...]:
+    if budget is not None and budget < 1:
         return ("free some GPU memory: not even the weights fit",)
-    replayed = derivation.options.gpu is not None
-    found = recommend(derivation, budget, call, replayed)
+    found = recommend(derivation, budget, call)
     lines = [f"{step.name} saves {step.adds_bytes:,} bytes: {step.call}" for step in found.needed]
     if not found.fits:
         shape, rest = (call.width, call.height), (call.batch_size, call.prompt_length, call.guidance)
-        largest = fit(derivation, budget, shape, *rest, replayed).image
+        largest = fit(derivation, budget, shape, *rest).image
         where = f"{largest.width}x{largest.height}" if largest else "none"
         lines.append(f"not enough even so; the largest image of this shape that fits as it is: {where}")
     return tuple(lines)

@@ -272,7 +272,7 @@ def test_a_bad_value_is_one_line_that_names_the_key_and_the_value(
 )
 def test_a_bad_request_is_one_line(arguments: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
     if named == "nothing":
-        assert run(arguments.split()) == 0
+        assert run(arguments.split()) == 1
         assert "nothing fits" in capsys.readouterr().out
     else:
         assert named in failing(arguments.split(), capsys)

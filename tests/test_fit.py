@@ -48,7 +48,7 @@ def check(derivation: Derivation, budget: int, aspect: tuple[int, int], image: I
         assert sides(aspect, step, n) == (image.height, image.width)
         assert image.height % step == image.width % step == 0
         exact = peak(derivation, image.height, image.width, image.batch_size)
-        assert (image.peak_tensor_bytes, image.headroom_bytes) == (exact, budget - exact)
+        assert (image.peak_tensor_bytes, image.verdict.left_bytes) == (exact, budget - exact)
         assert exact <= budget
     height, width = sides(aspect, step, n + 1)
     assert peak(derivation, height, width, image.batch_size if image else 1) > budget
@@ -120,14 +120,16 @@ def test_the_largest_batch_fits_and_one_more_does_not(attention: str, budget: in
 
 def test_what_fits_a_card_is_what_estimate_says_of_it() -> None:
     derivation = derived(gpu="t4")
+    image = fit(derivation).image
+    assert image is not None
+    found = derivation.estimate(image.height, image.width)
+    assert (image.verdict.needs_bytes, image.verdict.left_bytes) == (found["device"], found["total"] - found["device"])
+    # a convolution whose workspace does not fit runs without: that is slower, and no out-of-memory error
+    assert image.verdict.verdict == found["verdict"] == "fits with slower convolutions"
     card = lookup("t4")
     assert card.total_memory_bytes is not None
-    budget = card.total_memory_bytes - (card.context_bytes or 0)
-    image = fit(derivation, budget, replayed=True).image
-    assert image is not None
-    assert image.reserved_bytes == budget - image.headroom_bytes <= budget
-    # a convolution whose workspace does not fit runs without: that is slower, and no out-of-memory error
-    assert derivation.estimate(image.height, image.width)["verdict"] == "fits with slower convolutions"
+    free = fit(derivation, card.total_memory_bytes - (card.context_bytes or 0)).image
+    assert free is not None and (free.height, free.verdict.left_bytes) == (image.height, image.verdict.left_bytes)
     larger = derivation.estimate(image.height + 8, image.width + 8)
     assert (larger["verdict"], larger["left_bytes"]) == ("does not fit", None)
     assert larger["failed"]["module"].startswith("vae.decoder.") and larger["short_bytes"] > 0
@@ -175,8 +177,9 @@ def test_recommended_remedies_are_enough_and_each_is_needed(budget: int) -> None
     derivation = derived(dtype="float32", attention="eager")
     call = Call(768, 768)
     found = recommend(derivation, budget, call)
-    assert found.fits_as_asked == (found.peak_tensor_bytes <= budget)
-    assert found.fits_as_asked == (not found.needed) or not found.fits
+    fits_as_asked = found.as_asked.verdict.fits
+    assert fits_as_asked == (found.as_asked.peak_tensor_bytes <= budget)
+    assert fits_as_asked == (not found.needed) or not found.fits
     changed = {**derivation.options.as_dict()}
     for step in found.needed:
         changed.update(step.change)
@@ -185,7 +188,7 @@ def test_recommended_remedies_are_enough_and_each_is_needed(budget: int) -> None
     for step in found.needed:
         rest = {key: value for other in found.needed if other is not step for key, value in other.change.items()}
         without = derive(SD15, **{**derivation.options.as_dict(), **rest})
-        assert peak(without, 768, 768) > max(budget, found.final_peak_tensor_bytes if not found.fits else 0)
+        assert peak(without, 768, 768) > max(budget, found.with_needed.peak_tensor_bytes if not found.fits else 0)
 
 
 def test_remedies_are_in_order_and_savings_are_exact() -> None:
@@ -219,7 +222,8 @@ def test_comparison_names_what_differs() -> None:
 
 def test_what_a_needed_remedy_adds_is_the_step_from_the_peak_before_it() -> None:
     found = recommend(derived(dtype="float32", attention="eager"), 3 * GIB, Call(768, 768))
-    before, changed = found.peak_tensor_bytes, dict(derived(dtype="float32", attention="eager").options.as_dict())
+    changed = dict(derived(dtype="float32", attention="eager").options.as_dict())
+    before = found.as_asked.peak_tensor_bytes
     assert len(found.needed) > 1
     for step in found.needed:
         changed.update(step.change)
@@ -230,7 +234,7 @@ def test_what_a_needed_remedy_adds_is_the_step_from_the_peak_before_it() -> None
 
 def test_on_a_gpu_a_recommendation_is_served_by_the_allocator() -> None:
     derivation = derived(gpu="rtx-3060", attention="eager")
-    found = recommend(derivation, 10 * GIB, Call(2048, 2048), replayed=True)
+    found = recommend(derivation, 10 * GIB, Call(2048, 2048))
     assert found.fits
     changed = {**derivation.options.as_dict()}
     for step in found.needed:

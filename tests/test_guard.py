@@ -181,6 +181,81 @@ def test_without_cuda_the_free_bytes_are_needed() -> None:
         will_fit(StableDiffusionImg2ImgPipeline(), 512, 512)
 
 
+def test_the_arguments_of_the_pipelines_own_call() -> None:
+    pipe = StableDiffusionImg2ImgPipeline()
+    image = SimpleNamespace(size=(768, 512))
+    asked = {"prompt": ["a", "b"], "image": image, "generator": object(), "output_type": "pil", "free_bytes": 0}
+    assert will_fit(pipe, **asked).needed_bytes == expected(512, 768, 2)
+    alone = derive(SD15).estimate(512, 768, guidance=False)["peak_tensor_bytes"]
+    assert will_fit(pipe, prompt="a", image=[image], guidance_scale=1.0, free_bytes=0).needed_bytes == alone
+    array = SimpleNamespace(shape=(1, 3, 256, 320))
+    assert will_fit(pipe, image=array, strength=0.4, negative_prompt="x", free_bytes=0).needed_bytes == expected(
+        256, 320, strength=0.4, negative_prompt=True
+    )
+    pipe.vae_scale_factor = 8
+    pipe.unet.config = dict(pipe.unet.config)
+    assert will_fit(pipe, prompt="a", free_bytes=0).needed_bytes == expected(512, 512)
+
+
+def test_a_card_that_is_named_is_asked_about_whole() -> None:
+    pipe, card = StableDiffusionImg2ImgPipeline(device="cuda"), derive(SD15, gpu="rtx-3060")
+    found = will_fit(pipe, 1024, 1024, batch_size=2, gpu="rtx-3060")
+    assert found.verdict == card.verdict(1024, 1024, 2) and (found.free_bytes, found.resident_bytes) == (None, 0)
+    # weights that are on the card already are counted once: in what is needed of what is free beside them
+    beside = will_fit(pipe, 1024, 1024, gpu="rtx-3060", free_bytes=1 << 30)
+    weights = sum(card.weights.values())
+    assert beside.verdict == card.verdict(1024, 1024, free_bytes=(1 << 30) + weights)
+    assert beside.resident_bytes == weights and not beside.fits and "VAE tiling" in " ".join(beside.advice)
+
+
+class FakeCuda(SimpleNamespace):
+    """torch as will_fit reads it: the card, its free memory, and what the process holds."""
+
+    def __init__(self, name: str, free: int, reserved: int = 0, allocated: int = 0) -> None:
+        card = SimpleNamespace(name=name, major=8, minor=6)
+        cuda = SimpleNamespace(
+            is_available=lambda: True,
+            current_device=lambda: 0,
+            get_device_properties=lambda device: card,
+            get_device_capability=lambda: (8, 6),
+            mem_get_info=lambda: (free, 12 << 30),
+            memory_reserved=lambda: reserved,
+            memory_allocated=lambda: allocated,
+        )
+        super().__init__(cuda=cuda, __version__="2.9.1+cu126")
+
+
+def test_the_card_torch_and_what_is_held_are_read_off_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = StableDiffusionImg2ImgPipeline(device="cuda")
+    weights = sum(derive(SD15).weights.values())
+    held, cached = 100 << 20, 300 << 20
+    fake = FakeCuda("NVIDIA GeForce RTX 3060", 6 << 30, weights + held + cached, weights + held)
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    found = will_fit(pipe, 1024, 1024)
+    d = derive(SD15, gpu="rtx-3060", torch="2.9.1+cu126", attention="sdpa")
+    assert found.free_bytes == (6 << 30) + cached
+    assert found.verdict == d.verdict(1024, 1024, free_bytes=(6 << 30) + cached + weights)
+    assert found.needed_bytes == d.device_memory(1024, 1024).reserved - weights
+    assert found.assumed == () and found.margin_bytes == found.verdict.margin_bytes
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setitem(sys.modules, "torch", FakeCuda("NVIDIA Card That Nobody Knows", 1 << 30))
+    other = will_fit(pipe, 1024, 1024)
+    assert not other.fits and other.verdict.short_bytes > 0
+    assert other.assumed == (
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True is not replayed",
+        "NVIDIA Card That Nobody Knows is not in the table: as any card of sm86",
+    )
+
+
+def test_what_goes_wrong_inside_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for pipe in (SimpleNamespace(unet=5), SimpleNamespace(vae=None, unet=None)):
+        with pytest.raises(DerivationError) as caught:
+            will_fit(pipe, 512, 512, free_bytes=1)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(DerivationError, match="height = None"):
+        will_fit(StableDiffusionImg2ImgPipeline(), prompt="a", free_bytes=1)
+
+
 def test_free_bytes_count_what_pytorch_has_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = SimpleNamespace(
         is_available=lambda: True,
@@ -198,6 +273,7 @@ def test_later_calls_take_microseconds_and_a_dead_pipeline_is_forgotten() -> Non
     best = min(_seconds(pipe) for _ in range(5))
     assert best < 200e-6, f"{best * 1e6:.0f} microseconds"
     reference = weakref.ref(pipe)
+    gc.collect()
     before = len(_KNOWN)
     del pipe
     gc.collect()

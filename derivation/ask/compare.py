@@ -67,7 +67,10 @@ class StageDifference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two derivations side by side; ``numbers`` maps a square's side to its stages and peak, in bytes."""
+    """Two derivations side by side; ``numbers`` maps a square's side to its stages and peak, in bytes.
+
+    Of a side with a GPU they also have what it needs there and the verdict.
+    """
 
     a: str
     b: str
@@ -112,9 +115,13 @@ def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Pair, ...]:
 
 
 def _numbers(a: Derivation, b: Derivation, side: int, call: Mapping[str, Any]) -> tuple[Pair, ...]:
-    def bytes_of(derivation: Derivation) -> dict[str, int]:
+    def bytes_of(derivation: Derivation) -> dict[str, int | str | None]:
         peaks = derivation.stage_peaks(side, side, **call)
-        return {**peaks, "peak": derivation.weights_bytes + max(peaks.values())}
+        tensors = {**peaks, "peak": derivation.weights_bytes + max(peaks.values())}
+        if derivation.options.gpu is None:
+            return dict(tensors)
+        found = derivation.verdict(side, side, **call)
+        return {**tensors, "needs": found.needs_bytes, "verdict": found.verdict}
 
     return _pairs(bytes_of(a), bytes_of(b))
 

@@ -21,6 +21,7 @@ from derivation.call import MAX_SIDE_PIXELS, Call
 from derivation.errors import positive, unsupported
 from derivation.tape.grid import B, H, L, W
 from derivation.tape.symbols import Size, as_poly
+from derivation.verdict import Verdict, room_bytes
 
 ALIGNED = 64
 MAX_BATCH = 1 << 20
@@ -28,24 +29,19 @@ MAX_BATCH = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image size with its exact peak: bytes, bytes left of the budget, and the stage that peaks.
-
-    ``reserved_bytes`` is the caching allocator's peak where it was replayed, None elsewhere; the bytes left are then
-    what the allocator leaves.
-    """
+    """An image size with its verdict, its exact peak of weights and tensors in bytes, and the stage that peaks."""
 
     height: int
     width: int
     batch_size: int
     peak_tensor_bytes: int
-    headroom_bytes: int
     peak_stage: str
-    reserved_bytes: int | None = None
+    verdict: Verdict
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What fits into ``budget_bytes``: None where not even the smallest size does.
+    """What fits on the GPU, or into ``budget_bytes`` of it: None where not even the smallest size does.
 
     ``image`` has sides that are multiples of the VAE's factor, ``aligned`` of 64; ``solved_side`` is the longer
     side in pixels at which the headline equation equals the budget; ``monotone`` is the proof's outcome.
@@ -66,26 +62,34 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A derivation, a budget, and whether the caching allocator is replayed."""
+    """A derivation, and the bytes that are free for it: None is all of its GPU.
+
+    Raises DerivationError for neither, and for a GPU whose memory is not known.
+    """
 
     derivation: Derivation
-    budget_bytes: int
-    replayed: bool = False
+    free_bytes: int | None
+
+    def __post_init__(self) -> None:
+        if self.free_bytes is not None:
+            positive("budget_bytes", self.free_bytes)
+        elif self.derivation.options.gpu is None:
+            raise unsupported("budget_bytes", None, "a number of bytes, or a derivation with a gpu")
+        self.budget_bytes  # noqa: B018
+
+    @property
+    def budget_bytes(self) -> int:
+        """What the allocator may reserve; without a GPU, what weights and tensors may take."""
+        return room_bytes(str(self.derivation.options.gpu)) if self.free_bytes is None else self.free_bytes
+
+    def verdict(self, call: Call) -> Verdict:
+        """Return the verdict on one call."""
+        return self.derivation.verdict(call, free_bytes=self.free_bytes)
 
     def image(self, call: Call) -> Image:
-        """Return the exact peak of one call."""
+        """Return the verdict on one call with its exact peak."""
         stage, peak = peak_tensor_bytes(self.derivation, call)
-        image = Image(call.height, call.width, call.batch_size, peak, self.budget_bytes - peak, stage)
-        if not self.replayed or self.derivation.options.gpu is None:
-            return image
-        found = self.derivation.device_memory(call)
-        if found.failed:
-            return replace(image, headroom_bytes=-int(found.failed["short_bytes"]))
-        return replace(image, headroom_bytes=self.budget_bytes - found.reserved, reserved_bytes=found.reserved)
-
-    def fits(self, call: Call) -> bool:
-        """Return whether one call is within the budget: as its GPU's replay says where there is one."""
-        return self.image(call).headroom_bytes >= 0
+        return Image(call.height, call.width, call.batch_size, peak, stage, self.verdict(call))
 
     def headlines(self, call: Call) -> list[sympy.Expr]:
         """Return the polynomials in H, W and B whose largest, plus the weights, is the peak."""
@@ -102,43 +106,40 @@ def peak_tensor_bytes(derivation: Derivation, call: Call) -> tuple[str, int]:
 
 def fit(
     derivation: Derivation,
-    budget_bytes: int,
+    budget_bytes: int | None = None,
     aspect: tuple[int, int] = (1, 1),
     batch_size: int = 1,
     prompt_length: int | None = None,
     guidance: bool = True,
-    replayed: bool = False,
 ) -> Fit:
-    """Return the largest image of ``aspect`` (width : height) whose exact peak is within ``budget_bytes``.
+    """Return the largest image of ``aspect`` (width : height) that fits on the GPU, or into ``budget_bytes``.
 
-    The shorter side is the aspect's, to the nearest multiple. With ``replayed`` the caching allocator must also
-    serve the call on the derivation's GPU. Raises DerivationError for a bad argument.
+    The shorter side is the aspect's, to the nearest multiple. With a GPU the budget is what is free there, None all
+    of it; without one it is for weights and tensors. Raises DerivationError for a bad argument.
     """
-    for key, value in (("budget_bytes", budget_bytes), ("aspect", min(aspect)), ("batch_size", batch_size)):
+    for key, value in (("aspect", min(aspect)), ("batch_size", batch_size)):
         positive(key, value)
-    request, factor = Request(derivation, budget_bytes, replayed), derivation.grid.vae_scale_factor
+    request, factor = Request(derivation, budget_bytes), derivation.grid.vae_scale_factor
     call = Call(factor, factor, batch_size, prompt_length, guidance).filled(derivation.prompt_length)
     side = solved_side(request, aspect, call)
     image, aligned = (_largest(request, aspect, call, step, side) for step in (factor, ALIGNED))
     weights = derivation.weights_bytes
-    return Fit(budget_bytes, weights, aspect, side, image, aligned, grows(derivation, guidance))
+    return Fit(request.budget_bytes, weights, aspect, side, image, aligned, grows(derivation, guidance))
 
 
 def largest_batch(
     derivation: Derivation,
-    budget_bytes: int,
+    budget_bytes: int | None,
     height: int,
     width: int,
     prompt_length: int | None = None,
     guidance: bool = True,
-    replayed: bool = False,
 ) -> Image | None:
-    """Return the largest batch of this image size that is within ``budget_bytes``, None if not even one is."""
-    positive("budget_bytes", budget_bytes)
-    request = Request(derivation, budget_bytes, replayed)
+    """Return the largest batch of this image size that fits on the GPU, or into ``budget_bytes``, None if none does."""
+    request = Request(derivation, budget_bytes)
     call = Call(height, width, 1, prompt_length, guidance).filled(derivation.prompt_length)
     guess = _solved_batch(request, call)
-    batch = last_that_fits(lambda n: request.fits(replace(call, batch_size=n)), guess, MAX_BATCH)
+    batch = last_that_fits(lambda n: request.verdict(replace(call, batch_size=n)).fits, guess, MAX_BATCH)
     return request.image(replace(call, batch_size=batch)) if batch else None
 
 
@@ -147,7 +148,7 @@ def _largest(request: Request, aspect: tuple[int, int], call: Call, step: int, s
         height, width = sides(aspect, step, n)
         return replace(call, height=height, width=width)
 
-    n = last_that_fits(lambda n: request.fits(sized(n)), int((side or step) / step), MAX_SIDE_PIXELS // step)
+    n = last_that_fits(lambda n: request.verdict(sized(n)).fits, int((side or step) / step), MAX_SIDE_PIXELS // step)
     return request.image(sized(n)) if n else None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from derivation.api import Derivation
 from derivation.ask.fit import Image, Request
 from derivation.call import Call
-from derivation.errors import DerivationError, positive
+from derivation.errors import DerivationError
 from derivation.options import TABLE, Options
 from derivation.options.row import Remedy
 
@@ -38,14 +38,17 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """Whether the size fits as asked, and else which remedies make it fit (``fits`` tells if they do)."""
+    """The verdict as asked, which remedies are needed, and the verdict with them."""
 
     budget_bytes: int
-    peak_tensor_bytes: int
-    fits_as_asked: bool
-    fits: bool
-    final_peak_tensor_bytes: int
+    as_asked: Image
+    with_needed: Image
     steps: tuple[Step, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the size fits with the remedies that are needed."""
+        return self.with_needed.verdict.fits
 
     @property
     def needed(self) -> tuple[Step, ...]:
@@ -60,43 +63,42 @@ class Recommendation:
 class _Peaks:
     """The exact peak of one call under changed options, each set of options derived once."""
 
-    def __init__(self, derivation: Derivation, call: Call, budget_bytes: int, replayed: bool) -> None:
-        self._derivation, self._call = derivation, call
-        self._budget_bytes, self._replayed = budget_bytes, replayed
+    def __init__(self, derivation: Derivation, call: Call, budget_bytes: int | None) -> None:
+        self._derivation, self._call, self._budget_bytes = derivation, call, budget_bytes
         self._known: dict[Options, Image] = {}
 
     def __getitem__(self, remedies: Sequence[Remedy]) -> int:
         return self.image(remedies).peak_tensor_bytes
 
     def fits(self, remedies: Sequence[Remedy]) -> bool:
-        """Return whether the call is within the budget, and served by the caching allocator where it is replayed."""
-        return self.image(remedies).headroom_bytes >= 0
+        """Return whether the call fits with some remedies."""
+        return self.image(remedies).verdict.fits
 
     def image(self, remedies: Sequence[Remedy]) -> Image:
-        """Return the call's peak with some remedies."""
+        """Return the call's peak and verdict with some remedies."""
         changed = self._derivation.options
         for remedy in remedies:
             changed = replace(changed, **remedy.change)  # type: ignore[arg-type]
         if changed not in self._known:
             derivation = Derivation(self._derivation.subject.changed(**changed.as_dict()))
-            self._known[changed] = Request(derivation, self._budget_bytes, self._replayed).image(self._call)
+            self._known[changed] = Request(derivation, self._budget_bytes).image(self._call)
         return self._known[changed]
 
 
-def recommend(derivation: Derivation, budget_bytes: int, call: Call, replayed: bool = False) -> Recommendation:
-    """Return the remedies, in order of cost, that ``call`` needs to stay within ``budget_bytes``.
+def recommend(derivation: Derivation, budget_bytes: int | None, call: Call) -> Recommendation:
+    """Return the remedies, in order of cost, that ``call`` needs to fit on the GPU, or into ``budget_bytes`` of it.
 
     Cheap remedies are added until the call fits; then each that turned out needless is taken back, the
-    costliest first. With ``replayed`` the caching allocator must also serve the call on the derivation's GPU.
-    Raises DerivationError for a size that the pipeline rejects.
+    costliest first. Without a GPU the budget is for weights and tensors. Raises DerivationError for a size that
+    the pipeline rejects.
     """
-    positive("budget_bytes", budget_bytes)
-    peaks = _Peaks(derivation, call, budget_bytes, replayed)
+    budget = Request(derivation, budget_bytes).budget_bytes
+    peaks = _Peaks(derivation, call, budget_bytes)
     alone = _savings(peaks, derivation.options)
     chosen = _minimal(peaks, list(alone))
     steps = (_step(peaks, remedy, saves, chosen) for remedy, saves in alone.items())
     kept = tuple(step for step in steps if step.needed or step.saves_bytes > 0)
-    return Recommendation(budget_bytes, peaks[()], peaks.fits(()), peaks.fits(chosen), peaks[chosen], kept)
+    return Recommendation(budget, peaks.image(()), peaks.image(chosen), kept)
 
 
 def _step(peaks: _Peaks, remedy: Remedy, saves_bytes: int, chosen: Sequence[Remedy]) -> Step:

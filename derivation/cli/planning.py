@@ -8,13 +8,14 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from derivation.api import Derivation
-from derivation.ask.compare import SIDES
+from derivation.ask.compare import SIDES, Pair
 from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, call_of, derivation_of, expanded, value_of
 from derivation.errors import DerivationError, unsupported
+from derivation.gpu.cards import lookup
 from derivation.options import Options
 from derivation.text import human, parse_bytes
+from derivation.verdict import Verdict
 
 Vram = Annotated[
     str | None, typer.Option(help="Bytes that the pipeline may take, as --memory without a GPU: 12GiB, 7500MiB.")
@@ -42,15 +43,15 @@ def fit(
     ratio, sides = parse_aspect(aspect), size.sides
     budget, said = _budget(vram, options)
     derivation = derivation_of(model, options, revision)
-    length, guidance, replayed = prompt.prompt_length, prompt.guidance, vram is None
     if sides is None:
-        answer = fitted(derivation, budget, ratio, prompt.batch_size, length, guidance, replayed).as_dict()
+        answer = fitted(derivation, budget, ratio, prompt.batch_size, prompt.prompt_length, prompt.guidance).as_dict()
     else:
-        best = largest_batch(derivation, budget, *sides, length, guidance, replayed)
-        answer = {"budget_bytes": budget, "weights_bytes": derivation.weights_bytes, "largest_batch": best}
-        answer["largest_batch"] = None if best is None else asdict(best)
-    result = {"model": derivation.checkpoint.name, **options.as_dict(), **asdict(prompt), **answer}
-    output.emit({**result, "counted": _counted(derivation, said, replayed)}, json, _show_fit)
+        best = largest_batch(derivation, budget, *sides, prompt.prompt_length, prompt.guidance)
+        answer = {"weights_bytes": derivation.weights_bytes, "largest_batch": None if best is None else asdict(best)}
+    result = {"model": derivation.checkpoint.name, **options.as_dict(), **asdict(prompt), **answer, "counted": said}
+    output.emit(result, json, _show_fit)
+    if not (answer.get("image") or answer.get("largest_batch")):
+        raise typer.Exit(1)
 
 
 def _show_fit(result: Mapping[str, Any]) -> None:
@@ -60,16 +61,12 @@ def _show_fit(result: Mapping[str, Any]) -> None:
         if (image := result[key]) is None:
             rows.append((names[key], "nothing fits", "", "", "", "", ""))
             continue
-        numbers = (image[name] for name in ("peak_tensor_bytes", "headroom_bytes", "reserved_bytes"))
-        sizes = ("-" if number is None else human(number) for number in numbers)
+        verdict = image["verdict"]
+        sizes = (human(verdict[name]) for name in ("needs_bytes", "left_bytes"))
         size = f"{image['height']} x {image['width']}"
-        rows.append((names[key], size, image["batch_size"], *sizes, image["peak_stage"]))
-    budget = result["budget_bytes"]
-    output.table(
-        f"{result['model']} in {human(budget)} ({budget:,} bytes)",
-        ("", "height x width", ">batch", ">peak", ">left", ">reserved", "stage"),
-        rows,
-    )
+        rows.append((names[key], size, image["batch_size"], *sizes, verdict["verdict"], image["peak_stage"]))
+    columns = ("", "height x width", ">batch", ">needs", ">left", "verdict", "largest stage")
+    output.table(f"{result['model']}: what fits", columns, rows)
     weights = result["weights_bytes"]
     output.line(f"weights that stay on the GPU: {human(weights)} ({weights:,} bytes)")
     output.line(result["counted"])
@@ -94,15 +91,17 @@ def recommend(
     budget, said = _budget(vram, options)
     derivation = derivation_of(model, options, revision)
     call = call_of(size, prompt)
-    found = recommended(derivation, budget, call, vram is None).as_dict()
+    found = recommended(derivation, budget, call)
     sides = {"height": call.height, "width": call.width}
-    result = {"model": derivation.checkpoint.name, **options.as_dict(), **sides, **asdict(prompt), **found}
-    output.emit({**result, "counted": _counted(derivation, said, vram is None)}, json, _show_recommendation)
+    result = {"model": derivation.checkpoint.name, **options.as_dict(), **sides, **asdict(prompt), **found.as_dict()}
+    output.emit({**result, "fits": found.fits, "counted": said}, json, _show_recommendation)
+    if not found.fits:
+        raise typer.Exit(1)
 
 
 def _show_recommendation(result: Mapping[str, Any]) -> None:
-    budget, asked = result["budget_bytes"], result["peak_tensor_bytes"]
-    output.line(f"as asked: {human(asked)} of {human(budget)}, {_fits(result['fits_as_asked'])}")
+    asked, final = (Verdict.read(result[name]["verdict"]) for name in ("as_asked", "with_needed"))
+    output.line(f"as asked: {asked}", style="bold")
     rows = [
         ("needed" if s["needed"] else "", s["name"], *(_size(s[key]) for key in SAVINGS), s["cost"])
         for s in result["steps"]
@@ -112,9 +111,8 @@ def _show_recommendation(result: Mapping[str, Any]) -> None:
         output.table("What helps, cheapest first", columns, rows)
     for step in (step for step in result["steps"] if step["needed"]):
         output.line(f"{step['name']}: {step['call']}")
-    if not result["fits_as_asked"]:
-        final = human(result["final_peak_tensor_bytes"])
-        output.line(f"with what is needed: {final}, {_fits(result['fits'])}")
+    if final != asked:
+        output.line(f"with what is needed: {final}", style="bold")
     output.line(result["counted"])
 
 
@@ -123,10 +121,6 @@ SAVINGS = ("saves_bytes", "adds_bytes", "peak_tensor_bytes")
 
 def _size(nbytes: int | None) -> str:
     return "" if nbytes is None else human(nbytes)
-
-
-def _fits(fits: bool) -> str:
-    return "fits" if fits else "does not fit"
 
 
 @expanded
@@ -194,33 +188,19 @@ def _show_comparison(result: Mapping[str, Any]) -> None:
 
 
 def _show_pairs(title: str, pairs: list[dict[str, Any]]) -> None:
-    rows = ((p["name"], p["a"], p["b"], (p["b"] or 0) - (p["a"] or 0)) for p in pairs)
+    rows = ((p["name"], p["a"], p["b"], Pair(**p).difference) for p in pairs)
     output.table(title, ("", ">A", ">B", ">B - A"), rows)
 
 
-def _budget(vram: str | None, options: Options) -> tuple[int, str]:
-    """Return the bytes that the pipeline may take, and where they come from; raises DerivationError without any."""
-    if vram is not None:
-        budget = parse_bytes(vram)
-        return budget, f"memory {vram.strip()} is {human(budget)} ({budget:,} bytes)"
-    if options.gpu is None:
+def _budget(vram: str | None, options: Options) -> tuple[int | None, str]:
+    """Return the bytes that are free, None for all of a GPU, and what they are; raises DerivationError without any."""
+    if vram is None and options.gpu is None:
         raise DerivationError("memory and gpu are missing (supported: --memory 8GiB, or --gpu rtx-3060)")
-    from derivation.gpu.cards import lookup
-
+    free = None if vram is None else parse_bytes(vram)
+    bytes_free = "" if free is None else f"memory {str(vram).strip()} is {human(free)} ({free:,} bytes)"
+    if options.gpu is None:
+        return free, f"{bytes_free}; counted: weights, tensors; not counted: library scratch, allocator, CUDA context"
     card = lookup(options.gpu)
-    if card.total_memory_bytes is None:
-        raise unsupported("gpu", options.gpu, "a card, or --memory as well: its memory size is not known")
-    said = f"{card.name}: {human(card.total_memory_bytes)}"
-    if (context := card.nearest_context()) is None:
-        return card.total_memory_bytes, f"{said}, CUDA context not known and not taken off"
-    nbytes, source = context
-    taken = f"CUDA context of {human(nbytes)} taken off, as on {source.name}"
-    return card.total_memory_bytes - nbytes, f"{said}, {taken}"
-
-
-def _counted(derivation: Derivation, said: str, replayed: bool) -> str:
-    """Return which layers of bytes an answer counts."""
-    layers = {"library scratch": derivation.options.gpu is not None, "allocator gaps": replayed}
-    counted = ", ".join(["weights", "tensors", *(name for name, counts in layers.items() if counts)])
-    missing = ", ".join(name for name, counts in layers.items() if not counts)
-    return f"{said}; counted: {counted}" + (f"; not counted: {missing}" if missing else "")
+    if free is not None:
+        return free, f"{bytes_free}, free on the {card.name}"
+    return None, f"{card.name}: {human(card.total_memory_bytes or 0)}"
