@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from derivation.api import Derivation
 from derivation.call import Call
 from derivation.config.traced import TRACED, bundled_traced, traced_folder
 from derivation.export import export
+from derivation.gpu.profile import hardware
 from derivation.options import Options
 from derivation.tape.grid import Range
 from derivation.tape.recorded import RecordedSubject
@@ -28,12 +32,14 @@ from derivation.trace import store
 from derivation.trace.build import Description, build, modules_of
 from derivation.trace.interpolate import Parted, fit, normalised, parting, points
 from derivation.trace.pipeline import TracedPipeline, record
+from derivation.trace.scratch import with_scratch
 from derivation.trace.shadows import ShadowTracer
 from derivation.trace.standins import word_tokenizer
 from derivation.verify.pipelines import SIDES, arguments, checked, description, read
 from derivation.verify.streams import naive_peak
 
 DOCUMENTS = {document["class"]: document for document in read(Path(__file__).parent / "tiny_pipelines.jsonl")}
+ROOT, FLUX = Path(__file__).resolve().parents[1], "black-forest-labs/FLUX.1-dev"
 OPTIONS = Options(pipeline="txt2img", dtype="float32")
 # (transformer parameters, all parameters) as published in the checkpoints' safetensors headers or model cards
 PUBLISHED = {
@@ -142,6 +148,49 @@ def test_bundled_ids_are_found_by_their_short_names() -> None:
     assert len(bundled_traced()) >= 15
     assert traced_folder("flux.1-dev").name == "black-forest-labs/FLUX.1-dev"
     assert traced_folder(SD15) is None and traced_folder(SD15, any_class=True) is not None
+
+
+# on a card
+
+
+def test_operators_scratch_is_put_where_a_gpu_is_named(flux) -> None:
+    tape = flux[1].regimes[-1].tape
+    card = hardware("h100")
+    scratched = with_scratch(tape, card)
+    added = scratched.allocations[len(tape.allocations) :]
+    named = Counter(a.op for a in added)
+    assert (named["cublas workspace"] == 1 and added[0].nbytes == card.cublas_workspace_bytes()) or added[1].op in named
+    assert named["convolution workspace"] <= len(tape.convolutions)
+    events = [event for event in scratched.events if abs(event) <= len(tape.allocations)]
+    assert events == tape.events
+    assert [mark.stage for mark in scratched.marks] == [mark.stage for mark in tape.marks]
+    for mark, before in zip(scratched.marks, tape.marks):
+        own = [e for e in scratched.events[: mark.event] if abs(e) <= len(tape.allocations)]
+        assert len(own) == before.event
+    born = {abs(e) for e in scratched.events if e > 0}
+    assert born == set(range(1, len(scratched.allocations) + 1))
+
+
+# evidence_2026-11: max_memory_allocated in GiB of FLUX.1-dev's transformer at 1024 x 1024, bfloat16, by diffusers version
+FLUX_DEV_TRANSFORMER = (22.61, 22.64)
+
+
+@pytest.mark.skipif(not (TRACED / FLUX / store.RECORDED).is_file(), reason="no shipped record")
+def test_a_shipped_pipeline_answers_for_a_card_without_torch() -> None:
+    code = (
+        f"from derivation import derive; import sys; d = derive({FLUX!r}, gpu='h100'); e = d.estimate(1024, 1024); "
+        "print(e['verdict'], e['reserved'] >= e['allocated'] >= e['weights_bytes'], 'torch' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said.stdout.split() == ["fits", "True", "False"]
+
+
+@pytest.mark.skipif(not (TRACED / FLUX / store.RECORDED).is_file(), reason="no shipped record")
+def test_flux_dev_takes_what_was_measured() -> None:
+    found = derive(FLUX).estimate(1024, 1024)
+    transformer = found["weights"]["transformer"] + found["stages"]["transformer"]
+    low, high = FLUX_DEV_TRANSFORMER
+    assert low <= round(transformer / 2**30, 2) <= high
 
 
 # shadows

@@ -163,6 +163,13 @@ class RecordedSubject:
         """Return None: prompts are recorded whole."""
         return None
 
+    def on(self, options: Options, changed: Callable[[Tape], Tape]) -> RecordedSubject:
+        """Return the same pipeline under other ``options``, every tape ``changed``."""
+        regimes = tuple(replace(regime, tape=replace(changed(regime.tape), options=options)) for regime in self.regimes)
+        traced = self.retrace
+        retrace = None if traced is None else lambda guidance, values: changed(traced(guidance, values))
+        return replace(self, options=options, regimes=regimes, retrace=retrace)
+
     def changed(self, **options: Any) -> RecordedSubject:
         """Return the same pipeline under the same options; raises DerivationError for others."""
         wanted = replace(self.options, **options)

@@ -30,6 +30,8 @@ SIDES, VIDEO_SIDES = (256, 2048), (256, 1280)
 BATCH = Range(2, 9)
 # PyTorch pads an attention mask to multiples of 8 (attention.cpp: pad_bias).
 LENGTH_STEP = 8
+# Shorter prompts fill a chat template's room, and no padding follows.
+LONG_PROMPT = 64
 # Passes of the denoising loop: PNDM's history of four outputs is the longest.
 LEAST_STEPS, MOST_STEPS = 2, 8
 # How often the steps of sides are doubled before a structure that depends on them is given up.
@@ -187,7 +189,7 @@ def record(
         traced.grid,
         _sides(traced, found),
         tokens.last,
-        {n: _entries(module) for n, module in modules.items()},
+        {n: _entries(n, module) for n, module in modules.items()},
         {n: sum(p.numel() for p in module.parameters()) for n, module in modules.items()},
         tuple(found),
         traced.arguments.steps,
@@ -203,9 +205,9 @@ def _sides(traced: TracedPipeline, found: list[Regime]) -> Sides:
     return Sides(-(-first // step) * step * unit, step * unit, last * unit)
 
 
-def _entries(module: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
+def _entries(root: str, module: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors}
+    return {f"{root}.{name}": (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors}
 
 
 def _base(traced: TracedPipeline, length: int | None = None, guidance: bool = True) -> Call:
@@ -279,8 +281,11 @@ def _regime(
 def _coarser(ranges: Mapping[str, Range], symbols: frozenset[str]) -> dict[str, Range] | None:
     """Return ranges in which the symbols that part have larger steps, None where they cannot: the batch does."""
     sides = frozenset(name for name in ranges if name[0] in "hw")
-    if symbols == {"L"}:
-        return {**ranges, "L": Range(ranges["L"].last, ranges["L"].last)}
+    length = ranges["L"]
+    if "L" in symbols and not length.is_one:
+        first = LONG_PROMPT + length.last % LENGTH_STEP
+        first = first if length.first < first < length.last else length.last
+        return {**ranges, "L": Range(first, length.last, length.step)}
     if not symbols & sides:
         return None
     found = dict(ranges)

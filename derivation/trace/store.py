@@ -17,16 +17,19 @@ from typing import Any
 from derivation.config.traced import TracedFolder
 from derivation.errors import DerivationError
 from derivation.files import write_files
+from derivation.gpu.profile import hardware
+from derivation.libraries import LIBRARIES as VERSIONED
 from derivation.options import Options
 from derivation.tape.recorded import FORMAT, RecordedSubject
 from derivation.tape.subject import Subject
 from derivation.tape.tape import Tape
+from derivation.trace.scratch import with_scratch
 
 RECORDED = "recorded.json.gz"
 # What a recorded pipeline's options are where the caller names none: the dtype in which these models are published.
 DEFAULTS: Mapping[str, Any] = {"dtype": "bfloat16", "attention": "flash"}
 # Options that tracing obeys.
-APPLICABLE = ("dtype", "attention", "pipeline")
+APPLICABLE = ("dtype", "attention", "pipeline", "gpu", "scratch", *VERSIONED)
 LIBRARIES = ("torch", "diffusers", "transformers")
 
 Progress = Callable[[str], None]
@@ -54,10 +57,20 @@ def subject(folder: TracedFolder, given: Mapping[str, Any], progress: Progress =
 
     Raises DerivationError for an option that tracing does not obey, and without torch where nothing is recorded.
     """
-    options = Options(**{**DEFAULTS, **given, "pipeline": folder.task})
-    for name, value in options.as_dict().items():
+    wanted = Options(**{**DEFAULTS, **given, "pipeline": folder.task})
+    for name, value in wanted.as_dict().items():
         if name not in APPLICABLE and value != getattr(Options(), name):
             raise DerivationError(f"{name} = {value!r} is not supported for {folder.class_name}, which is traced")
+    plain = Options(dtype=wanted.dtype, attention=wanted.attention, pipeline=wanted.pipeline)
+    found = _recorded(folder, plain, progress)
+    if wanted.gpu is None:
+        return found
+    versions = {name: getattr(wanted, name) for name in VERSIONED}
+    card = hardware(wanted.gpu, **versions, scratch=wanted.scratch)
+    return found.on(wanted, lambda tape: with_scratch(tape, card))
+
+
+def _recorded(folder: TracedFolder, options: Options, progress: Progress) -> RecordedSubject:
     retrace = Tracing(folder, options)
     for path in (folder.path / RECORDED, cache_path(folder, options)):
         if path.is_file():

@@ -158,11 +158,11 @@ class Tracer(TorchDispatchMode):
 
     def _watched(self, modules: Mapping[str, torch.nn.Module]) -> Iterator[weakref.ref[Any]]:
         """Yield a reference to every weight's storage, whose death is an event."""
-        for name, tensor in (item for top in modules.values() for item in _tensors(top)):
+        named = ((root, name, tensor) for root, top in modules.items() for name, tensor in _tensors(top))
+        for root, name, tensor in named:
             storage, dtype = tensor.untyped_storage(), str(tensor.dtype).removeprefix("torch.")
-            weight = Allocation(
-                name, "load", tuple(tensor.shape), dtype, storage.nbytes(), Category.WEIGHT, loaded=True
-            )
+            path, shape = ".".join(filter(None, (root, name))), tuple(tensor.shape)
+            weight = Allocation(path, "load", shape, dtype, storage.nbytes(), Category.WEIGHT, loaded=True)
             yield weakref.ref(storage, partial(self._unload, storage._cdata, weight))
 
     def _unload(self, key: int, weight: Allocation, _: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 from derivation.tape.tape import Storage, tape
@@ -82,8 +82,27 @@ class ModelWeights:
 
 
 def registered(paths: Mapping[str, object]) -> list[str]:
-    """Return the paths, each below a model's name, in the order of ``Module._apply``."""
-    return sorted(paths, key=_place)
+    """Return the paths, each below a model's name, in the order of ``Module._apply``.
+
+    Those of a real module stand in its own order already: there a child's come before its parent's.
+    """
+    known = all(name.isdigit() or name in REGISTRATION for path in paths for name in path.split(".")[1:])
+    return sorted(paths, key=_place) if known else list(_children_first(list(paths), 1))
+
+
+def _children_first(paths: list[str], depth: int) -> Iterator[str]:
+    """Yield ``paths``, which agree in ``depth`` names, each module's children before its own parameters."""
+    children: dict[str, list[str]] = {}
+    own: list[str] = []
+    for path in paths:
+        names = path.split(".")
+        if len(names) > depth + 1:
+            children.setdefault(names[depth], []).append(path)
+        else:
+            own.append(path)
+    for inside in children.values():
+        yield from _children_first(inside, depth + 1)
+    yield from own
 
 
 @lru_cache(maxsize=65536)
