@@ -171,7 +171,7 @@ def test_operators_scratch_is_put_where_a_gpu_is_named(flux) -> None:
     assert born == set(range(1, len(scratched.allocations) + 1))
 
 
-# evidence_2026-11: max_memory_allocated in GiB of FLUX.1-dev's transformer at 1024 x 1024, bfloat16, by diffusers version
+# diffusers benchmarks: max_memory_allocated in GiB of FLUX.1-dev's transformer, 1024 x 1024, bfloat16
 FLUX_DEV_TRANSFORMER = (22.61, 22.64)
 
 
