@@ -129,8 +129,8 @@ def backend(checkpoint: Checkpoint, options: Options, dtype: str, attention: str
     )
 
 
-# Of one call: allocated, reserved and nvidia-smi's bytes, whether it fits, and the verdict in words.
-Replay = tuple[int, int, int, bool, str]
+# Of one call: allocated, reserved and nvidia-smi's bytes, whether it fits, and surely, the verdict in words.
+Replay = tuple[int, int, int, bool, bool, str]
 
 
 def replayed_cards(checkpoint: Checkpoint, options: Options) -> tuple[str, ...]:
@@ -150,7 +150,7 @@ def replays(checkpoint: Checkpoint, options: Options, gpu: str) -> dict[str, Rep
             verdict = on_card(gpu, memory)
             said = "; ".join(filter(None, (str(verdict).partition(": ")[2], verdict.trust)))
             key = f"{height}x{width}x{batch}"
-            found[key] = (memory.allocated, memory.reserved, memory.device, verdict.fits, said)
+            found[key] = (memory.allocated, memory.reserved, memory.device, verdict.fits, verdict.sure, said)
     return found
 
 

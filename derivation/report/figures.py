@@ -234,7 +234,7 @@ def fits_map(sides: NDArray[np.int64], total_bytes: NDArray[np.int64]) -> Figure
     axes.contourf(sides, sides, nbytes, levels=edges, colors=shades)
     lines = axes.contour(sides, sides, nbytes, levels=CARDS_GIB, colors=ON_SHADES, linewidths=1.2)
     axes.clabel(lines, fmt=lambda level: f"{level:g} GiB", fontsize=9, colors=ON_SHADES)
-    names = [*(f"fits on {card} GiB" for card in CARDS_GIB), f"more than {CARDS_GIB[-1]} GiB"]
+    names = [*(f"below {card} GiB" for card in CARDS_GIB), f"more than {CARDS_GIB[-1]} GiB"]
     handles = [Patch(fc=shades[i], label=names[i]) for i in np.unique(np.digitize(nbytes, CARDS_GIB, right=True))]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
     axes.set(xlabel="width (pixels)", ylabel="height (pixels)")

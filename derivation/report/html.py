@@ -7,49 +7,32 @@ from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup, escape
 
-from derivation.report.document import (
-    Block,
-    Bullets,
-    Code,
-    Column,
-    Details,
-    Facts,
-    Formula,
-    Lines,
-    Mark,
-    Math,
-    Paragraph,
-    Picture,
-    Row,
-    Section,
-    Table,
-    Text,
-)
+from derivation.report import document as doc
 
 TAGS = {"strong": "<strong>{}</strong>", "em": "<i>{}</i>", "below": '<br><span class="dim small">{}</span>'}
 NO_FORM = Markup()
 SPAN = '<span class="{}">{}</span>'
 
 
-def blocks(found: Iterable[Block], form: Markup = NO_FORM, level: int = 2) -> Markup:
+def blocks(found: Iterable[doc.Block], form: Markup = NO_FORM, level: int = 2) -> Markup:
     """Return blocks, ``form`` where the calculator belongs; sections start at heading ``level``."""
     return Markup("\n").join(_block(block, form, level) for block in found)
 
 
-def inline(text: Text) -> Markup:
+def inline(text: doc.Text) -> Markup:
     """Return escaped text."""
     match text:
         case tuple():
             return Markup().join(map(inline, text))
-        case Code():
+        case doc.Code():
             return Markup("<code>{}</code>").format(breakable(text.text))
-        case Math():
+        case doc.Math():
             return Markup(f"<math>{text.mathml}</math>")
-        case Mark():
+        case doc.Mark():
             return Markup(TAGS[text.kind] if text.kind in TAGS else SPAN.replace("{}", text.kind, 1)).format(
                 inline(text.text)
             )
-        case Lines():
+        case doc.Lines():
             items = (Markup("<li>{}</li>").format(inline(line)) for line in text.lines)
             return Markup('<ul class="plain">{}</ul>').format(Markup("\n").join(items))
     return escape(text)
@@ -60,32 +43,32 @@ def breakable(text: str) -> Markup:
     return Markup(re.sub(r"([./_])", r"\1<wbr>", str(escape(text))))
 
 
-def _block(block: Block, form: Markup, level: int) -> Markup:
+def _block(block: doc.Block, form: Markup, level: int) -> Markup:
     match block:
-        case Section():
+        case doc.Section():
             return _section(block, form, level)
-        case Paragraph():
+        case doc.Paragraph():
             return Markup("<p{}>{}</p>").format(Markup(' class="lead"') if block.lead else "", inline(block.text))
-        case Formula():
+        case doc.Formula():
             body = Markup(f'<math display="block">{block.math.mathml}</math>')
             return _scroll(block.label, body, "box scroll")
-        case Table():
+        case doc.Table():
             return _scroll(block.label, _table(block))
-        case Bullets():
+        case doc.Bullets():
             items = Markup().join(Markup("<li>{}</li>").format(inline(item)) for item in block.items)
             return Markup("<ul>{}</ul>").format(items)
-        case Facts():
+        case doc.Facts():
             pairs = Markup().join(Markup("<dt>{}</dt><dd>{}</dd>").format(*pair) for pair in block.facts)
             return Markup('<dl class="facts">{}</dl>').format(pairs)
-        case Details():
+        case doc.Details():
             opened = Markup("<details{}>\n<summary>{}</summary>\n{}\n</details>")
             return opened.format(_class(block.style), inline(block.summary), blocks(block.blocks, form, level))
-        case Picture():
+        case doc.Picture():
             return _figure(block)
     return form
 
 
-def _section(found: Section, form: Markup, level: int) -> Markup:
+def _section(found: doc.Section, form: Markup, level: int) -> Markup:
     body = blocks(found.blocks, form, level + 1)
     if not found.anchor:
         return Markup("<h{0}>{1}</h{0}>\n{2}").format(level, found.title, body)
@@ -94,7 +77,7 @@ def _section(found: Section, form: Markup, level: int) -> Markup:
     ).format(found.anchor, found.title, body)
 
 
-def _figure(picture: Picture) -> Markup:
+def _figure(picture: doc.Picture) -> Markup:
     art = Markup('<div class="art" role="img" aria-label="{0}. {1}">{2}</div>').format(
         picture.title, picture.caption, picture.inline
     )
@@ -112,7 +95,7 @@ def _class(*names: str) -> Markup:
     return Markup(' class="{}"').format(given) if given else Markup()
 
 
-def _table(table: Table) -> Markup:
+def _table(table: doc.Table) -> Markup:
     caption = Markup("<caption><span>{}</span></caption>\n").format(inline(table.caption)) if table.caption else ""
     heads = Markup().join(
         Markup('<th scope="col"{}>{}</th>').format(_number(column), inline(column.title))
@@ -124,10 +107,10 @@ def _table(table: Table) -> Markup:
     return opened.format(_class(table.style), caption, heads, bodies)
 
 
-def _groups(table: Table) -> list[list[Row]]:
+def _groups(table: doc.Table) -> list[list[doc.Row]]:
     """Return rows by the part of the table they belong to: a group's heading and a total begin one."""
     apart = any(column.under for column in table.columns)
-    groups: list[list[Row]] = []
+    groups: list[list[doc.Row]] = []
     for row in table.rows:
         if not groups or apart or row.kind in ("group", "total"):
             groups.append([])
@@ -135,12 +118,12 @@ def _groups(table: Table) -> list[list[Row]]:
     return groups
 
 
-def _body(rows: Sequence[Row], columns: Sequence[Column]) -> Markup:
+def _body(rows: Sequence[doc.Row], columns: Sequence[doc.Column]) -> Markup:
     tag = "tfoot" if rows[0].kind == "total" else "tbody"
     return Markup("<{0}>{1}</{0}>").format(tag, Markup("\n").join(_row(row, columns) for row in rows))
 
 
-def _row(row: Row, columns: Sequence[Column]) -> Markup:
+def _row(row: doc.Row, columns: Sequence[doc.Column]) -> Markup:
     span = len(columns) - len(row.cells) + 1
     pairs = list(zip(row.cells[1:], columns[span:], strict=True))
     cells = [_first(row, columns[0], span), *(_cell(cell, column) for cell, column in pairs if not column.under)]
@@ -149,7 +132,7 @@ def _row(row: Row, columns: Sequence[Column]) -> Markup:
     return Markup("<tr{}>{}</tr>").format(style, Markup().join(cells)) + Markup("".join(under))
 
 
-def _first(row: Row, column: Column, span: int) -> Markup:
+def _first(row: doc.Row, column: doc.Column, span: int) -> Markup:
     wide = Markup(f' colspan="{span}"') if span > 1 else Markup()
     if column.head or row.kind in ("group", "sum", "total"):
         scope = "rowgroup" if row.kind == "group" else "row"
@@ -157,9 +140,9 @@ def _first(row: Row, column: Column, span: int) -> Markup:
     return _cell(row.cells[0], column)
 
 
-def _cell(cell: Text, column: Column) -> Markup:
+def _cell(cell: doc.Text, column: doc.Column) -> Markup:
     return Markup("<td{}>{}</td>").format(_number(column), inline(cell))
 
 
-def _number(column: Column) -> Markup:
+def _number(column: doc.Column) -> Markup:
     return _class("num") if column.number else Markup()

@@ -5,24 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from derivation.report.document import (
-    Block,
-    Bullets,
-    Code,
-    Details,
-    Facts,
-    Form,
-    Formula,
-    Lines,
-    Mark,
-    Math,
-    Paragraph,
-    Picture,
-    Row,
-    Section,
-    Table,
-    Text,
-)
+from derivation.report import document as doc
 from derivation.report.text import tex
 
 HEADINGS = ("section", "subsection", "subsubsection")
@@ -35,23 +18,23 @@ SIZES = {"": 5.8, r"\small ": 5.4, r"\footnotesize ": 4.9, r"\scriptsize ": 4.4}
 SMALLEST = r"\scriptsize "
 
 
-def blocks(found: Iterable[Block], folder: str, level: int = 0) -> str:
+def blocks(found: Iterable[doc.Block], folder: str, level: int = 0) -> str:
     """Return blocks; figures are files in ``folder``, sections start at HEADINGS[``level``]."""
     return "".join(f"{text}\n\n" for block in found if (text := _block(block, folder, level)))
 
 
-def inline(text: Text) -> str:
+def inline(text: doc.Text) -> str:
     """Return text in one line."""
     match text:
         case tuple():
             return "".join(map(inline, text))
-        case Code():
+        case doc.Code():
             return rf"\code{{{_breakable(text.text)}}}"
-        case Math():
+        case doc.Math():
             return f"${text.latex}$"
-        case Mark():
+        case doc.Mark():
             return MARKS[text.kind] % inline(text.text)
-        case Lines():
+        case doc.Lines():
             return "; ".join(map(inline, text.lines))
     return tex(text)
 
@@ -60,31 +43,31 @@ def _breakable(text: str) -> str:
     return tex(text).replace(".", "." + BREAK)
 
 
-def _block(block: Block, folder: str, level: int) -> str:
+def _block(block: doc.Block, folder: str, level: int) -> str:
     match block:
-        case Section():
+        case doc.Section():
             inside = blocks(block.blocks, folder, level + 1).rstrip()
             return rf"\{HEADINGS[level]}{{{tex(block.title)}}}" + f"\n{inside}" if inside else ""
-        case Paragraph():
+        case doc.Paragraph():
             return inline(block.text)
-        case Formula():
+        case doc.Formula():
             return f"\\begin{{equation*}}\n\\boxed{{ {block.math.latex} }}\n\\end{{equation*}}"
-        case Table():
+        case doc.Table():
             return _table(block)
-        case Bullets():
+        case doc.Bullets():
             return _list("itemize", (rf"\item {inline(item)}" for item in block.items))
-        case Facts():
+        case doc.Facts():
             return _list("description", (rf"\item[{tex(name)}] {tex(said)}" for name, said in block.facts))
-        case Details():
+        case doc.Details():
             inside = blocks(block.blocks, folder, level).rstrip()
             return rf"\subsection*{{{inline(block.summary)}}}" + f"\n{inside}" if block.printed else ""
-        case Picture():
+        case doc.Picture():
             return _figure(block, folder)
-        case Form():
+        case doc.Form():
             return ""
 
 
-def _figure(picture: Picture, folder: str) -> str:
+def _figure(picture: doc.Picture, folder: str) -> str:
     caption = tex(f"{picture.title}. {picture.caption}")
     body = rf"\includegraphics[width=\linewidth]{{{folder}/{picture.name}.pdf}}"
     return f"\\begin{{figure}}[htbp]\\centering\n{body}\n\\caption{{{caption}}}\n\\end{{figure}}"
@@ -94,7 +77,7 @@ def _list(kind: str, items: Iterable[str]) -> str:
     return "\n".join([rf"\begin{{{kind}}}", *items, rf"\end{{{kind}}}"])
 
 
-def _table(table: Table) -> str:
+def _table(table: doc.Table) -> str:
     """Return a table of the columns that are printed, and below it a list of those too wide for one."""
     shown = [i for i, column in enumerate(table.columns) if column.printed == "column"]
     below = [i for i, column in enumerate(table.columns) if column.printed == "below"]
@@ -133,13 +116,13 @@ def _words(cell: str) -> list[str]:
     return re.sub(r"\\[a-z]+", "m", shown).replace("\\", "").split() or [""]
 
 
-def _placed(row: Row, columns: int) -> dict[int, Text]:
+def _placed(row: doc.Row, columns: int) -> dict[int, doc.Text]:
     """Return a row's cells by column; its first one spans those that it has too few cells for."""
     span = columns - len(row.cells) + 1
     return {**({0: row.cells[0]} if span == 1 else {}), **dict(zip(range(span, columns), row.cells[1:], strict=True))}
 
 
-def _cell(cell: Text) -> str:
+def _cell(cell: doc.Text) -> str:
     return re.sub(r"(?<=\w)=(?=\w)", lambda _: "=" + BREAK, inline(cell))
 
 
@@ -147,7 +130,7 @@ def _paragraphs(side: str, width: float) -> str:
     return rf">{{\{side}\arraybackslash}}p{{{width:.0f}pt}}"
 
 
-def _row(row: Row, shown: list[int], columns: int, widths: Sequence[float]) -> str:
+def _row(row: doc.Row, shown: list[int], columns: int, widths: Sequence[float]) -> str:
     span = columns - len(row.cells) + 1
     cells, first = _placed(row, columns), _cell(row.cells[0])
     first = rf"\textbf{{{first}}}" if row.kind in ("group", "sum", "total") else first

@@ -160,7 +160,7 @@ def _map(d: Derivation, found: Answer, largest: int) -> Picture:
     sides = np.arange(256, largest + 1, max(d.grid.unit, largest // 48 // d.grid.unit * d.grid.unit), dtype=np.int64)
     return picture(
         "map",
-        "Which card an image fits on",
+        "Weights and tensors against cards’ memory",
         "Weights and peak tensors for one image, height against width; a card needs some memory more for what is "
         "not counted. 1 GiB = 2³⁰ bytes; cards are named by their nominal memory.",
         figures.fits_map(sides, _totals(d, found, sides)),
