@@ -84,6 +84,11 @@ class Derivation:
         return self.equation.subject
 
     @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.equation.name
+
+    @property
     def method(self) -> str:
         """How the tape was recorded: "walk" or "trace"."""
         return self.subject.method

@@ -31,12 +31,13 @@ from derivation.tape.tape import Tape
 from derivation.trace import store
 from derivation.trace.build import Description, build, modules_of
 from derivation.trace.interpolate import Parted, fit, normalised, parting, points
-from derivation.trace.pipeline import TracedPipeline, record
+from derivation.trace.offloaded import with_model_offload
+from derivation.trace.pipeline import TracedPipeline, entries, record
 from derivation.trace.scratch import with_scratch
 from derivation.trace.shadows import ShadowTracer
 from derivation.trace.standins import word_tokenizer
 from derivation.verify.pipelines import SIDES, arguments, checked, description, read
-from derivation.verify.streams import naive_peak
+from derivation.verify.streams import naive_peak, naive_peaks
 
 DOCUMENTS = {document["class"]: document for document in read(Path(__file__).parent / "tiny_pipelines.jsonl")}
 ROOT, FLUX = Path(__file__).resolve().parents[1], "black-forest-labs/FLUX.1-dev"
@@ -169,6 +170,20 @@ def test_operators_scratch_is_put_where_a_gpu_is_named(flux) -> None:
         assert len(own) == before.event
     born = {abs(e) for e in scratched.events if e > 0}
     assert born == set(range(1, len(scratched.allocations) + 1))
+
+
+def test_model_offload_is_what_the_real_hooks_do() -> None:
+    """Flux alone ties weights, T5's embedding: ``to_empty``, which puts models on the CPU here, unties them."""
+    document, call = DOCUMENTS["FluxPipeline"], Call(128, 192, 1, 64)
+    plain, real = (
+        TracedPipeline(description(document), replace(OPTIONS, offload=offload), arguments(document), SIDES)
+        for offload in (None, "model")
+    )
+    modules = modules_of(plain.pipe)
+    parameters = {name: entries(name, module) for name, module in modules.items()}
+    ours = naive_peaks(with_model_offload(plain.trace(call), parameters, plain.pipe.model_cpu_offload_seq.split("->")))
+    tied = ceil512(modules["text_encoder_2"].shared.weight.nbytes)
+    assert naive_peaks(real.trace(call)) == {**ours, "text_encoder_2": ours["text_encoder_2"] + tied}
 
 
 # diffusers benchmarks: max_memory_allocated in GiB of FLUX.1-dev's transformer, 1024 x 1024, bfloat16

@@ -101,8 +101,8 @@ def compare(
     call = {"batch_size": batch_size, "prompt_length": prompt_length, "guidance": guidance}
     at = {H: max(sides), W: max(sides), L: prompt_length or a.prompt_length, B: batch_size}
     return Comparison(
-        a.checkpoint.name,
-        b.checkpoint.name,
+        a.name,
+        b.name,
         tuple(p for p in _pairs(a.options.as_dict(), b.options.as_dict()) if not p.same),
         _pairs({**a.weights, "all": a.weights_bytes}, {**b.weights, "all": b.weights_bytes}),
         _stages(a.equation.stages(guidance), b.equation.stages(guidance), at),

@@ -11,13 +11,13 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from math import isqrt, sqrt
+from math import isqrt, lcm, sqrt
 from typing import Any
 
 import sympy
 
 from derivation.api import Derivation
-from derivation.call import MAX_SIDE_PIXELS, Call
+from derivation.call import Call
 from derivation.errors import positive, unsupported
 from derivation.tape.grid import B, H, L, W
 from derivation.tape.symbols import Size, as_poly
@@ -122,7 +122,8 @@ def fit(
     request, factor = Request(derivation, budget_bytes), derivation.grid.vae_scale_factor
     call = Call(factor, factor, batch_size, prompt_length, guidance).filled(derivation.prompt_length)
     side = solved_side(request, aspect, call)
-    image, aligned = (_largest(request, aspect, call, step, side) for step in (factor, ALIGNED))
+    least = max(factor, derivation.equation.sides.step)
+    image, aligned = (_largest(request, aspect, call, step, side) for step in (least, lcm(least, ALIGNED)))
     weights = derivation.weights_bytes
     return Fit(request.budget_bytes, weights, aspect, side, image, aligned, grows(derivation, guidance))
 
@@ -148,8 +149,16 @@ def _largest(request: Request, aspect: tuple[int, int], call: Call, step: int, s
         height, width = sides(aspect, step, n)
         return replace(call, height=height, width=width)
 
-    n = last_that_fits(lambda n: request.verdict(sized(n)).fits, int((side or step) / step), MAX_SIDE_PIXELS // step)
-    return request.image(sized(n)) if n else None
+    accepted = request.derivation.equation.sides
+
+    def too_small(n: int) -> bool:
+        return min(sized(n).height, sized(n).width) < accepted.least
+
+    def fits(n: int) -> bool:
+        return too_small(n) or request.verdict(sized(n)).fits
+
+    n = last_that_fits(fits, int((side or step) / step), accepted.most // step)
+    return request.image(sized(n)) if n and not too_small(n) else None
 
 
 def sides(aspect: tuple[int, int], step: int, n: int) -> tuple[int, int]:

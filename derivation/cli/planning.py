@@ -48,7 +48,7 @@ def fit(
     else:
         best = largest_batch(derivation, budget, *sides, prompt.prompt_length, prompt.guidance)
         answer = {"weights_bytes": derivation.weights_bytes, "largest_batch": None if best is None else asdict(best)}
-    result = {"model": derivation.checkpoint.name, **options.as_dict(), **asdict(prompt), **answer, "counted": said}
+    result = {"model": derivation.name, **options.as_dict(), **asdict(prompt), **answer, "counted": said}
     output.emit(result, json, _show_fit)
     if not (answer.get("image") or answer.get("largest_batch")):
         raise typer.Exit(1)
@@ -93,7 +93,7 @@ def recommend(
     call = call_of(size, prompt)
     found = recommended(derivation, budget, call)
     sides = {"height": call.height, "width": call.width}
-    result = {"model": derivation.checkpoint.name, **options.as_dict(), **sides, **asdict(prompt), **found.as_dict()}
+    result = {"model": derivation.name, **options.as_dict(), **sides, **asdict(prompt), **found.as_dict()}
     output.emit({**result, "fits": found.fits, "counted": said}, json, _show_recommendation)
     if not found.fits:
         raise typer.Exit(1)

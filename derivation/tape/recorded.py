@@ -61,7 +61,8 @@ class RecordedProgram:
 class RecordedSubject:
     """A traced pipeline: its tapes under guidance and without, by sizes, and its parameters.
 
-    ``retrace`` records a call at sizes that no regime covers.
+    ``retrace`` records a call at sizes that no regime covers, ``under`` returns the pipeline with other options;
+    ``offload_order`` is the pipeline's ``model_cpu_offload_seq``.
     """
 
     name: str
@@ -75,15 +76,12 @@ class RecordedSubject:
     parameter_counts: Mapping[str, int]
     regimes: tuple[Regime, ...]
     passes: int
+    offload_order: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     retrace: Retrace | None = field(default=None, compare=False)
+    under: Callable[[Options], RecordedSubject] | None = field(default=None, compare=False)
 
     method, whole, calls, guided = "trace", True, (), ()
-
-    @property
-    def resident(self) -> Parameters:
-        """All parameters and buffers."""
-        return self.parameters
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -163,6 +161,11 @@ class RecordedSubject:
         """Return None: prompts are recorded whole."""
         return None
 
+    @property
+    def resident(self) -> Parameters:
+        """Parameters and buffers that are on the GPU throughout: all, or none under model offload."""
+        return {} if self.options.offload else self.parameters
+
     def on(self, options: Options, changed: Callable[[Tape], Tape]) -> RecordedSubject:
         """Return the same pipeline under other ``options``, every tape ``changed``."""
         regimes = tuple(replace(regime, tape=replace(changed(regime.tape), options=options)) for regime in self.regimes)
@@ -171,11 +174,13 @@ class RecordedSubject:
         return replace(self, options=options, regimes=regimes, retrace=retrace)
 
     def changed(self, **options: Any) -> RecordedSubject:
-        """Return the same pipeline under the same options; raises DerivationError for others."""
+        """Return the same pipeline under other options; raises DerivationError for those that tracing does not obey."""
         wanted = replace(self.options, **options)
-        if wanted != self.options:
-            raise DerivationError(f"{self.name}: recorded with {self.options}; derive it again for other options")
-        return self
+        if wanted == self.options:
+            return self
+        if self.under is None:
+            raise DerivationError(f"{self.name}: a recorded pipeline alone has no other options")
+        return self.under(wanted)
 
     def document(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -193,6 +198,7 @@ class RecordedSubject:
             "parameters": {m: [[n, list(s), d] for n, (s, d) in es.items()] for m, es in self.parameters.items()},
             "parameter_counts": dict(self.parameter_counts),
             "passes": self.passes,
+            "offload_order": list(self.offload_order),
             "versions": dict(self.versions),
             "regimes": [regime_document(regime) for regime in self.regimes],
         }
@@ -216,6 +222,7 @@ class RecordedSubject:
             document["parameter_counts"],
             tuple(regime_of(regime, options) for regime in document["regimes"]),
             document["passes"],
+            tuple(document["offload_order"]),
             document["versions"],
             retrace,
         )

@@ -22,6 +22,7 @@ from derivation.tape.tape import Tape
 from derivation.trace.arguments import Arguments
 from derivation.trace.build import REJECTIONS, Description, State, build, modules_of, quiet
 from derivation.trace.interpolate import Parted, Values, fit, normalised, points
+from derivation.trace.offload import offload_pipeline
 from derivation.trace.shadows import ShadowTracer
 from derivation.trace.world import meta_world
 
@@ -53,6 +54,8 @@ class TracedPipeline:
     ) -> None:
         self.description, self.options = description, options
         self.pipe = build(description, options.dtype)
+        if options.offload is not None:
+            offload_pipeline(self.pipe, options.offload)
         self.arguments = Arguments(self.pipe, {"output_type": "pt", **(given or {})})
         self.grid: Grid = self.arguments.grid
         self.sides = sides or (SIDES if self.grid.frames is None else VIDEO_SIDES)
@@ -189,10 +192,11 @@ def record(
         traced.grid,
         _sides(traced, found),
         tokens.last,
-        {n: _entries(n, module) for n, module in modules.items()},
+        {n: entries(n, module) for n, module in modules.items()},
         {n: sum(p.numel() for p in module.parameters()) for n, module in modules.items()},
         tuple(found),
         traced.arguments.steps,
+        tuple((traced.pipe.model_cpu_offload_seq or "").split("->")),
         {library: version(library) for library in ("torch", "diffusers", "transformers")},
         traced.at,
     )
@@ -205,14 +209,15 @@ def _sides(traced: TracedPipeline, found: list[Regime]) -> Sides:
     return Sides(-(-first // step) * step * unit, step * unit, last * unit)
 
 
-def _entries(root: str, module: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
+def entries(root: str, module: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return a component's parameters and buffers: path, the component's name before it -> (shape, dtype)."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {f"{root}.{name}": (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors}
 
 
 def _base(traced: TracedPipeline, length: int | None = None, guidance: bool = True) -> Call:
     unit, frames = traced.grid.unit, traced.grid.frames
-    side = -(-512 // unit) * unit
+    side = -(-min(512, traced.sides[1] // 2) // unit) * unit
     tokens = length or traced.arguments.prompt_length
     return Call(side, side, 1, tokens, guidance, None if frames is None else frames.default)
 

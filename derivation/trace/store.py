@@ -23,13 +23,14 @@ from derivation.options import Options
 from derivation.tape.recorded import FORMAT, RecordedSubject
 from derivation.tape.subject import Subject
 from derivation.tape.tape import Tape
+from derivation.trace.offloaded import with_model_offload
 from derivation.trace.scratch import with_scratch
 
 RECORDED = "recorded.json.gz"
 # What a recorded pipeline's options are where the caller names none: the dtype in which these models are published.
 DEFAULTS: Mapping[str, Any] = {"dtype": "bfloat16", "attention": "flash"}
 # Options that tracing obeys.
-APPLICABLE = ("dtype", "attention", "pipeline", "gpu", "scratch", *VERSIONED)
+APPLICABLE = ("dtype", "attention", "pipeline", "gpu", "scratch", "offload", *VERSIONED)
 LIBRARIES = ("torch", "diffusers", "transformers")
 
 Progress = Callable[[str], None]
@@ -59,10 +60,14 @@ def subject(folder: TracedFolder, given: Mapping[str, Any], progress: Progress =
     """
     wanted = Options(**{**DEFAULTS, **given, "pipeline": folder.task})
     for name, value in wanted.as_dict().items():
-        if name not in APPLICABLE and value != getattr(Options(), name):
+        if (name not in APPLICABLE or value == "sequential") and value != getattr(Options(), name):
             raise DerivationError(f"{name} = {value!r} is not supported for {folder.class_name}, which is traced")
     plain = Options(dtype=wanted.dtype, attention=wanted.attention, pipeline=wanted.pipeline)
     found = _recorded(folder, plain, progress)
+    found = replace(found, under=lambda options: subject(folder, options.as_dict(), progress))
+    if wanted.offload == "model":
+        parameters, order = found.parameters, found.offload_order
+        found = found.on(wanted, lambda tape: with_model_offload(tape, parameters, order))
     if wanted.gpu is None:
         return found
     versions = {name: getattr(wanted, name) for name in VERSIONED}
