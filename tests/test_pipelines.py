@@ -193,7 +193,8 @@ def test_iterations_recorded_once_stand_for_all(tmp_path: Path, scheduler: str) 
 
 
 DPM, UNIPC = {"_class_name": "DPMSolverMultistepScheduler"}, {"_class_name": "UniPCMultistepScheduler"}
-EULER = {"_class_name": "EulerDiscreteScheduler"}
+EULER, DDPM = {"_class_name": "EulerDiscreteScheduler"}, {"_class_name": "DDPMScheduler"}
+DEIS, HEUN = {"_class_name": "DEISMultistepScheduler"}, {"_class_name": "HeunDiscreteScheduler"}
 NOISE = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 THRESHOLD = {"thresholding": True}
@@ -222,6 +223,19 @@ VARIANTS: list[dict[str, Any]] = [
     DPM | NOISE | {"algorithm_type": "sde-dpmsolver", "prediction_type": "v_prediction"},
     DPM | NOISE | {"algorithm_type": "deis", "solver_type": "logrho"},
     *(chosen | FLOW for chosen in (DPM, UNIPC | {"solver_order": 3})),
+    *(DDPM | {"variance_type": v} for v in ("fixed_small_log", "fixed_large", "fixed_large_log")),
+    *(DDPM | {"prediction_type": p} | THRESHOLD for p in ("sample", "v_prediction")),
+    DDPM | {"timestep_spacing": "trailing", "steps_offset": 0},
+    *({"_class_name": "TCDScheduler", "prediction_type": p} for p in ("sample", "v_prediction")),
+    *(DEIS | {"solver_order": order, "lower_order_final": order != 3} for order in (1, 2, 3)),
+    *(DEIS | {"solver_order": 3, "prediction_type": p} | THRESHOLD for p in ("sample", "v_prediction")),
+    DEIS | FLOW,
+    HEUN | {"clip_sample": True, "prediction_type": "sample", "use_karras_sigmas": True},
+    HEUN | {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+    *(
+        {"_class_name": f"KDPM2{kind}DiscreteScheduler", "use_karras_sigmas": True, "prediction_type": "v_prediction"}
+        for kind in ("", "Ancestral")
+    ),
     EULER | {"interpolation_type": "log_linear"},
     EULER | {"interpolation_type": "log_linear", "timestep_type": "continuous", "prediction_type": "v_prediction"},
     EULER | {"interpolation_type": "log_linear", "use_karras_sigmas": True, "timestep_spacing": "trailing"},
@@ -342,7 +356,8 @@ def test_the_upcast_vae_of_sdxl_grows_by_the_size_of_its_weights() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        (SD15, {"scheduler": "HeunDiscreteScheduler"}, "scheduler = 'HeunDiscreteScheduler' is not supported"),
+        (SD15, {"scheduler": "RePaintScheduler"}, "scheduler = 'RePaintScheduler' is not supported"),
+        (SD15, {"scheduler": "TCDScheduler", "num_inference_steps": 51}, "above original_inference_steps = 50"),
         (SD15, {"clip_skip": 0}, "clip_skip = 0"),
         (SD15, {"strength": 0.01}, "denoises no step"),
         (SD15, {"scheduler": "LCMScheduler", "num_inference_steps": 51}, "above original_inference_steps = 50"),
@@ -368,6 +383,8 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "sample"}, "prediction_type = 'sample'"),
     (EULER | {"interpolation_type": "cubic"}, "interpolation_type = 'cubic'"),
     (EULER | {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'"),
+    (DDPM | {"variance_type": "learned_range"}, "variance_type = 'learned_range'"),
+    ({"_class_name": "KDPM2DiscreteScheduler", "prediction_type": "sample"}, "prediction_type = 'sample'"),
 ]
 
 

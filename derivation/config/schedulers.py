@@ -23,13 +23,8 @@ COMMON: dict[str, object] = {
 LEADING = {**COMMON, "timestep_spacing": "leading"}
 THRESHOLD: dict[str, object] = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 CLIP: dict[str, object] = {**THRESHOLD, "clip_sample_range": 1.0, "set_alpha_to_one": True}
-SIGMAS: dict[str, object] = {
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "final_sigmas_type": "zero",
-    "rescale_betas_zero_snr": False,
-}
+RESPACED: dict[str, object] = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+SIGMAS: dict[str, object] = {**RESPACED, "final_sigmas_type": "zero", "rescale_betas_zero_snr": False}
 FLOW: dict[str, object] = {
     "use_flow_sigmas": False,
     "flow_shift": 1.0,
@@ -37,6 +32,18 @@ FLOW: dict[str, object] = {
     "time_shift_type": "exponential",
 }
 MULTISTEP = {**COMMON, **THRESHOLD, **SIGMAS, **FLOW, "solver_order": 2, "lower_order_final": True}
+
+SOFT: dict[str, object] = {"beta_start": 0.00085, "beta_end": 0.012}
+DISTILLED: dict[str, object] = {
+    **LEADING,
+    **CLIP,
+    **SOFT,
+    "beta_schedule": "scaled_linear",
+    "original_inference_steps": 50,
+    "clip_sample": False,
+    "timestep_scaling": 10.0,
+    "rescale_betas_zero_snr": False,
+}
 
 DEFAULTS: dict[str, dict[str, object]] = {
     "PNDMScheduler": {**LEADING, "skip_prk_steps": False, "set_alpha_to_one": False},
@@ -69,17 +76,29 @@ DEFAULTS: dict[str, dict[str, object]] = {
         "sigma_max": None,
         "shift_terminal": None,
     },
-    "LCMScheduler": {
+    "LCMScheduler": DISTILLED,
+    "TCDScheduler": DISTILLED,
+    "DDPMScheduler": {
         **LEADING,
-        **CLIP,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "original_inference_steps": 50,
-        "clip_sample": False,
-        "timestep_scaling": 10.0,
+        **THRESHOLD,
+        "clip_sample_range": 1.0,
+        "clip_sample": True,
+        "variance_type": "fixed_small",
         "rescale_betas_zero_snr": False,
     },
+    "DEISMultistepScheduler": {
+        **COMMON,
+        **THRESHOLD,
+        **RESPACED,
+        **FLOW,
+        "solver_order": 2,
+        "lower_order_final": True,
+        "algorithm_type": "deis",
+        "solver_type": "logrho",
+    },
+    "HeunDiscreteScheduler": {**COMMON, **RESPACED, **SOFT, "clip_sample": False, "clip_sample_range": 1.0},
+    "KDPM2DiscreteScheduler": {**COMMON, **RESPACED, **SOFT},
+    "KDPM2AncestralDiscreteScheduler": {**COMMON, **RESPACED, **SOFT},
 }
 # diffusers drops a key that another scheduler class wrote, so published configs are full of them
 KNOWN = sorted({name for keys in DEFAULTS.values() for name in keys})

@@ -42,24 +42,26 @@ class Denoising:
     def run(self, prompt_embeds: SymTensor, added_cond: tuple[SymTensor, SymTensor] | None = None) -> None:
         """Record every iteration; ``added_cond`` is SDXL's pooled embeddings and time ids.
 
-        Once the scheduler is settled and an iteration leaves the same sizes alive as the one before, the
-        iterations up to the last ones are all the same: they are recorded once, as a loop.
+        Once the scheduler is settled and a step, ``order`` iterations, leaves the same sizes alive as the one before,
+        the steps up to the last ones are all the same: they are recorded once, as a loop.
         """
+        order = self.scheduler.order
         timesteps = self.scheduler.num_timesteps - self.scheduler.begin_index
         unrolled = timesteps - self.scheduler.tail
         tape().repeats = self.scheduler.num_timesteps - self.scheduler.num_inference_steps
         i = 0
         while i < timesteps:
             start, settled = len(tape().events), self.scheduler.settled
-            tape().iterations.append(start)
             before = live_sizes() if settled else None
-            self.iteration(prompt_embeds, added_cond, last=i == timesteps - 1)
-            i += 1
+            for _ in range(min(order, timesteps - i)):
+                tape().iterations.append(len(tape().events))
+                self.iteration(prompt_embeds, added_cond, last=i == timesteps - 1)
+                i += 1
             if settled and i < unrolled and live_sizes() == before:
-                tape().loops.append((start, len(tape().events), unrolled - i + 1))
-                skipped = unrolled - i
-                self.scheduler.step_index += skipped
-                i += skipped
+                steps = (unrolled - i) // order
+                tape().loops.append((start, len(tape().events), steps + 1))
+                self.scheduler.step_index += steps * order
+                i += steps * order
 
     def unet(
         self,

@@ -10,9 +10,8 @@ from derivation.walk.schedulers.base import AlphasCumprod, register
 from derivation.walk.schedulers.thresholding import threshold_sample
 
 
-@register
-class LCMScheduler(AlphasCumprod):
-    """Latent consistency models: fresh noise at every step but the last."""
+class Distilled(AlphasCumprod):
+    """What LCM and TCD share: timesteps out of those of the distillation."""
 
     prediction_types = ("epsilon", "sample", "v_prediction")
 
@@ -28,7 +27,7 @@ class LCMScheduler(AlphasCumprod):
             part = "" if strength == 1.0 else f" x strength = {strength}"
             raise DerivationError(
                 f"num_inference_steps = {self.num_inference_steps} is above original_inference_steps = "
-                f"{original_steps}{part} of LCMScheduler"
+                f"{original_steps}{part} of {self.config.class_name}"
             )
 
     def schedule(self) -> list[int]:
@@ -36,6 +35,11 @@ class LCMScheduler(AlphasCumprod):
         assert isinstance(original, int)
         steps, k = self.num_inference_steps, self.config.num_train_timesteps // original
         return [(original - original * i // steps) * k - 1 for i in range(steps)]
+
+
+@register
+class LCMScheduler(Distilled):
+    """Latent consistency models: fresh noise at every step but the last."""
 
     def step_with_denoised(self, model_output: SymTensor, sample: SymTensor) -> tuple[SymTensor, SymTensor]:
         """Return the previous sample and the denoised one, the same in the last step."""
