@@ -177,6 +177,7 @@ def test_a_bare_number_of_memory_is_said_to_be_gib(capsys: pytest.CaptureFixture
         ("estimate sd15 --attention flahs", "flash"),
         ("estimate sd15 --dtype floatt16", "float16"),
         ("export sd15 --to pyton", "python"),
+        ("estimate sd15 512x768", "--size 512x768"),
         ("estimate stable-difusion-v1-5", "stable-diffusion-v1-5"),
     ],
 )

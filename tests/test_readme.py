@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from derivation.cli import run
 from derivation.evidence.table import Comparison, measured_vs_predicted
 from derivation.measure.validate import Row, recorded, summary
 
@@ -86,3 +89,18 @@ def test_the_measured_tables_are_up_to_date(request, start, end, table):
         README.write_text(before + start + new + end + after)
         old = new
     assert old == new, "rewrite with: python -m pytest tests/test_readme.py --update-formulas"
+
+
+COMMANDS = re.findall(r"(?m)^python -m derivation (.*)$", README.read_text())
+ELSEWHERE = ("verify", "measure", "validate")  # minutes, a GPU and its file: the command line's own tests run these
+
+
+def test_the_commands_are_found():
+    assert len(COMMANDS) > 5 and {line.split()[0] for line in COMMANDS} > set(ELSEWHERE)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith(ELSEWHERE)])
+def test_a_command_works_as_printed(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(shlex.split(line, comments=True)) == 0
+    assert capsys.readouterr().err == ""

@@ -91,7 +91,8 @@ def run(arguments: list[str] | None = None) -> int:
 def _usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
     hint = f" (see {context.command_path} --help)" if context else ""
-    return re.sub(r"\(Possible options: (.*?)\)", r"Did you mean \1?", error.format_message()) + hint
+    message = re.sub(r"\(Possible options: (.*?)\)", r"Did you mean \1?", error.format_message())
+    return re.sub(r"extra argument\S* \((\d+(?:x\d+)?)\)$", r"\g<0>. Did you mean --size \1?", message) + hint
 
 
 def _fail(message: str, code: int = EXIT_USAGE) -> int:
