@@ -19,6 +19,7 @@ from derivation.export import export
 from derivation.gpu.cards import known, lookup
 from derivation.options import DTYPES, EAGER, TABLE, Options, flag
 from derivation.report.answer import PROMPT_LENGTH, STAGE_TITLES, square_peaks, stage_title
+from derivation.tape.grid import Domain, Range, Sides
 from derivation.text import GIB, NARROW_SPACE
 from derivation.verdict import on_card
 from derivation.walk.attention import BACKENDS
@@ -123,7 +124,7 @@ def backend(checkpoint: Checkpoint, options: Options, dtype: str, attention: str
     solved = (dtype, attention) == resolved(checkpoint, options.dtype, EAGER)
     tensors = d if options.gpu is None else derive(checkpoint, **{**chosen, "gpu": None})
     return Backend(
-        javascript=export(tensors.equation, "javascript"),
+        javascript=export(tensors.equation.within(domain(d)), "javascript"),
         totals=tuple(d.weights_bytes + max(square_peaks(d, side).values()) for side in ATTENTION_SIDES),
         crossings=titled(d.equation.crossovers()) if solved else (),
     )
@@ -152,6 +153,12 @@ def replays(checkpoint: Checkpoint, options: Options, gpu: str) -> dict[str, Rep
             key = f"{height}x{width}x{batch}"
             found[key] = (memory.allocated, memory.reserved, memory.device, verdict.fits, verdict.sure, said)
     return found
+
+
+def domain(d: Derivation) -> Domain:
+    """Return the calls that the form can ask for: sides from one pixel a side of the deepest level on."""
+    others = {"batch_size": Range(1, MAX_BATCH), "prompt_length": Range(1, MAX_LENGTH)}
+    return Domain(Sides(d.grid.unit, d.subject.sides.step, MAX_SIDE), others)
 
 
 def titled(found: Sequence[Crossover]) -> tuple[str, ...]:
@@ -217,8 +224,8 @@ def _object(module: str) -> str:
 def _numbers(d: Derivation) -> tuple[Number, ...]:
     factor, unit = d.grid.vae_scale_factor, d.grid.unit
     step = factor if d.options.pipeline == "txt2img" else 1
-    side = f"pixels, {factor} to {MAX_SIDE}"
-    sides = (factor, MAX_SIDE, step, unit, SLIDER_SIDE, unit)
+    side = f"pixels, {unit} to {MAX_SIDE}"
+    sides = (unit, MAX_SIDE, step, unit, SLIDER_SIDE, unit)
     return (
         Number("height", "Height H", side, 512, *sides),
         Number("width", "Width W", side, 512, *sides),
