@@ -85,6 +85,11 @@ def known() -> tuple[str, ...]:
     return tuple(_table())
 
 
+def on_pages() -> tuple[str, ...]:
+    """Keys of the cards that a report page replays, the first by default."""
+    return tuple(_file()["pages"])
+
+
 def with_memory(gpu: str | None, memory: str, free: bool = False) -> str:
     """Return the name of ``gpu`` with another capacity, such as "12GiB", or with so much of it free.
 
@@ -152,9 +157,13 @@ def _table() -> dict[str, Gpu]:
 
 
 @cache
+def _file() -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return read
+
+
 def _entries() -> dict[str, dict[str, Any]]:
-    raw = json.loads(TABLE.read_text(encoding="utf-8"))
-    return {**raw["gpus"], **raw["architectures"]}
+    return {**_file()["gpus"], **_file()["architectures"]}
 
 
 def _gpu(key: str, entry: Mapping[str, Any]) -> Gpu:

@@ -16,7 +16,7 @@ from derivation.call import Call
 from derivation.config import Checkpoint
 from derivation.equation.crossover import Crossover
 from derivation.export import export
-from derivation.gpu.cards import known, lookup
+from derivation.gpu.cards import known, lookup, on_pages
 from derivation.options import DTYPES, EAGER, TABLE, Options, flag
 from derivation.report.answer import PROMPT_LENGTH, STAGE_TITLES, square_peaks, stage_title
 from derivation.tape.grid import Domain, Range, Sides
@@ -30,9 +30,9 @@ SHARED_DTYPE = {"bfloat16": "float16"}
 ATTENTION_SIDES = tuple(range(256, 2049, 128))
 MAX_SIDE, MAX_BATCH, MAX_LENGTH = 8192, 32, 1001
 SLIDER_SIDE, SLIDER_BATCH, SLIDER_LENGTH = 2048, 16, 308
-DEFAULT_GPU = "rtx-3060"
 # The cards and the calls that verdicts are replayed for: height, width, batch; others have none on a page.
-REPLAYED_CARDS = (DEFAULT_GPU, "t4", "rtx-4090", "h100")
+REPLAYED_CARDS = on_pages()
+DEFAULT_GPU = REPLAYED_CARDS[0]
 SQUARES = tuple((side, side, 1) for side in (512, 640, 768, 896, 1024, 1280, 1536, 2048))
 OBLONG = ((512, 768, 1), (768, 512, 1), (768, 1024, 1), (1024, 768, 1), (832, 1216, 1), (1216, 832, 1))
 BATCHES = tuple((side, side, batch) for side in (512, 768, 1024) for batch in (2, 4))
