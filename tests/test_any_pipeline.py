@@ -294,3 +294,12 @@ def test_the_trace_of_stable_diffusion_is_the_walk_and_the_timesteps(batch_size:
     call = Call(256, 320, batch_size, 77)
     walked = derive(SD15, "txt2img", num_inference_steps=traced.arguments.steps)
     assert naive_peak(traced.trace(call)) == max(walked.stage_peaks(call).values()) + ceil512(8 * 6)
+
+
+def test_the_bundled_pipelines_are_listed_beside_the_walked_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    from derivation.cli import main
+
+    with pytest.raises(SystemExit) as done:
+        main(["models", "--json"])
+    listed = json.loads(capsys.readouterr().out)
+    assert done.value.code in (0, None) and listed[FLUX] == "FluxPipeline" and SD15 in listed

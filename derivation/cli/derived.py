@@ -12,7 +12,7 @@ import typer
 
 from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, call_of, completing, derivation_of, expanded
-from derivation.config import bundled, load
+from derivation.config import bundled, bundled_traced, load, traced_folder
 from derivation.errors import DerivationError
 from derivation.options import Options
 from derivation.text import human
@@ -197,7 +197,8 @@ def models(json: Json = False) -> None:
 
     Example: derivation models
     """
-    found = {name: load(name).pipeline_class for name in bundled()}
+    walked = {name: load(name).pipeline_class for name in bundled()}
+    found = walked | {name: folder.class_name for name in bundled_traced() if (folder := traced_folder(name))}
     output.emit(found, json, lambda found: output.table("Bundled", ("id", "pipeline class"), found.items()))
 
 
