@@ -216,6 +216,6 @@ def report(
     from derivation.report import build
 
     asked = [name for name in sys.argv[1:] if name.isprintable()]
-    models = [load(name, revision) for name in model or [DEFAULT_MODEL]]
+    models = [load(name, revision, scheduler=options.scheduler) for name in model or [DEFAULT_MODEL]]
     for path in build(models, output_path, " ".join(["derivation", *asked]), **asdict(options)):
         output.line(f"wrote {path}")

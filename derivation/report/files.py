@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from derivation.config import load
 from derivation.errors import DerivationError
+from derivation.export import CHECKED_IN
 from derivation.files import check_folder, write_files
 from derivation.options import Options
 from derivation.report.content import Content, content
@@ -14,6 +16,8 @@ from derivation.report.render import index as index_page
 from derivation.report.render import texts
 
 Progress = Callable[[str], None]
+# The pipeline of a bundled model, where none is asked for: that of its folder in formulas/.
+USUAL = {entry.model: entry.pipeline for entry in CHECKED_IN}
 
 
 def build(
@@ -32,10 +36,10 @@ def build(
     derived or a folder that cannot be written.
     """
     check_folder(output)
-    chosen = Options(**options)
     files: dict[str, str | bytes] = {}
     contents: list[Content] = []
     for model in models:
+        chosen = Options(**{"pipeline": USUAL.get(load(model).name, Options().pipeline), **options})
         contents.append(found := content(model, chosen, command, progress, verify))
         page = f"{found.slug}.html"
         if page in files:

@@ -10,6 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from derivation.config import load
 from derivation.errors import DerivationError
 from derivation.export import generate, write_formulas
 from derivation.options import flag
@@ -42,7 +43,7 @@ def build_all(
     Raises DerivationError where a report cannot be derived or written, or LaTeX stops at an error.
     """
     with get_context("spawn").Pool(1) as pool:  # leaving the block ends it, also where a report cannot be built
-        formulas = pool.apply_async(generate, (list(models),))
+        formulas = pool.apply_async(generate, ([load(model).name for model in models],))
         pages = build(models, output, _command(models, options), progress, verify, index, **options)
         progress("refreshing formulas/")
         write_formulas(ROOT, formulas.get())
