@@ -23,7 +23,7 @@ from derivation.options.live import live_options, refuse_other_weights
 from derivation.peak.record import Record
 from derivation.peak.witness import witness_at
 from derivation.tape.grid import Grid
-from derivation.tape.program import Recordings, Variant
+from derivation.tape.program import Recordings
 from derivation.tape.subject import Parameters, Subject
 from derivation.trace import store
 from derivation.verdict import Verdict, of_tensors, on_card
@@ -37,6 +37,7 @@ class Derivation:
 
     def __init__(self, subject: Subject, fixed: Mapping[str, int] | None = None) -> None:
         self.equation = Equation(subject, fixed or {})
+        self._replays: dict[tuple[str, Call], DeviceMemory] = {}
 
     def __repr__(self) -> str:
         o = self.options
@@ -255,14 +256,13 @@ class Derivation:
             "peak_stage": peak_stage,
             "peak_tensor_bytes": self.weights_bytes + stage_bytes,
             "witness": witness_at(peak_stage, variant.tape, event).at(values),
-            **({} if self.options.gpu is None else self._on_card(variant, values)),
+            **({} if self.options.gpu is None else self._on_card(call)),
         }
 
     @takes_call
     def device_memory(self, call: Call) -> DeviceMemory:
         """Return what the allocator and nvidia-smi say on the GPU; raises DerivationError where none is named."""
-        values = self.equation.sizes(call)
-        return device_memory(self._gpu(), self.resident, self.program(call.guidance).at(values).tape, values)
+        return self._replayed(self._gpu(), call)
 
     @takes_call
     def verdict(self, call: Call, free_bytes: int | None = None) -> Verdict:
@@ -270,15 +270,22 @@ class Derivation:
 
         Where no GPU is named ``free_bytes`` are for weights and tensors; raises DerivationError without both.
         """
-        values = self.equation.sizes(call)
         if self.options.gpu is None and free_bytes is not None:
             return of_tensors(self.weights_bytes + max(self.equation.stage_peaks(call).values()), free_bytes)
         gpu = self._gpu() if free_bytes is None else with_memory(self._gpu(), f"{max(free_bytes, 1)}B", free=True)
-        return on_card(gpu, device_memory(gpu, self.resident, self.program(call.guidance).at(values).tape, values))
+        return on_card(gpu, self._replayed(gpu, call))
 
-    def _on_card(self, variant: Variant, values: Mapping[str, int]) -> dict[str, Any]:
-        memory = device_memory(self._gpu(), self.resident, variant.tape, values)
+    def _on_card(self, call: Call) -> dict[str, Any]:
+        memory = self._replayed(self._gpu(), call)
         return {**memory.as_dict(), **on_card(self._gpu(), memory).as_dict()}
+
+    def _replayed(self, gpu: str, call: Call) -> DeviceMemory:
+        """Return the replay of a call on a card; each is done once."""
+        if (gpu, call) not in self._replays:
+            values = self.equation.sizes(call)
+            tape = self.program(call.guidance).at(values).tape
+            self._replays[gpu, call] = device_memory(gpu, self.resident, tape, values)
+        return self._replays[gpu, call]
 
     def _gpu(self) -> str:
         if self.options.gpu is None:

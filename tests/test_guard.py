@@ -8,6 +8,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,8 +47,8 @@ class SlicedAttnProcessor: ...
 
 
 class FakeModel:
-    def __init__(self, name: str, dtype: str, device: str, processor: object = None) -> None:
-        raw = json.loads((FOLDER / name / "config.json").read_text())
+    def __init__(self, name: str, dtype: str, device: str, processor: object = None, folder: Path = FOLDER) -> None:
+        raw = json.loads((folder / name / "config.json").read_text())
         self.config = raw if processor else SimpleNamespace(to_dict=lambda: raw)
         self.weight = FakeParameter(dtype, device)
         self.attention = SimpleNamespace(processor=processor) if processor else None

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import random
+import sys
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
+import test_guard as fakes
 from conftest import SD15
 
 from derivation import derive
+from derivation.ask.compare import compare
+from derivation.ask.fit import Request
+from derivation.ask.recommend import recommend
+from derivation.call import Call
+from derivation.config import bundled, load
+from derivation.config.checkpoint import BUNDLED
 from derivation.errors import DerivationError
 from derivation.gpu.cards import known, lookup
+from derivation.guard import will_fit
 from derivation.measure.validate import recorded
 from derivation.verdict import (
     DOCUMENTED,
@@ -22,6 +34,7 @@ from derivation.verdict import (
     RELEASED,
     SLOWER,
     TENSORS_FIT,
+    Verdict,
     confidence,
     margin_bytes,
     room_bytes,
@@ -97,3 +110,91 @@ def test_without_a_gpu_only_tensors_are_spoken_of() -> None:
     )
     with pytest.raises(DerivationError, match="gpu = None"):
         d.verdict(512, 512)
+
+
+# The same verdict from everything that gives one.
+
+CARDS = ("t4", "rtx 3060 12gb", "4060", "rtx-3050-laptop", "rtx-2060", "a100 40gb", "rtx-5070", "h100 10GiB")
+# What a live pipeline can be switched to, besides the arguments of its call.
+SWITCHES = {
+    "dtype": ("float16", "bfloat16", "float32"),
+    "attention": ("efficient", "eager"),
+    "vae_slicing": (False, True),
+}
+GROUPS, CALLS = 10, 10
+# Every size has tiles of its own to walk: one group has some, of smaller images.
+TILED, TILED_SIDE, LARGEST_SIDE = 1, 768, 2048
+
+
+def live_pipeline(model: str, options: Mapping[str, Any]) -> Any:
+    """What will_fit reads of a bundled checkpoint's pipeline, switched as ``options`` say."""
+    folder = BUNDLED / model
+    index = json.loads((folder / "model_index.json").read_text())
+    base = index["_class_name"].removesuffix("Pipeline").removesuffix("Img2Img").removesuffix("Inpaint")
+    middle = {"txt2img": "", "img2img": "Img2Img", "inpaint": "Inpaint"}[options["pipeline"]]
+    pipe = type(f"{base}{middle}Pipeline", (), {})()
+    pipe.config = {key: value for key, value in index.items() if not isinstance(value, list)}
+    processor = {"eager": fakes.AttnProcessor, "efficient": fakes.AttnProcessor2_0}[options["attention"]]
+    for name, (_, kind) in ((name, value) for name, value in index.items() if isinstance(value, list)):
+        if (path := folder / name / "config.json").exists():
+            attends = processor() if name in ("unet", "vae") else None
+            made = type(kind, (fakes.FakeModel,), {})(name, options["dtype"], "cpu", attends, path.parent.parent)
+            setattr(pipe, name, made)
+    scheduler = type(index["scheduler"][1], (), {})()
+    scheduler.config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    pipe.scheduler = scheduler
+    pipe.vae.use_tiling, pipe.vae.use_slicing = options["vae_tiling"], options["vae_slicing"]
+    return pipe
+
+
+def drawn(seed: int) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """A bundled checkpoint, options with a card, and what its calls share."""
+    draw = random.Random(seed)
+    model = sorted(bundled())[seed % len(bundled())]
+    kind = load(model).pipeline_class
+    tasks = ("img2img",) if "Img2Img" in kind else ("inpaint",) if "Inpaint" in kind else ("txt2img", "img2img")
+    options = {name: draw.choice(values) for name, values in SWITCHES.items()}
+    options |= {"pipeline": draw.choice(tasks), "gpu": draw.choice(CARDS), "vae_tiling": seed == TILED}
+    own = {"num_inference_steps": draw.randint(1, 50), "num_images_per_prompt": draw.choice((1, 1, 2))}
+    shared = {"batch_size": draw.choice((1, 1, 2, 4)), "guidance": draw.random() < 0.8}
+    return model, {**options, **own, "safety_checker": "safety_checker" in weights_of(model)}, shared
+
+
+def weights_of(model: str) -> set[str]:
+    return {path.name for path in (BUNDLED / model).iterdir()}
+
+
+SEEN: list[str] = []
+
+
+@pytest.mark.filterwarnings("ignore::derivation.gpu.profile.NearestProfile")
+@pytest.mark.parametrize("seed", range(GROUPS))
+def test_everything_gives_one_verdict(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    # the baseline alone: what recommend says of the call as it was asked
+    monkeypatch.setattr("derivation.ask.recommend.REMEDIES", ())
+    model, options, shared = drawn(seed)
+    d, pipe = derive(model, **options), live_pipeline(model, options)
+    live = {name: options[name] for name in ("gpu", "num_inference_steps", "num_images_per_prompt")}
+    draw = random.Random(1000 + seed)
+    largest = TILED_SIDE if options["vae_tiling"] else LARGEST_SIDE
+    sides = [8 * draw.randint(16, largest // 8) for _ in range(CALLS)]
+    compared = compare(d, d, tuple(sides), **shared).numbers
+    for side in sides:
+        call = Call(side, side, **shared)
+        found = Verdict.read(d.estimate(call))
+        assert found is not None
+        said = f"seed {seed}: {model} {options} {call}"
+        assert Request(d, None).verdict(call) == found, said
+        assert Request(d, None).image(call).verdict == found, said
+        assert recommend(d, None, call).as_asked.verdict == found, said
+        numbers = {pair.name: pair for pair in compared[side]}
+        assert numbers["verdict"].a == numbers["verdict"].b == found.verdict, said
+        assert numbers["needs"].a == found.needs_bytes, said
+        assert will_fit(pipe, side, side, **shared, **live).verdict == found, said
+        SEEN.append(found.verdict)
+
+
+def test_the_draws_had_every_kind_of_verdict() -> None:
+    if len(SEEN) == GROUPS * CALLS:
+        assert {FITS, NO_FIT} < set(SEEN), SEEN

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from derivation.api import Derivation
-from derivation.ask.fit import Image, Request
+from derivation.ask.fit import Image, Request, peak_tensor_bytes
 from derivation.call import Call
 from derivation.errors import DerivationError
 from derivation.options import TABLE, Options
@@ -61,14 +61,21 @@ class Recommendation:
 
 
 class _Peaks:
-    """The exact peak of one call under changed options, each set of options derived once."""
+    """One call under changed options, each set of options derived, and replayed, at most once."""
 
     def __init__(self, derivation: Derivation, call: Call, budget_bytes: int | None) -> None:
-        self._derivation, self._call, self._budget_bytes = derivation, call, budget_bytes
-        self._known: dict[Options, Image] = {}
+        self._call, self._budget_bytes, self._options = call, budget_bytes, derivation.options
+        self._subject = derivation.subject
+        self._derived: dict[Options, Derivation] = {derivation.options: derivation}
+        self._peaks: dict[Options, int] = {}
+        self._images: dict[Options, Image] = {}
 
     def __getitem__(self, remedies: Sequence[Remedy]) -> int:
-        return self.image(remedies).peak_tensor_bytes
+        """Return the exact bytes of weights and tensors with some remedies."""
+        changed = self._changed(remedies)
+        if changed not in self._peaks:
+            self._peaks[changed] = peak_tensor_bytes(self._derived[changed], self._call)[1]
+        return self._peaks[changed]
 
     def fits(self, remedies: Sequence[Remedy]) -> bool:
         """Return whether the call fits with some remedies."""
@@ -76,13 +83,18 @@ class _Peaks:
 
     def image(self, remedies: Sequence[Remedy]) -> Image:
         """Return the call's peak and verdict with some remedies."""
-        changed = self._derivation.options
+        changed = self._changed(remedies)
+        if changed not in self._images:
+            self._images[changed] = Request(self._derived[changed], self._budget_bytes).image(self._call)
+        return self._images[changed]
+
+    def _changed(self, remedies: Sequence[Remedy]) -> Options:
+        changed = self._options
         for remedy in remedies:
             changed = replace(changed, **remedy.change)  # type: ignore[arg-type]
-        if changed not in self._known:
-            derivation = Derivation(self._derivation.subject.changed(**changed.as_dict()))
-            self._known[changed] = Request(derivation, self._budget_bytes).image(self._call)
-        return self._known[changed]
+        if changed not in self._derived:
+            self._derived[changed] = Derivation(self._subject.changed(**changed.as_dict()))
+        return changed
 
 
 def recommend(derivation: Derivation, budget_bytes: int | None, call: Call) -> Recommendation:
