@@ -175,10 +175,7 @@ class Derivation:
 
     @property
     def allocated(self) -> sympy.Expr:
-        """torch.cuda.max_memory_allocated() under guidance, in H and W; raises DerivationError without a GPU.
-
-        For the sizes and what is taken for granted: ``equation.device``, which traces each term to its tensors.
-        """
+        """torch.cuda.max_memory_allocated(), in H and W; raises DerivationError without a GPU. See DeviceForm."""
         return self.equation.device.allocated
 
     @property
@@ -276,15 +273,14 @@ class Derivation:
         return on_card(gpu, self._replayed(gpu, call))
 
     def _on_card(self, call: Call) -> dict[str, Any]:
-        memory = self._replayed(self._gpu(), call)
-        return {**memory.as_dict(), **on_card(self._gpu(), memory).as_dict()}
+        return {**(memory := self._replayed(self._gpu(), call)).as_dict(), **on_card(self._gpu(), memory).as_dict()}
 
     def _replayed(self, gpu: str, call: Call) -> DeviceMemory:
         """Return the replay of a call on a card; each is done once."""
         if (gpu, call) not in self._replays:
-            values = self.equation.sizes(call)
+            values, conf = self.equation.sizes(call), self.options.alloc_conf
             tape = self.program(call.guidance).at(values).tape
-            self._replays[gpu, call] = device_memory(gpu, self.resident, tape, values)
+            self._replays[gpu, call] = device_memory(gpu, self.resident, tape, values, conf)
         return self._replays[gpu, call]
 
     def _gpu(self) -> str:
@@ -293,10 +289,7 @@ class Derivation:
         return self.options.gpu
 
     def latex(self, which: str = "peak", notes: bool = False) -> str:
-        """Return the peak's equation, or one stage's, as LaTeX with its definitions, and notes where asked for.
-
-        It has a label and fits a column of 229 pt. Raises DerivationError for an unknown stage.
-        """
+        """Return the peak's labelled equation, or one stage's, for columns of 229 pt; raises DerivationError."""
         return latex(self.equation, which, notes)
 
     def lambdify(self, target: str = "math") -> Callable[..., Any]:

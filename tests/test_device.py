@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 from itertools import product
@@ -11,14 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import SD15
 from jsonschema import Draft202012Validator
 
 from derivation import Derivation, derive
 from derivation.allocator.allocator import CachingAllocator
+from derivation.allocator.config import AllocatorConfig
 from derivation.allocator.memory import load_pipeline
 from derivation.allocator.report import SMALL_SEGMENT_BYTES
 from derivation.allocator.simulate import replay
 from derivation.allocator.symbolic import Atom, Carried, Points
+from derivation.config.checkpoint import BUNDLED
 from derivation.equation.device import N_SMALL
 from derivation.errors import DerivationError
 from derivation.export import export
@@ -146,6 +150,51 @@ def test_the_small_pool_is_bounded_without_its_replay(sd15: Derivation) -> None:
     form = sd15.equation.device
     counted = [form.small_segments(side, side) for side in (512, 768, 1024, 1600)]
     assert max(counted) <= form.most_small_segments <= max(counted) + 40  # 80 MiB of slack at most
+
+
+def test_the_headline_and_its_bound_hold_at_every_size(sd15: Derivation) -> None:
+    form = sd15.equation.device
+    context, loaded, pixel, most = (int(n) for n in re.findall(r"([0-9]+) ?", form.headline.replace(",", ""))[:4])
+    assert (context, pixel) == (form.context_bytes, 3648)  # the slope that an H100 and an H200 were measured at
+    general = form.reserved_regimes[-1]
+    for height, width in SIZES[::29]:
+        if general.where[form.index[height, width]] and form.covers(height, width):
+            device = form.reserved_at(height, width) + context
+            assert 0 <= device - (context + loaded + pixel * height * width) <= most < 120 << 20
+            bound = form.reserved_most.subs({H: height, W: width})
+            assert form.reserved_at(height, width) <= bound <= form.reserved_at(height, width) + (80 << 20)
+
+
+@pytest.mark.parametrize("conf", ["expandable_segments:True", "max_split_size_mb:64", "large_segment_size_mb:40"])
+def test_the_allocator_is_configured_as_the_process_is(conf: str) -> None:
+    d = derive(SD15, attention="sdpa", gpu="h100", alloc_conf=conf)
+    values = d.sizes(height=768, width=512)
+    allocator = CachingAllocator(AllocatorConfig.parse(conf), total_memory_bytes=80 << 30)
+    weights = load_pipeline(allocator, d.resident)
+    replayed = replay(d.program().at(values).tape, values, weights).run(allocator)
+    at, plain = d.at(height=768, width=512), derive(SD15, attention="sdpa", gpu="h100")
+    assert (at.allocated, at.reserved) == (replayed.allocated_bytes.nbytes, replayed.reserved_bytes.nbytes)
+    assert at.reserved != plain.device_memory(height=768, width=512).reserved
+    with pytest.raises(DerivationError, match="alloc_conf = "):
+        _ = d.reserved
+
+
+def test_an_option_of_the_allocator_that_is_not_known_is_refused() -> None:
+    with pytest.raises(DerivationError, match="unsupported option 'pages'"):
+        derive("stable-diffusion-v1-5/stable-diffusion-v1-5", gpu="t4", alloc_conf="pages:huge")
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_a_live_process_says_how_its_allocator_is_configured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    from derivation.options.live import live_options
+    from derivation.trace.modules import build_pipeline
+
+    pipe = build_pipeline(BUNDLED / SD15, "txt2img", "float16", "efficient")
+    assert live_options(pipe).alloc_conf is None
+    monkeypatch.setenv(name, "expandable_segments:True")
+    assert live_options(pipe).alloc_conf == "expandable_segments:True"
+    assert live_options(pipe, alloc_conf="max_split_size_mb:64").alloc_conf == "max_split_size_mb:64"
 
 
 @pytest.fixture(scope="module")

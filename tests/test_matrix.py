@@ -17,7 +17,17 @@ from derivation.verify.matrix import OPTION_SETS, Entry, matrix
 
 ENTRIES = list(matrix())
 # read with a GPU alone, or what every entry has
-LEFT_OUT = {"gpu", "torch", "diffusers", "scratch", "pipeline", "num_inference_steps", "strength"}
+LEFT_OUT = {
+    "gpu",
+    "torch",
+    "diffusers",
+    "transformers",
+    "scratch",
+    "alloc_conf",
+    "pipeline",
+    "num_inference_steps",
+    "strength",
+}
 # values that tests/test_tiling.py and the fuzzer vary
 VARIED = {"tile_sample_min_size", "tile_overlap_factor"}
 

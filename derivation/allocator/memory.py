@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from derivation.allocator.allocator import CachingAllocator
+from derivation.allocator.config import AllocatorConfig
 from derivation.allocator.replay import OutOfMemoryEvent, ReplayResult, load_weights
 from derivation.allocator.report import OutOfMemory, OutOfMemoryError, format_size
 from derivation.allocator.simulate import replay
@@ -56,12 +57,18 @@ class DeviceMemory:
         return asdict(self)
 
 
-def device_memory(gpu: str, parameters: Parameters, tape: Tape, values: Mapping[str, int]) -> DeviceMemory:
-    """Load the weights, replay ``tape`` at ``values``, add the context; raises DerivationError for an unknown GPU."""
+def device_memory(
+    gpu: str, parameters: Parameters, tape: Tape, values: Mapping[str, int], alloc_conf: str | None = None
+) -> DeviceMemory:
+    """Load the weights, replay ``tape`` at ``values``, add the context.
+
+    ``alloc_conf`` is what PYTORCH_CUDA_ALLOC_CONF holds. Raises DerivationError for an unknown GPU or an option of it
+    that is not supported.
+    """
     card = lookup(gpu)
     context, source = context_of(card)
     capacity = None if card.total_memory_bytes is None else card.total_memory_bytes - (context or 0)
-    allocator = CachingAllocator(capacity_bytes=capacity)
+    allocator = CachingAllocator(AllocatorConfig.parse(alloc_conf or ""), capacity, card.total_memory_bytes)
     failed: dict[str, Any] | None
     try:
         weights = load_pipeline(allocator, parameters)

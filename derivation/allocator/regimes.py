@@ -310,6 +310,11 @@ class Survey:
             if not self.tape.allocations[abs(event) - 1].loaded:
                 live += np.sign(event) * is_small * size
                 count += np.sign(event) * is_small
+        return int(most.max()) + self.small_segments_of_weights
+
+    @cached_property
+    def small_segments_of_weights(self) -> int:
+        """How many segments the small pool has before the run."""
         weights = CachingAllocator()
         load_weights(weights, (n for n in self.weights.values() if n <= SMALL_BYTES))
-        return int(most.max()) + weights.reserved_bytes.current // SMALL_SEGMENT_BYTES
+        return weights.reserved_bytes.current // SMALL_SEGMENT_BYTES

@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 
 import sympy
 
+from derivation.allocator.config import AllocatorConfig
 from derivation.call import Call
 from derivation.errors import unsupported
 from derivation.options import Options
@@ -67,6 +68,7 @@ class Derived:
     """
 
     def __init__(self, subject: Subject, fixed: Mapping[str, int], domain: Domain | None = None) -> None:
+        AllocatorConfig.parse(subject.options.alloc_conf or "")
         self.subject = subject
         self.fixed = dict(fixed)
         self.domain = domain

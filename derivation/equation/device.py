@@ -13,6 +13,7 @@ import numpy as np
 import sympy
 
 from derivation.allocator.allocator import CachingAllocator
+from derivation.allocator.config import AllocatorConfig
 from derivation.allocator.memory import DeviceMemory, context_of, device_memory, load_pipeline
 from derivation.allocator.regimes import Moment, Survey
 from derivation.allocator.report import MIN_LARGE_BYTES, ROUND_LARGE_BYTES, SMALL_SEGMENT_BYTES, segment_size
@@ -86,6 +87,8 @@ class DeviceForm:
         held = [call for call in calls if self.variant.holds(derived.sizes(call))]
         self.index = {(call.height, call.width): i for i, call in enumerate(held)}
         self.points = Points([derived.sizes(call) for call in held])
+        if AllocatorConfig.parse(derived.options.alloc_conf or "") != AllocatorConfig() and len(held) > 1:
+            raise unsupported("alloc_conf", derived.options.alloc_conf, "none, or sides that are fixed: at()")
         self.survey = Survey(self.variant.tape, derived.resident, self.points, MOST_EVENTS)
 
     def _calls(self, guidance: bool) -> Iterator[Call]:
@@ -101,8 +104,9 @@ class DeviceForm:
         """The numeric replay of the one size there is, None where there are several."""
         if len(self.points) > 1:
             return None
-        assert self.derived.options.gpu is not None
-        return device_memory(self.derived.options.gpu, self.derived.resident, self.variant.tape, self.points.values[0])
+        options, values = self.derived.options, self.points.values[0]
+        assert options.gpu is not None
+        return device_memory(options.gpu, self.derived.resident, self.variant.tape, values, options.alloc_conf)
 
     @cached_property
     def reserved_regimes(self) -> tuple[Regime, ...]:
@@ -224,8 +228,7 @@ class DeviceForm:
         return sympy.Add(*(c if atom is None else c * self._atom(atom, where) for atom, c in terms))
 
     def _atom(self, atom: Atom, where: Vector) -> sympy.Expr:
-        values = [self._in_pixels(symbol.name) for symbol in SYMBOLS]
-        plain = sympy.expand(as_poly(atom.nbytes).as_expr(*values))
+        plain = self._plain(atom)
         if not atom.is_segment:
             fits = (self.points.plain(atom.nbytes)[where] % BLOCK_BYTES == 0).all()
             return plain if fits else BLOCK_BYTES * sympy.ceiling(plain / BLOCK_BYTES)
@@ -235,6 +238,10 @@ class DeviceForm:
         if is_own.all() or not is_own.any():
             return own if is_own.all() else shared
         return sympy.Piecewise((shared, plain < MIN_LARGE_BYTES), (own, True))
+
+    def _plain(self, atom: Atom) -> sympy.Expr:
+        """Return a request's bytes, before any rounding."""
+        return sympy.expand(as_poly(atom.nbytes).as_expr(*(self._in_pixels(symbol.name) for symbol in SYMBOLS)))
 
     def _in_pixels(self, name: str) -> sympy.Expr | int:
         """Return what a symbol of a size is: a number where it is fixed, a side at a level where it is not."""
@@ -280,6 +287,27 @@ class DeviceForm:
     def most_small_segments(self) -> int:
         """More segments than this the small pool has at no size: proven, without its replay."""
         return self.survey.most_small_segments()
+
+    @property
+    def reserved_most(self) -> sympy.Expr:
+        """More than this is reserved at no size of a regime met: the small pool at its bound."""
+        return self.reserved.subs(N_SMALL, self.most_small_segments)
+
+    @property
+    def headline(self) -> str:
+        """Context, weights and small blocks, bytes a pixel, and what that leaves out, for the regime of most sizes."""
+        regime = self.reserved_regimes[-1]
+        atoms = [(a, count) for number, count in regime.sums for a, _ in self.points.sums[number] if a is not None]
+        own = [(a, n) for a, n in atoms if (self.points.plain(a.nbytes)[regime.where] >= MIN_LARGE_BYTES).all()]
+        pixel = sum(count * self._plain(atom).coeff(H * W) for atom, count in own)
+        rest = regime.total - np.array([float(pixel) * height * width for height, width in self.index])
+        least, most = int(rest[regime.where].min()), int(rest[regime.where].max())
+        fixed = f"{least + SMALL_SEGMENT_BYTES * self.survey.small_segments_of_weights:,} weights and small blocks"
+        left_out = (
+            most - least + SMALL_SEGMENT_BYTES * (self.most_small_segments - self.survey.small_segments_of_weights)
+        )
+        context = "context" if self.context_bytes is None else f"{self.context_bytes:,} context"
+        return f"{context} + {fixed} + {pixel} H W, and at most {left_out:,} more: segments are multiples of 2 MiB"
 
     def covers(self, height: int, width: int) -> bool:
         """Return whether the forms hold for a size: its regime was met, and the card has room for it."""

@@ -35,7 +35,7 @@ def as_dict(equation: Equation, device: DeviceCode | None = None) -> dict[str, A
         "title": header.title,
         "generator": f"{header.generator}: do not edit",
         "model": printable(d.name),
-        "options": d.options.as_dict(),
+        "options": d.options.told(),
         "versions": dict(line.split() for line in header.versions),
         "units": "bytes",
         "assumptions": list(header.assumptions),

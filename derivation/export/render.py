@@ -49,7 +49,7 @@ def facts(equation: Equation) -> Facts:
     return Facts(
         title=f"Peak GPU memory of {printable(d.name)} ({d.options.pipeline}), in bytes.",
         generator=f"diffusion-vram-derivation {__version__}, from the checkpoint's config files",
-        options=tuple(f"{key}={printable(str(value))}" for key, value in d.options.as_dict().items()),
+        options=tuple(f"{key}={printable(str(value))}" for key, value in d.options.told().items()),
         versions=tuple(f"{name} {version}" for name, version in asdict(d.options.libraries).items()),
         assumptions=(*assumptions(d.options), *d.subject.remarks),
         exclusions=(*scratch, *exclusions(d.options)),

@@ -88,6 +88,11 @@ class Options:
     diffusers: str | None = row(None, "diffusers version whose allocations count.", "machine")
     transformers: str | None = row(None, "transformers version whose allocations count.", "machine")
     scratch: str = row("expected", "Library scratch on a GPU", "machine", choices=lambda: SCRATCH)
+    alloc_conf: str | None = row(
+        None,
+        "PYTORCH_CUDA_ALLOC_CONF of the process, such as expandable_segments:True; read with a GPU.",
+        "machine",
+    )
     safety_checker: bool = row(
         True,
         "Whether the safety checker runs.",
@@ -300,6 +305,10 @@ class Options:
     def as_dict(self) -> dict[str, object]:
         """Return the options by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def told(self) -> dict[str, object]:
+        """Return the options by name, without one that concerns reserved bytes alone and is not chosen."""
+        return {name: value for name, value in self.as_dict().items() if name != "alloc_conf" or value is not None}
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Options)}

@@ -223,9 +223,7 @@ class State:
     """
 
     def __init__(self, pipe: Any) -> None:
-        self._saved = [
-            (each, dict(each.__dict__), _copies(each, dict), _copies(each, list)) for each in _owned(pipe)
-        ]
+        self._saved = [(each, dict(each.__dict__), _copies(each, dict), _copies(each, list)) for each in _owned(pipe)]
         self._caches = list(_caches())
 
     def restore(self) -> None:

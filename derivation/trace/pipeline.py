@@ -255,9 +255,7 @@ def regimes(
             progress(f"batch: {error}")
 
 
-def _regime(
-    traced: TracedPipeline, guidance: bool, ranges: Mapping[str, Range], progress: Progress
-) -> Regime:
+def _regime(traced: TracedPipeline, guidance: bool, ranges: Mapping[str, Range], progress: Progress) -> Regime:
     """Return one tape for ``ranges``, made coarser where the structure depends on a side or the prompt's length."""
     for doubling in range(DOUBLINGS + 2):
         through, held = points(ranges, SEED)

@@ -97,5 +97,3 @@ _PROCESSORS: Mapping[str, Mapping[str, str]] = {
     "Qwen3VLProcessor": {**_QWEN_IMAGES, "video_processor": "Qwen3VLVideoProcessor"},
     "Gemma3Processor": {"image_processor": "Gemma3ImageProcessor"},
 }
-
-

@@ -81,5 +81,3 @@ class _TorchOfLists:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
-
-

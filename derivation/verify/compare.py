@@ -39,7 +39,7 @@ CHUNK = 4
 # trace_component takes latents an eighth of the image's sides.
 TRACE_FACTOR = 8
 # read where a GPU is named: the oracle has none
-GPU_OPTIONS = ("gpu", *LIBRARIES, "scratch")
+GPU_OPTIONS = ("gpu", *LIBRARIES, "scratch", "alloc_conf")
 # Slices are recorded once for all that are alike: there the peaks are compared, not the streams.
 GROUPING_OPTIONS = ("vae_slicing", "attention_slicing")
 

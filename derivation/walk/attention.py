@@ -75,9 +75,7 @@ def first_tried(attention: str) -> str:
 
 
 @backend("math", usable=lambda head_dim, dtype: True, fallback=None)
-def math(
-    query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool, attn_mask: SymTensor | None
-) -> SymTensor:
+def math(query: SymTensor, key: SymTensor, value: SymTensor, is_causal: bool, attn_mask: SymTensor | None) -> SymTensor:
     """Scores in float32 in full: 9 bytes a score and more where the inputs are half precision."""
     dtype = query.dtype
     if dtype in HALF:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -24,7 +25,13 @@ def live_options(pipe: Any, **given: Any) -> Options:
     models = models_of(pipe)
     _refuse(pipe, models)
     found = {name: read(pipe, models) for name, read in READERS.items() if name not in given}
-    return options_of({**_installed(), **found, **given})
+    return options_of({**_installed(), **_environment(), **found, **given})
+
+
+def _environment() -> dict[str, str]:
+    """Return how the process configures its allocator (c10/core/AllocatorConfig.cpp: the older name counts last)."""
+    conf = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+    return {"alloc_conf": conf} if conf else {}
 
 
 def _installed() -> dict[str, str]:
