@@ -97,6 +97,13 @@ RULES: Mapping[str, Rule] = {
         "AutoencoderKL.encode keeps the encoder's output beside the moments",
         "autoencoder_kl.py: AutoencoderKL.encode",
     ),
+    "euler_draws_noise": Rule(
+        "diffusers",
+        None,
+        (0, 31),
+        "EulerDiscreteScheduler.step draws its noise and scales it though s_churn = 0 needs none",
+        "scheduling_euler_discrete.py: EulerDiscreteScheduler.step",
+    ),
     "half_upcast_vae": Rule(
         "diffusers",
         None,

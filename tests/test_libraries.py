@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
 import warnings
 from math import prod
+from pathlib import Path
 
 import pytest
 
+import derivation.evidence
 from derivation import DerivationError, derive
 from derivation.export.render import facts
 from derivation.libraries import DEFAULT, PAIRS, RULES, VERIFIED, NearestVersion, libraries, nearest, parse_version
 from derivation.tape.symbols import ceil512
 
+EVIDENCE = Path(derivation.evidence.__file__).parent
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 # [1, 77, 768] in float16, and CLIP's causal mask [77, 77] in a block of 512 bytes
@@ -123,3 +128,20 @@ def test_a_live_pipeline_says_which_versions_it_runs_on():
         diffusers.__version__,
         transformers.__version__,
     )
+
+
+def test_the_recorded_run_is_of_every_verified_pair_and_has_no_mismatch():
+    found = json.loads((EVIDENCE / "versions.json").read_text())
+    versions = [pair["versions"] for pair in found["pairs"]]
+    assert tuple((v["diffusers"], v["transformers"]) for v in versions) == PAIRS
+    assert {parse_version("torch", v["torch"]) for v in versions} == {parse_version("torch", DEFAULT["torch"])}
+    assert found["match"] and not any(pair["failed"] for pair in found["pairs"])
+    assert [len(pair["untraced"]) for pair in found["pairs"]] == [2] + [0] * (len(PAIRS) - 1)
+    assert sum(pair["calls"] for pair in found["pairs"]) == 12 * len(PAIRS) - 2
+
+
+def test_the_bounds_name_what_is_imported():
+    """measure imports accelerate and peft; typer below 0.13 cannot read ``str | None``."""
+    project = tomllib.loads((EVIDENCE.parents[1] / "pyproject.toml").read_text())["project"]
+    assert {"accelerate", "peft"} <= set(project["optional-dependencies"]["measure"])
+    assert "typer>=0.13" in project["dependencies"]

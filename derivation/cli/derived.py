@@ -131,6 +131,9 @@ def verify(
     everything: Annotated[bool, typer.Option("--all", help="Compare every bundled checkpoint and option.")] = False,
     fuzz: Annotated[int, typer.Option(help="Compare this many seeded random cases instead.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="First seed of --fuzz.", min=0)] = 0,
+    versions: Annotated[
+        Path | None, typer.Option(help="Compare under every verified pair of versions; keep their environments here.")
+    ] = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -147,6 +150,9 @@ def verify(
         from derivation.verify.verification import circumstances, run_verification
     except ImportError as error:
         raise DerivationError(f"verify needs {error.name or error}: {VERIFY_EXTRA}") from None
+    if versions is not None:
+        _verify_versions(versions, json)
+        return
     if fuzz or everything:
         found = run_fuzz(fuzz, seed) if fuzz else run_matrix()
         failed, calls = _compared(found, fuzz or len(list(matrix())))
@@ -161,6 +167,28 @@ def verify(
     output.emit({"match": matches, **circumstances(), "rows": rows}, json, _show_verified)
     if not matches:
         raise typer.Exit(1)
+
+
+def _verify_versions(folder: Path, json: bool) -> None:
+    """Compare under every pair of versions; raises typer.Exit(1) for a mismatch."""
+    from derivation.libraries import PAIRS
+    from derivation.verify.versions import run_versions
+
+    with output.progress() as bar:
+        pairs = list(bar.track(run_versions(folder), total=len(PAIRS), description="comparing"))
+    matches = not any(pair["failed"] for pair in pairs)
+    output.emit({"match": matches, "pairs": pairs}, json, _show_versions)
+    if not matches:
+        raise typer.Exit(1)
+
+
+def _show_versions(result: Mapping[str, Any]) -> None:
+    rows = [
+        (*pair["versions"].values(), pair["calls"], len(pair["failed"]), len(pair["untraced"]))
+        for pair in result["pairs"]
+    ]
+    columns = ("torch", "diffusers", "transformers", ">calls", ">mismatches", ">not traced")
+    output.table("Whole calls under each pair of versions", columns, rows)
 
 
 def _compared(cases: Iterable[tuple[object, Sequence[Any]]], count: int) -> tuple[list[dict[str, Any]], dict[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from derivation.tape.tape import tape
 from derivation.tape.tensor import SymTensor
 from derivation.walk.schedulers.arithmetic import Value, on_device
 from derivation.walk.schedulers.base import RESPACED, Sigmas, register
@@ -56,6 +57,9 @@ class EulerDiscreteScheduler(Euler):
     def previous(self, model_output: Value, sample: Value) -> Value:
         sample = sample.to("float32")
         sigma_hat = self.sigmas.entry()
+        if tape().libraries.follows("euler_draws_noise"):
+            noise = on_device(model_output.shape, model_output.dtype, "randn")
+            eps = noise * 1.0
 
         pred_original_sample = self.pred_original_sample(model_output, sample, sigma_hat)
 
