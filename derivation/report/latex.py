@@ -51,7 +51,7 @@ def _block(block: doc.Block, folder: str, level: int) -> str:
         case doc.Paragraph():
             return inline(block.text)
         case doc.Formula():
-            return f"\\begin{{equation*}}\n\\boxed{{ {block.math.latex} }}\n\\end{{equation*}}"
+            return f"{{\\small\\begin{{equation*}}\n\\boxed{{ {block.math.latex} }}\n\\end{{equation*}}}}"
         case doc.Table():
             return _table(block)
         case doc.Bullets():
