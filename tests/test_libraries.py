@@ -12,7 +12,10 @@ import pytest
 
 import derivation.evidence
 from derivation import DerivationError, derive
+from derivation.ask.recommend import recommend
+from derivation.call import Call
 from derivation.export.render import facts
+from derivation.gpu.profile import UnfusedAttention
 from derivation.libraries import DEFAULT, PAIRS, RULES, VERIFIED, NearestVersion, libraries, nearest, parse_version
 from derivation.tape.symbols import ceil512
 
@@ -145,3 +148,16 @@ def test_the_bounds_name_what_is_imported():
     project = tomllib.loads((EVIDENCE.parents[1] / "pyproject.toml").read_text())["project"]
     assert {"accelerate", "peft"} <= set(project["optional-dependencies"]["measure"])
     assert "typer>=0.13" in project["dependencies"]
+
+
+def test_bfloat16_before_ampere_takes_the_math_path_and_says_so():
+    """The largest scores [16, 16384, 16384] of SD 1.5 at 1024 squared: 16 GiB in float32, none with a fused kernel."""
+    with pytest.warns(UnfusedAttention, match="float16 has one"):
+        d = derive(SD15, pipeline="txt2img", dtype="bfloat16", attention="sdpa", gpu="v100-32gb")
+    found = recommend(d, None, Call(1024, 1024))
+    first = found.steps[0]
+    assert first.name == "float16" and first.needed and first.saves_bytes > 16 << 30
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnfusedAttention)
+        derive(SD15, dtype="float16", attention="sdpa", gpu="v100-32gb")
+        derive(SD15, dtype="bfloat16", attention="sdpa", gpu="a100-40gb")

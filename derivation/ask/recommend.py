@@ -11,6 +11,7 @@ from derivation.api import Derivation
 from derivation.ask.fit import Image, Request, peak_tensor_bytes
 from derivation.call import Call
 from derivation.errors import DerivationError
+from derivation.gpu.profile import lacks_fused_attention
 from derivation.options import TABLE, Options
 from derivation.options.row import Remedy
 
@@ -139,7 +140,8 @@ def _improves(options: Options, remedy: Remedy) -> bool:
         return False
     fused = change.get("attention") == "efficient"
     slow = options.attention in ("eager", "math")
-    return (not fused or slow) and ("dtype" not in change or options.dtype == "float32")
+    wide = options.dtype == "float32" or lacks_fused_attention(options.gpu, options.dtype)
+    return (not fused or slow) and ("dtype" not in change or wide)
 
 
 def _minimal(peaks: _Peaks, remedies: Sequence[Remedy]) -> list[Remedy]:

@@ -136,6 +136,19 @@ class Hardware:
         return -(-head_dim // unit) * unit
 
 
+class UnfusedAttention(UserWarning):
+    """No fused attention kernel of the GPU takes the dtype."""
+
+
+def lacks_fused_attention(gpu: str | None, dtype: str) -> bool:
+    """Return whether PyTorch takes the math path on ``gpu``: bfloat16 before sm80 (sdp_utils.cpp).
+
+    >>> lacks_fused_attention("t4", "bfloat16"), lacks_fused_attention("t4", "float16")
+    (True, False)
+    """
+    return gpu is not None and dtype == "bfloat16" and lookup(gpu).compute_capability < (8, 0)
+
+
 def convolution_kind(kernel: int, in_channels: int) -> str:
     """Return the kind of a convolution with a square kernel.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -11,9 +12,9 @@ from derivation.call import DEFAULT_PROMPT_LENGTH, Call
 from derivation.config import VAE_SCALE_FACTOR, Checkpoint
 from derivation.config.document import from_document, to_document
 from derivation.errors import DerivationError, unsupported
-from derivation.gpu.profile import Hardware, hardware
+from derivation.gpu.profile import Hardware, UnfusedAttention, hardware, lacks_fused_attention
 from derivation.libraries import LIBRARIES, tell_unverified
-from derivation.options import Options, options_of
+from derivation.options import EAGER, Options, options_of
 from derivation.tape.grid import Grid, Range, Sides
 from derivation.tape.program import Program
 from derivation.tape.subject import Parameters
@@ -144,4 +145,7 @@ def _hardware(options: Options) -> Hardware | None:
     if options.gpu is None:
         tell_unverified(**versions)
         return None
+    if options.attention not in (EAGER, "math") and lacks_fused_attention(options.gpu, options.dtype):
+        told = f"no fused attention takes bfloat16 on {options.gpu}: PyTorch runs its math path; float16 has one"
+        warnings.warn(told, UnfusedAttention, stacklevel=3)
     return hardware(options.gpu, **versions, scratch=options.scratch)
