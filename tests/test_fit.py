@@ -128,6 +128,8 @@ def test_what_fits_a_card_is_what_estimate_says_of_it() -> None:
     assert image.verdict.verdict == found["verdict"] == "fits with slower convolutions"
     card = lookup("t4")
     assert card.total_memory_bytes is not None
+    aligned = fit(derivation).aligned
+    assert aligned is not None and aligned.height <= image.height
     free = fit(derivation, card.total_memory_bytes - (card.context_bytes or 0)).image
     assert free is not None and (free.height, free.verdict.left_bytes) == (image.height, image.verdict.left_bytes)
     larger = derivation.estimate(image.height + 8, image.width + 8)

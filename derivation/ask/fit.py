@@ -115,7 +115,8 @@ def fit(
     """Return the largest image of ``aspect`` (width : height) that fits on the GPU, or into ``budget_bytes``.
 
     The shorter side is the aspect's, to the nearest multiple. With a GPU the budget is what is free there, None all
-    of it; without one it is for weights and tensors. Raises DerivationError for a bad argument.
+    of it; without one it is for weights and tensors. What the allocator reserves does not grow with every step: of
+    that the answer is one that fits while its next step does not. Raises DerivationError for a bad argument.
     """
     for key, value in (("aspect", min(aspect)), ("batch_size", batch_size)):
         positive(key, value)
@@ -123,7 +124,8 @@ def fit(
     call = Call(factor, factor, batch_size, prompt_length, guidance).filled(derivation.prompt_length)
     side = solved_side(request, aspect, call)
     least = max(factor, derivation.equation.sides.step)
-    image, aligned = (_largest(request, aspect, call, step, side) for step in (least, lcm(least, ALIGNED)))
+    aligned = _largest(request, aspect, call, lcm(least, ALIGNED), side)
+    image = _largest(request, aspect, call, least, side, aligned)
     weights = derivation.weights_bytes
     return Fit(request.budget_bytes, weights, aspect, side, image, aligned, grows(derivation, guidance))
 
@@ -144,7 +146,11 @@ def largest_batch(
     return request.image(replace(call, batch_size=batch)) if batch else None
 
 
-def _largest(request: Request, aspect: tuple[int, int], call: Call, step: int, side: float | None) -> Image | None:
+def _largest(
+    request: Request, aspect: tuple[int, int], call: Call, step: int, side: float | None, known: Image | None = None
+) -> Image | None:
+    """Return the largest image in steps of ``step`` pixels, at least as large as one that is known to fit."""
+
     def sized(n: int) -> Call:
         height, width = sides(aspect, step, n)
         return replace(call, height=height, width=width)
@@ -155,8 +161,11 @@ def _largest(request: Request, aspect: tuple[int, int], call: Call, step: int, s
         return min(sized(n).height, sized(n).width) < accepted.least
 
     def fits(n: int) -> bool:
-        return too_small(n) or request.verdict(sized(n)).fits
+        return n <= least or too_small(n) or request.verdict(sized(n)).fits
 
+    least = 0
+    if known is not None and fits(longer := max(known.height, known.width) // step):
+        least = longer
     n = last_that_fits(fits, int((side or step) / step), accepted.most // step)
     return request.image(sized(n)) if n and not too_small(n) else None
 

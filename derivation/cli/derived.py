@@ -45,7 +45,8 @@ def show_estimate(result: Mapping[str, Any], options: Options) -> None:
     said = [name for name in asked if name in MAIN or chosen[name] != usual[name]]
     if verdict := Verdict.read(result):
         output.line(str(verdict), style="bold")
-        output.line(verdict.trust)
+        if verdict.trust:
+            output.line(verdict.trust)
     output.line(f"{result['model']}, {result['height']} x {result['width']} pixels (height x width)", style="bold")
     output.line(", ".join(f"{name}={asked[name]}" for name in said))
     output.line("")
