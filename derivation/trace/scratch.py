@@ -1,7 +1,7 @@
 """What CUDA operators allocate inside themselves, put onto a traced tape: operators and shapes tell (no torch needed).
 
 As ``derivation.walk.scratch`` does for walked ones, with the same profile. Not modelled: workspaces of conv3d, of which
-no profile has coefficients, and the channels_last copies of a pipeline that is switched to that format.
+no profile has coefficients, and the copies of a pipeline that is switched to another memory format.
 """
 
 from __future__ import annotations

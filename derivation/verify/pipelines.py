@@ -26,7 +26,7 @@ from derivation.trace.pipeline import TracedPipeline, lengths, regimes
 # Image sides of small configs, in pixels.
 SIDES = (64, 512)
 # What the sizes of a call give.
-SIZED = ("height", "width", "prompt", "negative_prompt", "max_sequence_length", "num_frames", "generator")
+SIZED = ("height", "width", "max_sequence_length", "num_frames", "generator")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,11 @@ def description(document: Mapping[str, Any]) -> Description:
 
 def arguments(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a document's call that do not depend on sizes, tensors and images made."""
-    return {name: _value(value) for name, value in document["call"].items() if name not in SIZED}
+    return {name: _value(value) for name, value in document["call"].items() if not _is_sized(name)}
+
+
+def _is_sized(name: str) -> bool:
+    return name in SIZED or name.endswith("prompt")
 
 
 def _value(value: Any) -> Any:
