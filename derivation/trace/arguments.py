@@ -10,6 +10,7 @@ from math import ceil
 from typing import Any
 
 import torch
+from PIL import Image
 
 from derivation.call import DEFAULT_PROMPT_LENGTH, Call
 from derivation.tape.grid import Frames, Grid
@@ -103,7 +104,7 @@ class Arguments:
         return found | ({"max_sequence_length": call.prompt_length} if padded and self.pads else {})
 
     def _images(self, call: Call) -> dict[str, Any]:
-        """Return the images that the call cannot go without, [B, 3, H, W] on the CPU, the sizes of those given else."""
+        """Return the images that the call cannot go without, and those that are given at this size."""
         wanted = [n for n in _IMAGES if n in self.names and self.names[n].default is inspect.Parameter.empty]
         wanted += [n for n, value in self.given.items() if n not in wanted and _is_image(value)]
         return {name: _resized(self.given.get(name), call) for name in wanted}
@@ -126,5 +127,6 @@ def _resized(value: Any, call: Call) -> Any:
     if isinstance(value, torch.Tensor):
         return torch.zeros(*value.shape[:-2], call.height, call.width, dtype=value.dtype, device="cpu")
     if value is None:
-        return torch.zeros(call.batch_size, 3, call.height, call.width, device="cpu")
+        images = [Image.new("RGB", (call.width, call.height))] * call.batch_size
+        return images if call.batch_size > 1 else images[0]
     return value.resize((call.width, call.height))

@@ -7,6 +7,7 @@ as {"tensor": shape, "dtype"}, images as {"image": [width, height]}.
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from derivation.trace.build import Description, Part
 from derivation.trace.interpolate import Parted
 from derivation.trace.pipeline import TracedPipeline, lengths, regimes
 
+SECONDS = 90
 # Image sides of small configs, in pixels.
 SIDES = (64, 512)
 # What the sizes of a call give.
@@ -80,11 +82,29 @@ def _value(value: Any) -> Any:
 
 
 def checked(document: Mapping[str, Any]) -> Row:
-    """Return the row of one document; never raises."""
+    """Return the row of one document, of which nothing takes longer than ``SECONDS``; never raises."""
+    previous = signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(SECONDS)
+    try:
+        return _checked(document)
+    except TimeoutError as error:
+        return Row(document["class"], False, reason=_line(error))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _too_long(_signal: int, _frame: object) -> None:
+    raise TimeoutError(f"it took longer than {SECONDS} s")
+
+
+def _checked(document: Mapping[str, Any]) -> Row:
     name = document["class"]
     try:
         traced = TracedPipeline(description(document), Options(dtype="float32"), arguments(document), SIDES)
         tokens = lengths(traced)
+    except TimeoutError:
+        raise
     except Exception as error:
         return Row(name, False, reason=_line(error))
     try:
