@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -11,7 +12,7 @@ import sympy
 
 from derivation.allocator.memory import DeviceMemory, device_memory
 from derivation.call import Call, takes_call
-from derivation.config import Checkpoint, is_live, load, traced_folder
+from derivation.config import Checkpoint, OtherPipeline, hub_folder, is_live, load, traced_folder
 from derivation.equation.derived import Stage
 from derivation.equation.record import Equation
 from derivation.errors import DerivationError, one_of, unsupported
@@ -56,11 +57,8 @@ class Derivation:
         try:
             document = json.loads(text)
             one_of("method", document.get("method", "walk"), METHODS)
-            if document.get("method") == "trace":
-                subject = store.from_document(document)
-            else:
-                subject = WalkedSubject.from_document(document)
-            return cls(subject)._fixed_as(document["fixed"])
+            read = store.from_document if document.get("method") == "trace" else WalkedSubject.from_document
+            return cls(read(document))._fixed_as(document["fixed"])
         except DerivationError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -328,16 +326,20 @@ def derive(
         one_of("method", method, METHODS)
     named = {"pipeline": pipeline, "dtype": dtype, "attention": attention, "gpu": gpu}
     given = {**{name: value for name, value in named.items() if value is not None}, **options}
-    every = method == "trace"
-    if method != "walk" and (folder := traced_folder(model, revision, local_files_only, every)) is not None:
-        recorded = store.subject(folder, given)
-        return Derivation(recorded, recorded.fixed)
+    if method != "walk" and (folder := traced_folder(model, revision, method == "trace")) is not None:
+        return Derivation(*store.recorded(folder, given))
     if method == "trace":
         return Derivation(store.transformer(model, options_of(given)))
     if is_live(model):
         return derived_live(model, **given)
     chosen = options_of(given)
-    return Derivation(WalkedSubject(load(model, revision, local_files_only, chosen.scheduler), chosen))
+    try:
+        checkpoint = load(model, revision, local_files_only, chosen.scheduler)
+    except OtherPipeline:
+        if method == "walk" or os.path.exists(str(model)):
+            raise
+        return Derivation(*store.recorded(hub_folder(model, revision, local_files_only), given))
+    return Derivation(WalkedSubject(checkpoint, chosen))
 
 
 def derived_live(pipe: object, **given: Any) -> Derivation:

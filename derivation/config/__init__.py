@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .checkpoint import Checkpoint, image_encoder
+from .checkpoint import Checkpoint, OtherPipeline, image_encoder
 from .clip import CLIPTextConfig, CLIPVisionConfig, clip_text_config, clip_vision_config
 from .models import (
     VAE_SCALE_FACTOR,
@@ -14,7 +14,7 @@ from .models import (
 )
 from .schedulers import SchedulerConfig, scheduler_config
 from .sources import bundled, is_live, load
-from .traced import TracedFolder, bundled_traced, traced_folder
+from .traced import TracedFolder, bundled_traced, hub_folder, traced_folder
 
 __all__ = [
     "VAE_SCALE_FACTOR",
@@ -23,6 +23,7 @@ __all__ = [
     "CLIPVisionConfig",
     "Checkpoint",
     "ControlNetConfig",
+    "OtherPipeline",
     "SchedulerConfig",
     "TracedFolder",
     "UNet2DConditionConfig",
@@ -30,6 +31,7 @@ __all__ = [
     "bundled_traced",
     "clip_text_config",
     "clip_vision_config",
+    "hub_folder",
     "image_encoder",
     "is_live",
     "load",

@@ -141,11 +141,15 @@ def _flags(index: object, file: str) -> dict[str, object]:
     return given
 
 
+class OtherPipeline(UnsupportedConfig):
+    """A pipeline of a class that is not walked."""
+
+
 def known_pipeline(named: object, file: str) -> str:
     """Return the class of a pipeline that is walked; raises DerivationError for another, and says what to do."""
     if isinstance(named, str) and named not in PIPELINES:
         walked = f"{', '.join(PIPELINES)}; a transformer alone with method = 'trace'"
-        raise UnsupportedConfig(file, "_class_name", named, walked)
+        raise OtherPipeline(file, "_class_name", named, walked)
     return one_of(*PIPELINES)(named, At(file, "_class_name"))
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import DerivationError
 from . import hub
 from .checkpoint import BUNDLED, PIPELINES, read_json
 from .checks import INDEX
@@ -52,10 +51,8 @@ def bundled_traced() -> tuple[str, ...]:
     return tuple(sorted(f"{path.parts[-3]}/{path.parts[-2]}" for path in TRACED.glob(f"*/*/{INDEX}")))
 
 
-def traced_folder(
-    model: object, revision: str | None = None, local_files_only: bool = False, any_class: bool = False
-) -> TracedFolder | None:
-    """Return the folder of a pipeline whose class is not walked, or of ``any_class``; None for none."""
+def traced_folder(model: object, revision: str | None = None, any_class: bool = False) -> TracedFolder | None:
+    """Return the folder here of a pipeline whose class is not walked, or of ``any_class``; None for none."""
     if not isinstance(model, str | os.PathLike) or not isinstance(given := os.fspath(model), str):
         return None
     if (name := _bundled(given)) is not None and revision is None:
@@ -68,7 +65,7 @@ def traced_folder(
         return found if (path / INDEX).is_file() and (any_class or _is_other(found)) else None
     if any_class and (BUNDLED / given / INDEX).is_file():
         return TracedFolder(BUNDLED / given, given, "bundled")
-    return _from_hub(given, revision, local_files_only, any_class)
+    return None
 
 
 def _bundled(given: str) -> str | None:
@@ -80,18 +77,11 @@ def _is_other(folder: TracedFolder) -> bool:
     return folder.class_name.endswith("Pipeline") and folder.class_name not in PIPELINES
 
 
-def _from_hub(given: str, revision: str | None, local_files_only: bool, any_class: bool) -> TracedFolder | None:
-    """Return the folder of a repository in the Hub's cache, every component's configs fetched; None for no pipeline."""
-    name, _, pinned = given.partition("@")
-    if name.count("/") != 1 or not all(name.split("/")):
-        return None
-    try:
-        index = hub.fetch(name, INDEX, revision or pinned or None, local_files_only)
-    except DerivationError:
-        return None
+def hub_folder(model: object, revision: str | None = None, local_files_only: bool = False) -> TracedFolder:
+    """Return the folder of a repository in the Hub's cache, every config fetched; raises DerivationError."""
+    name, _, pinned = str(model).partition("@")
+    index = hub.fetch(name, INDEX, revision or pinned or None, local_files_only)
     found = TracedFolder(index.parent, name, str(index.parent))
-    if not (any_class or _is_other(found)):
-        return None
     content = read_json(index)
     components = [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
     for component in components:

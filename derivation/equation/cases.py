@@ -223,17 +223,19 @@ def _live_sets(variant: Variant, cell: Cell, numbering: Numbering, apart: bool, 
     Those of each stage where stages are ``apart``.
     """
     found: dict[tuple[str, bytes], int] = {}
-    for stage, span in ((name, span) for name, span in _occurring(variant, cell).items() if name in stages):
+    occurring = {name: spans for name, spans in _occurring(variant, cell).items() if name in stages}
+    for stage, span in ((name, span) for name, spans in occurring.items() for span in spans):
         sets, name = span.live_sets, stage if apart else ""
         for place, number in zip(sets.places, numbering.numbers(sets), strict=True):
             found.setdefault((name, number), span.start + place - 1)
     return found
 
 
-def _occurring(variant: Variant, cell: Cell) -> dict[str, Span]:
+def _occurring(variant: Variant, cell: Cell) -> dict[str, tuple[Span, ...]]:
     """Return the events of each stage that occurs in a cell."""
-    limits = prompt_limits(variant.tape)
-    return {name: span for name, span in variant.evaluator.spans.items() if _occurs(limits.get(name), cell)}
+    limits, spans = prompt_limits(variant.tape), variant.evaluator.spans
+    names = dict.fromkeys(span.stage for span in spans if _occurs(limits.get(span.stage), cell))
+    return {name: tuple(span for span in spans if span.stage == name) for name in names}
 
 
 def _occurs(max_length: int | None, cell: Cell) -> bool:

@@ -70,7 +70,7 @@ def lookup(name: str) -> Gpu:
     >>> lookup("NVIDIA GeForce RTX 4090").key, lookup("4070 laptop").key, lookup("rtx 3060 12gb").key
     ('rtx-4090', 'rtx-4070-laptop', 'rtx-3060')
     >>> lookup("sm_89").total_memory_bytes, lookup("rtx 3060 8GiB").total_memory_bytes
-    (None, 8345419776)
+    (None, 8213495808)
     """
     if (card := _named(name)) is not None:
         return card

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from derivation.tape.evaluate import Evaluator, Span
 from derivation.tape.events import Allocation
@@ -41,13 +42,14 @@ def local_maxima(tape: Tape, evaluator: Evaluator | None = None) -> list[Point]:
 
     Its sizes stand in the order in which they appeared.
     """
-    limits, alive, points = prompt_limits(tape), Terms(), list[Point]()
-    for stage, span in (evaluator or Evaluator(tape)).spans.items():
+    limits, alive, points = prompt_limits(tape), Terms(), dict[tuple[str, frozenset[Any]], Point]()
+    for span in (evaluator or Evaluator(tape)).spans:
         found, alive = _grown(span, alive)
         for place, terms in found:
-            event = span.start + place - 1
-            points.append(Point(event, stage, terms, limits.get(stage), tape.tile, cut_at(tape, event)))
-    return points
+            event, stage = span.start + place - 1, span.stage
+            point = Point(event, stage, terms, limits.get(stage), tape.tile, cut_at(tape, event))
+            points.setdefault((stage, frozenset(terms)), point)
+    return list(points.values())
 
 
 @lru_cache(maxsize=128)

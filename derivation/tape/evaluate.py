@@ -135,9 +135,9 @@ class Evaluator:
         self._stages = stages(tape)
 
     @cached_property
-    def spans(self) -> dict[str, Span]:
-        """The events of each stage."""
-        return {stage: Span(stage, start, end, self.sizes, self.steps) for stage, start, end in self._stages}
+    def spans(self) -> tuple[Span, ...]:
+        """The events of each stage, in order; a stage that is entered again has several."""
+        return tuple(Span(stage, start, end, self.sizes, self.steps) for stage, start, end in self._stages)
 
     def live_bytes(self, values: Mapping[str, int]) -> NDArray[Any]:
         """Return the live bytes in 512-byte blocks before the first event and after each one."""

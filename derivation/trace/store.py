@@ -75,6 +75,12 @@ def subject(folder: TracedFolder, given: Mapping[str, Any], progress: Progress =
     return found.on(wanted, lambda tape: with_scratch(tape, card))
 
 
+def recorded(folder: TracedFolder, given: Mapping[str, Any]) -> tuple[RecordedSubject, dict[str, int]]:
+    """Return the recorded pipeline of a folder, and the symbols that have one value in it."""
+    found = subject(folder, given)
+    return found, found.fixed
+
+
 def _recorded(folder: TracedFolder, options: Options, progress: Progress) -> RecordedSubject:
     retrace = Tracing(folder, options)
     for path in (folder.path / RECORDED, cache_path(folder, options)):
