@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -168,8 +167,13 @@ def _marked(module: Any, name: str, tracer: ShadowTracer, stage: str) -> Callabl
         tracer.stage = MODEL
         return output
 
+    def restore() -> None:
+        del module.__dict__[name]
+        if own is not None:
+            module.__dict__[name] = own
+
     module.__dict__[name] = marked
-    return lambda: module.__dict__.pop(name) and None if own is None else module.__dict__.__setitem__(name, own)
+    return restore
 
 
 def record(
@@ -302,9 +306,3 @@ def _coarser(ranges: Mapping[str, Range], symbols: frozenset[str]) -> dict[str, 
             return None
         found[name] = Range(first, last, step)
     return found
-
-
-def described(model: object) -> tuple[Description, str]:
-    """Return the description and the name of a folder; raises DerivationError for anything else."""
-    folder = Path(str(model))
-    return Description.of(folder), folder.name
