@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from . import hub
@@ -46,6 +46,7 @@ class TracedFolder:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+@cache
 def bundled_traced() -> tuple[str, ...]:
     """Return the ids of the bundled pipelines that are traced, sorted."""
     return tuple(sorted(f"{path.parts[-3]}/{path.parts[-2]}" for path in TRACED.glob(f"*/*/{INDEX}")))

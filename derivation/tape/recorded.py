@@ -29,10 +29,10 @@ Retrace = Callable[[bool, Mapping[str, int]], Tape]
 class RecordedProgram:
     """The regimes of one guidance; sizes that none covers are traced where that can be done."""
 
-    def __init__(self, regimes: Iterable[Regime], retrace: Callable[[Mapping[str, int]], Tape], what: str) -> None:
+    def __init__(self, regimes: Iterable[Regime], retrace: Callable[[Mapping[str, int]], Tape]) -> None:
         self._regimes = list(regimes)
         self._variants = [Variant(regime.tape, Evaluator(regime.tape)) for regime in self._regimes]
-        self._retrace, self._what = retrace, what
+        self._retrace = retrace
         self._traced: list[Variant] = []
 
     @property
@@ -125,7 +125,7 @@ class RecordedSubject:
             regimes = [specialised(r, {}) for r in self.regimes if r.guidance == guidance and r.fixed == wanted]
         if not regimes:
             raise unsupported(self._spelled(fixed), self._values(fixed), self._covered())
-        return RecordedProgram(regimes, lambda values: self._traced(guidance, values), self.name)
+        return RecordedProgram(regimes, lambda values: self._traced(guidance, values))
 
     def _traced(self, guidance: bool, values: Mapping[str, int]) -> Tape:
         if self.retrace is None:

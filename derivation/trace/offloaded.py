@@ -27,12 +27,12 @@ def with_model_offload(tape: Tape, parameters: Parameters, order: Sequence[str])
     moves = _Moves(tape, parameters)
     begins = {mark.event: component for mark in tape.marks if (component := _component(mark.stage, parameters))}
     for i, event in enumerate(tape.events):
-        moves.reach(i)
+        moves.reach()
         if (component := begins.get(i)) is not None:
             moves.offload(previous.get(component))
             moves.load(component)
         moves.events.append(event)
-    moves.reach(len(tape.events))
+    moves.reach()
     for component in list(moves.loaded):
         moves.offload(component)
     return moves.result()
@@ -55,8 +55,8 @@ class _Moves:
         self.events = list[int]()
         self.loaded: dict[str, list[int]] = {}
 
-    def reach(self, _: int) -> None:
-        """Come to an event of the old tape."""
+    def reach(self) -> None:
+        """Come to the next event of the old tape."""
         self._places.append(len(self.events))
 
     def load(self, component: str) -> None:
