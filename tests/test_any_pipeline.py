@@ -29,8 +29,9 @@ from derivation.tape.recorded import RecordedSubject
 from derivation.tape.symbols import as_poly, ceil512, symbol
 from derivation.tape.tape import Tape
 from derivation.trace import store
-from derivation.trace.build import Description, build, modules_of
+from derivation.trace.build import Description, build
 from derivation.trace.interpolate import Parted, fit, normalised, parting, points
+from derivation.trace.modules import modules_of
 from derivation.trace.offloaded import with_model_offload
 from derivation.trace.pipeline import TracedPipeline, entries, record
 from derivation.trace.scratch import with_scratch

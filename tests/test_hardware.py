@@ -377,7 +377,7 @@ def test_a_loop_replays_as_its_iterations_written_out():
 
 
 @pytest.fixture(scope="module")
-def comparisons() -> dict[str, evidence.Comparison]:
+def comparisons() -> dict[str, evidence.Prediction]:
     return {c.measurement.id: c for c in evidence.measured_vs_predicted()}
 
 

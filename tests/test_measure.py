@@ -297,7 +297,7 @@ def test_the_measured_call_runs_on_the_cpu(pipeline: str, tmp_path: Path) -> Non
     pytest.importorskip("diffusers")
     import torch
 
-    from derivation.measure.pipeline import arguments, backend, loaded
+    from derivation.measure.pipeline import backend, call, loaded
 
     options = Options(
         pipeline=pipeline, dtype="float32", attention="math", safety_checker=False, num_inference_steps=2, strength=1.0
@@ -306,5 +306,5 @@ def test_the_measured_call_runs_on_the_cpu(pipeline: str, tmp_path: Path) -> Non
     asked |= {"height": 64, "width": 64, "batch_size": 2, "guidance_scale": 7.5}
     pipe = loaded(asked, to="cpu")
     with torch.no_grad(), backend("math"):
-        images = pipe(**arguments(pipe, asked)).images
+        images = pipe(**call(pipe, asked)).images
     assert [image.size for image in images] == [(64, 64)] * 2

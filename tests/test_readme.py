@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from derivation.cli import run
-from derivation.evidence.table import Comparison, measured_vs_predicted
+from derivation.evidence.table import Prediction, measured_vs_predicted
 from derivation.measure.validate import Row, recorded, summary
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -27,7 +27,7 @@ SMI = """| GPU, call (img2img, float16, efficient unless said) | H x W | nvidia-
 """
 
 
-def cells(comparison: Comparison) -> list[str]:
+def cells(comparison: Prediction) -> list[str]:
     m = comparison.measurement
     size = f" {m.height}x{m.width}" if m.width else ""
     thumb = [value / m.value - 1 for value in comparison.rules_of_thumb.values()]

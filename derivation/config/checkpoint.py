@@ -20,7 +20,7 @@ BUNDLED = Path(__file__).resolve().parent / "configs"
 # h94/IP-Adapter: models/image_encoder, OpenCLIP ViT-H/14, which ip-adapter_sd15 and ip-adapter_sdxl_vit-h read
 IMAGE_ENCODER = BUNDLED / "h94" / "IP-Adapter" / "image_encoder" / "config.json"
 MAX_FILE_BYTES = 4 << 20
-PIPELINES = (
+PIPELINE_CLASSES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
@@ -72,7 +72,7 @@ class Part(NamedTuple):
     file: str
 
 
-class Component(NamedTuple):
+class Reader(NamedTuple):
     """How a component is read: its supported classes, its file name, and its checker."""
 
     classes: tuple[str, ...]
@@ -80,15 +80,15 @@ class Component(NamedTuple):
     file: str = "config.json"
 
 
-COMPONENTS: dict[str, Component] = {
-    "unet": Component(("UNet2DConditionModel",), lambda part: unet_config(part.mapping, part.file)),
-    "vae": Component(("AutoencoderKL",), lambda part: vae_config(part.mapping, part.file)),
-    "text_encoder": Component(TEXT_CLASSES, lambda part: clip_text_config(part.mapping, part.file, part.class_name)),
-    "text_encoder_2": Component(TEXT_CLASSES, lambda part: clip_text_config(part.mapping, part.file, part.class_name)),
-    "safety_checker": Component(
+COMPONENTS: dict[str, Reader] = {
+    "unet": Reader(("UNet2DConditionModel",), lambda part: unet_config(part.mapping, part.file)),
+    "vae": Reader(("AutoencoderKL",), lambda part: vae_config(part.mapping, part.file)),
+    "text_encoder": Reader(TEXT_CLASSES, lambda part: clip_text_config(part.mapping, part.file, part.class_name)),
+    "text_encoder_2": Reader(TEXT_CLASSES, lambda part: clip_text_config(part.mapping, part.file, part.class_name)),
+    "safety_checker": Reader(
         ("StableDiffusionSafetyChecker",), lambda part: clip_vision_config(part.mapping, part.file)
     ),
-    "scheduler": Component(
+    "scheduler": Reader(
         tuple(DEFAULTS),
         lambda part: scheduler_config(part.mapping, part.file, part.class_name),
         "scheduler_config.json",
@@ -147,10 +147,10 @@ class OtherPipeline(UnsupportedConfig):
 
 def known_pipeline(named: object, file: str) -> str:
     """Return the class of a pipeline that is walked; raises DerivationError for another, and says what to do."""
-    if isinstance(named, str) and named not in PIPELINES:
-        walked = f"{', '.join(PIPELINES)}; a transformer alone with method = 'trace'"
+    if isinstance(named, str) and named not in PIPELINE_CLASSES:
+        walked = f"{', '.join(PIPELINE_CLASSES)}; a transformer alone with method = 'trace'"
         raise OtherPipeline(file, "_class_name", named, walked)
-    return one_of(*PIPELINES)(named, At(file, "_class_name"))
+    return one_of(*PIPELINE_CLASSES)(named, At(file, "_class_name"))
 
 
 def assembled(name: str, source: str, file: str, named: object, index: object, parts: Mapping[str, Part]) -> Checkpoint:

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from ..errors import DerivationError
-from .checkpoint import PIPELINES, Checkpoint
+from .checkpoint import PIPELINE_CLASSES, Checkpoint
 from .checks import At, Check, flag, one_of, text
 from .clip import clip_text_config, clip_vision_config
 from .models import unet_config, vae_config
@@ -47,7 +47,7 @@ def _named(read: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
 PLAIN: dict[str, Check[Any]] = {
     "name": text,
     "source": text,
-    "pipeline_class": one_of("", *PIPELINES),
+    "pipeline_class": one_of("", *PIPELINE_CLASSES),
     "force_zeros_for_empty_prompt": flag,
     "requires_aesthetics_score": flag,
     "requires_safety_checker": flag,

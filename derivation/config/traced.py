@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from . import hub
-from .checkpoint import BUNDLED, PIPELINES, read_json
+from .checkpoint import BUNDLED, PIPELINE_CLASSES, read_json
 from .checks import INDEX
 
 TRACED = Path(__file__).resolve().parent / "traced"
@@ -75,7 +75,7 @@ def _bundled(given: str) -> str | None:
 
 
 def _is_other(folder: TracedFolder) -> bool:
-    return folder.class_name.endswith("Pipeline") and folder.class_name not in PIPELINES
+    return folder.class_name.endswith("Pipeline") and folder.class_name not in PIPELINE_CLASSES
 
 
 def hub_folder(model: object, revision: str | None = None, local_files_only: bool = False) -> TracedFolder:

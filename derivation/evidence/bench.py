@@ -23,7 +23,7 @@ from derivation.walk.ops import elementwise, given
 from derivation.walk.pipelines import Pipeline, required
 
 Values = Mapping[str, int]
-_PIPELINES: dict[Hashable, list[Tape]] = {}
+_TAPES: dict[Hashable, list[Tape]] = {}
 # pipeline_stable_diffusion.py: the order in which .to() moves the modules
 PIPELINE_ORDER = ("vae", "text_encoder", "unet", "safety_checker")
 
@@ -64,7 +64,7 @@ class Bench:
         """Return a tape of ``run`` whose decisions hold at ``values``; those of equal pipelines are shared."""
         known: list[Tape] = []
         if isinstance(run, Pipeline):
-            known = _PIPELINES.setdefault((run, self.run, frozenset(self._kept)), [])
+            known = _TAPES.setdefault((run, self.run, frozenset(self._kept)), [])
         for recorded in known:
             if decides_alike(recorded, values):
                 return recorded

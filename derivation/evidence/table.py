@@ -27,7 +27,7 @@ CHECKPOINT = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 UNITS = {"bytes": 1, "MiB": 1 << 20, "GiB": 1 << 30}
 TOKENS = 77
 STEPS = {"img2img": 50, "txt2img": 12}
-PIPELINES = ("txt2img", "img2img")
+MEASURED = ("txt2img", "img2img")
 # The origin's four img2img runs, (height, width) in order.
 FOUR_RUNS = ((380, 396), (2048, 2048), (534, 800), (1200, 1800))
 
@@ -53,7 +53,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Prediction:
     """A measurement, the prediction in bytes, and the rows its coefficients were fitted on."""
 
     measurement: Measurement
@@ -104,33 +104,33 @@ def _measurement(row: dict[str, str]) -> Measurement:
     )
 
 
-def measured_vs_predicted() -> tuple[Comparison, ...]:
+def measured_vs_predicted() -> tuple[Prediction, ...]:
     """Return every measurement with its prediction."""
     return tuple(compare(row) for row in measurements())
 
 
-def compare(row: Measurement) -> Comparison:
+def compare(row: Measurement) -> Prediction:
     """Predict one measurement the way it was taken."""
     bench = _bench(row)
     if row.metric == "device":
         predicted = _device(bench, row)
-    elif row.what in PIPELINES:
+    elif row.what in MEASURED:
         predicted = _pipeline(bench, row)
     else:
         predicted = _component(bench, row)
-    return Comparison(row, predicted, fitted_rows(row.dtype), _rules_of_thumb(bench, row))
+    return Prediction(row, predicted, fitted_rows(row.dtype), _rules_of_thumb(bench, row))
 
 
 def _bench(row: Measurement) -> Bench:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gpu = hardware(row.gpu, torch=row.torch, diffusers=row.diffusers)
-    pipeline = row.what if row.what in PIPELINES else "img2img"
+    pipeline = row.what if row.what in MEASURED else "img2img"
     options = Options(
         pipeline=pipeline,
         dtype=row.dtype,
         num_inference_steps=STEPS[pipeline],
-        num_images_per_prompt=row.batch if row.what in PIPELINES else 1,
+        num_images_per_prompt=row.batch if row.what in MEASURED else 1,
         safety_checker=pipeline == "img2img",
     )
     capacity = None

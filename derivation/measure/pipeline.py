@@ -16,9 +16,9 @@ from derivation.config import load
 from derivation.config.checkpoint import BUNDLED
 from derivation.measure import device
 from derivation.options import Options
-from derivation.trace.modules import build_pipeline
+from derivation.trace.inputs import arguments
+from derivation.trace.modules import build_pipeline, modules_of
 from derivation.trace.offload import ENABLE
-from derivation.trace.runs import control, ip_adapter_image
 from derivation.verify.compare import switches
 
 # What F.scaled_dot_product_attention may choose from, in this order; others fall through as in PyTorch
@@ -34,10 +34,6 @@ ALL_BACKENDS = [
     SDPBackend.MATH,
     SDPBackend.CUDNN_ATTENTION,
 ]
-
-
-# given to ``__call__`` under their own names
-CALL_OPTIONS = ("num_images_per_prompt", "num_inference_steps", "strength", "clip_skip")
 
 
 def backend(attention: str) -> AbstractContextManager[None]:
@@ -57,7 +53,7 @@ def measure_pipeline(job: Mapping[str, Any]) -> dict[str, Any]:
     if job.get("history"):
         device.start_history()
     with torch.no_grad(), backend(job["attention"]):
-        pipe(**arguments(pipe, job))
+        pipe(**call(pipe, job))
     torch.cuda.synchronize()
     found = {"before": empty, "loaded": ready, "run": device.memory()}
     return {**found, "history": device.history()} if job.get("history") else found
@@ -73,12 +69,12 @@ def loaded(job: Mapping[str, Any], to: str = "cuda") -> Any:
     accepted = {name: own[name] for name in inspect.signature(build_pipeline).parameters if name in own}
     on_models = tuple(switch for switch in switches(options) if switch[0] != "offload")
     pipe = build_pipeline(folder(job["model"]), **accepted, switches=on_models)
-    for module in modules(pipe):
+    for module in modules_of(pipe).values():
         module.to_empty(device="cpu")
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     if options.offload is None:
         pipe.to(to)
-    for module in modules(pipe):
+    for module in modules_of(pipe).values():
         randomize(module)
     if options.offload is not None:
         getattr(pipe, ENABLE[options.offload])(device=to)
@@ -97,9 +93,10 @@ def folder(model: str) -> Path:
     return BUNDLED / checkpoint.name if checkpoint.source == "bundled" else Path(checkpoint.source)
 
 
-def modules(pipe: Any) -> list[torch.nn.Module]:
-    """Return the pipeline's models."""
-    return [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+def call(pipe: Any, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the job's ``__call__``."""
+    sizes = {name: job[name] for name in ("height", "width", "batch_size", "guidance_scale")}
+    return arguments(pipe, chosen(job).as_dict(), **sizes)
 
 
 def randomize(module: torch.nn.Module) -> None:
@@ -113,24 +110,3 @@ def randomize(module: torch.nn.Module) -> None:
                     buffer[..., i] = i
             else:
                 buffer.zero_()
-
-
-def arguments(pipe: Any, job: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``__call__`` that this pipeline takes: blank images and masks on the CPU."""
-    options = chosen(job)
-    height, width, batch = job["height"], job["width"], job["batch_size"]
-    accepted = inspect.signature(pipe.__call__).parameters
-    given = {
-        "prompt": [""] * batch,
-        "image": torch.zeros(batch, 3, height, width),
-        "mask_image": torch.ones(batch, 1, height, width),
-        "height": height,
-        "width": width,
-        "guidance_scale": job["guidance_scale"],
-        **{name: value for name in CALL_OPTIONS if (value := getattr(options, name)) is not None},
-    }
-    if options.negative_prompt:
-        given["negative_prompt"] = [""] * batch
-    given |= control(pipe, options.pipeline, (batch, 3, height, width), options.controlnets)
-    given |= ip_adapter_image(pipe)
-    return {name: value for name, value in given.items() if name in accepted}

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from derivation.errors import DerivationError
-from derivation.evidence.table import Comparison, measured_vs_predicted
+from derivation.evidence.table import Prediction, measured_vs_predicted
 from derivation.libraries import LIBRARIES
 from derivation.measure import validate
 from derivation.options import Options
@@ -71,7 +71,7 @@ class Validation:
     pictures: tuple[Picture, ...]
 
 
-def validation(model: str, options: Options, comparisons: Sequence[Comparison], verify: bool) -> Validation:
+def validation(model: str, options: Options, comparisons: Sequence[Prediction], verify: bool) -> Validation:
     """Return the verification of ``model``, traced now or as recorded, and the measured rows.
 
     Raises DerivationError where ``verify`` is asked for without its extra, or the record is not readable.
@@ -85,7 +85,7 @@ def validation(model: str, options: Options, comparisons: Sequence[Comparison], 
     )
 
 
-def comparisons() -> tuple[Comparison, ...]:
+def comparisons() -> tuple[Prediction, ...]:
     """Return every published measurement with its prediction."""
     return measured_vs_predicted()
 
@@ -181,7 +181,7 @@ def _verified(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (f"{row['scope']} {row['name']}", size, *numbers, result)
 
 
-def _row(c: Comparison) -> MeasuredRow:
+def _row(c: Prediction) -> MeasuredRow:
     m = c.measurement
     return MeasuredRow(
         what=_what(c),
@@ -195,13 +195,13 @@ def _row(c: Comparison) -> MeasuredRow:
     )
 
 
-def _what(c: Comparison) -> str:
+def _what(c: Prediction) -> str:
     m = c.measurement
     size = f"{m.height} × {m.width}, B={m.batch}, " if m.height else ""
     return f"{m.what.replace('_', ' ')}, {size}{m.dtype}"
 
 
-def _measured(rows: Sequence[Comparison]) -> Picture:
+def _measured(rows: Sequence[Prediction]) -> Picture:
     shown = [Measured(_label(r), r.predicted, r.measurement.value, _uncertainty(r), r.judged) for r in rows]
     return picture(
         "measured",
@@ -213,11 +213,11 @@ def _measured(rows: Sequence[Comparison]) -> Picture:
     )
 
 
-def _label(c: Comparison) -> str:
+def _label(c: Prediction) -> str:
     return f"{_what(c)}, {c.measurement.gpu}, {c.measurement.metric}"
 
 
-def _uncertainty(row: Comparison) -> float:
+def _uncertainty(row: Prediction) -> float:
     """Return half of the measurement's last printed digit, in bytes: two decimals of MiB or GiB, or exact bytes."""
     value = row.measurement.value
     if value.is_integer():
@@ -226,7 +226,7 @@ def _uncertainty(row: Comparison) -> float:
     return 0.005 * (MIB if abs(hundredths - round(hundredths)) < 1e-3 else GIB)
 
 
-def _rules(rows: Sequence[Comparison]) -> Picture:
+def _rules(rows: Sequence[Prediction]) -> Picture:
     errors: dict[str, list[float]] = {OURS: []}
     for row in (r for r in rows if r.rules_of_thumb and r.judged):
         errors[OURS].append(abs(row.error))

@@ -15,10 +15,10 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers.utils import logging as diffusers_logging
 from transformers.initialization import no_init_weights
 
 from derivation.errors import DerivationError, UnsupportedConfig, shown
+from derivation.trace.modules import quiet
 from derivation.trace.standins import processor, word_tokenizer
 
 INDEX = "model_index.json"
@@ -116,19 +116,6 @@ def _assembled(cls: Any, arguments: Mapping[str, Any]) -> Any:
             return cls(**arguments)
 
 
-class quiet:  # noqa: N801
-    """Let diffusers and transformers log errors alone."""
-
-    def __enter__(self) -> None:
-        self._levels = diffusers_logging.get_verbosity(), transformers.logging.get_verbosity()
-        diffusers_logging.set_verbosity_error()
-        transformers.logging.set_verbosity_error()
-
-    def __exit__(self, *_: object) -> None:
-        diffusers_logging.set_verbosity(self._levels[0])
-        transformers.logging.set_verbosity(self._levels[1])
-
-
 def _component(name: str, part: Part, dtype: str) -> Any:
     cls = _class(name, part)
     if issubclass(cls, torch.nn.Module):
@@ -208,11 +195,6 @@ def _tokenizer(cls: Any, part: Part) -> Any:
     default = CLIP_TOKENS if cls.__name__.startswith("CLIP") else OTHER_TOKENS
     length = part.config.get("model_max_length", default)
     return word_tokenizer(cls.__name__, length if isinstance(length, int) else default)
-
-
-def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
-    """Return a pipeline's models by component name."""
-    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
 
 
 class State:

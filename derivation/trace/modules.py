@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 import transformers
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.utils import logging as diffusers_logging
 
 from derivation.config.checkpoint import IMAGE_ENCODER
 from derivation.trace.offload import offload_pipeline
@@ -23,7 +26,7 @@ Config = Mapping[str, Any]
 Switches = tuple[tuple[str, Any], ...]
 
 # the class of each family and task
-PIPELINES: Mapping[str, Mapping[str, Any]] = {
+CLASSES: Mapping[str, Mapping[str, Any]] = {
     "SD": {
         "txt2img": diffusers.StableDiffusionPipeline,
         "img2img": diffusers.StableDiffusionImg2ImgPipeline,
@@ -128,10 +131,10 @@ def build_pipeline(
         parts["controlnet"] = build_controlnet(_required(folder, "unet"), dtype, attention, switches)
     if "XL" in index["_class_name"]:
         parts |= _sdxl_parts(folder, pipeline, dtype, prompt_length, index)
-        pipe = PIPELINES[f"SDXL{kind}"][pipeline](**parts)
+        pipe = CLASSES[f"SDXL{kind}"][pipeline](**parts)
     else:
         family = "LCM" if index["_class_name"].startswith("LatentConsistencyModel") else f"SD{kind}"
-        pipe = PIPELINES[family][pipeline](**parts, **_checker(folder, dtype, safety_checker))
+        pipe = CLASSES[family][pipeline](**parts, **_checker(folder, dtype, safety_checker))
     if (offload := dict(switches).get("offload")) is not None:
         offload_pipeline(pipe, offload)
     return pipe
@@ -176,6 +179,27 @@ def build_scheduler(config: Config) -> Any:
 
     scheduler.set_timesteps = on_cpu
     return scheduler
+
+
+def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
+    """Return a pipeline's models by component name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let diffusers and transformers log errors alone, and nothing warn."""
+    logs = (diffusers_logging, transformers.logging)
+    levels = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -19,10 +19,12 @@ from derivation.tape.recorded import RecordedSubject
 from derivation.tape.regime import Regime
 from derivation.tape.tape import Tape
 from derivation.trace.arguments import Arguments
-from derivation.trace.build import REJECTIONS, Description, State, build, modules_of, quiet
+from derivation.trace.build import REJECTIONS, Description, State, build
 from derivation.trace.interpolate import Parted, Values, fit, normalised, points
+from derivation.trace.modules import modules_of, quiet
 from derivation.trace.offload import offload_pipeline
 from derivation.trace.shadows import ShadowTracer
+from derivation.trace.tracer import marked
 from derivation.trace.world import meta_world
 
 # Image sides of the sizes that are traced, in pixels; a video's are smaller.
@@ -142,38 +144,13 @@ def _same(one: Tape, other: Tape) -> bool:
 @contextmanager
 def _stages(pipe: Any, tracer: ShadowTracer) -> Iterator[None]:
     """Name the stage of each component's calls after it; ``encode`` and ``decode`` are calls of their own."""
-    undo: list[Callable[[], None]] = []
-    for name, module in modules_of(pipe).items():
-        for method in ("forward", "encode", "decode", "generate", "get_image_features"):
-            if callable(getattr(module, method, None)):
-                stage = name if method in ("forward", "generate", "get_image_features") else f"{name}_{method}"
-                undo.append(_marked(module, method, tracer, stage))
-    try:
+    with ExitStack() as scope:
+        for name, module in modules_of(pipe).items():
+            for method in ("forward", "encode", "decode", "generate", "get_image_features"):
+                if callable(getattr(module, method, None)):
+                    stage = name if method in ("forward", "generate", "get_image_features") else f"{name}_{method}"
+                    scope.callback(marked(module, method, tracer, stage, MODEL, outermost=True))
         yield
-    finally:
-        for restore in undo:
-            restore()
-
-
-def _marked(module: Any, name: str, tracer: ShadowTracer, stage: str) -> Callable[[], None]:
-    method, own = getattr(module, name), module.__dict__.get(name)
-
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        if tracer.stage != MODEL:
-            return method(*args, **kwargs)
-        tracer.stage = stage
-        output = method(*args, **kwargs)
-        del args, kwargs  # the arguments die inside the stage, as in the unwrapped call
-        tracer.stage = MODEL
-        return output
-
-    def restore() -> None:
-        del module.__dict__[name]
-        if own is not None:
-            module.__dict__[name] = own
-
-    module.__dict__[name] = marked
-    return restore
 
 
 def record(

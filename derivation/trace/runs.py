@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 
 from derivation.tape.tape import Tape
+from derivation.trace.inputs import arguments, embeddings
 from derivation.trace.modules import (
     Config,
     Switches,
@@ -24,10 +22,12 @@ from derivation.trace.modules import (
     build_text_encoder,
     build_unet,
     build_vae,
+    modules_of,
+    quiet,
 )
 from derivation.trace.offload import meta_as_gpu, offload_model
 from derivation.trace.sdpa import SdpaMode
-from derivation.trace.tracer import Onto, Tracer
+from derivation.trace.tracer import Onto, Tracer, marked
 
 # A module, its inputs and the call to watch.
 Call = tuple[torch.nn.Module, dict[str, torch.Tensor], Callable[..., object]]
@@ -134,7 +134,7 @@ def trace_pipeline(
     Prompts are ``batch_size`` strings, or embeddings given as (excluded) inputs where ``prompt_length`` is
     over 77. ``strength`` None is the class's default. ``switches`` are options set on the models.
     """
-    with _quiet():
+    with quiet():
         pipe = build_pipeline(
             checkpoint_folder,
             pipeline,
@@ -147,19 +147,27 @@ def trace_pipeline(
         )
     pipe.set_progress_bar_config(disable=True)
     sizes = _doubled(pipe.unet.config, Sizes(height, width, batch_size, prompt_length, guidance_scale > 1, dtype))
-    inputs = _prompt(pipe, sizes, negative_prompt) | _image(pipeline, sizes, strength)
-    inputs |= control(pipe, pipeline, (batch_size, 3, height, width), dict(switches).get("controlnets", 0))
-    inputs |= ip_adapter_image(pipe)
+    own = {
+        "pipeline": pipeline,
+        "negative_prompt": negative_prompt,
+        "num_images_per_prompt": num_images_per_prompt,
+        "num_inference_steps": num_inference_steps,
+        "strength": strength,
+        "clip_skip": clip_skip,
+    }
+    inputs = arguments(
+        pipe,
+        own,
+        height=height,
+        width=width,
+        batch_size=batch_size,
+        guidance_scale=guidance_scale,
+        prompt_embeds=embeddings(pipe, batch_size, prompt_length, sizes.guidance, dtype),
+    )
     tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
-    tracer = Tracer(_modules(pipe), tensors, paths=paths, stage="text_encoder")
-    with _quiet(), sdpa_mode(attention), meta_as_gpu(), _stages(pipe, pipeline, tracer), tracer:
-        pipe(
-            **inputs,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            num_inference_steps=num_inference_steps,
-            clip_skip=clip_skip,
-        )
+    tracer = Tracer(modules_of(pipe), tensors, paths=paths, stage="text_encoder")
+    with quiet(), sdpa_mode(attention), meta_as_gpu(), _stages(pipe, pipeline, tracer), tracer:
+        pipe(**inputs)
     return tracer.tape
 
 
@@ -286,68 +294,6 @@ def _image_embeds(unet: Any, sizes: Sizes) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
-
-
-def _modules(pipe: Any) -> dict[str, torch.nn.Module]:
-    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-
-
-def _prompt(pipe: Any, sizes: Sizes, negative_prompt: bool) -> dict[str, Any]:
-    signs = ["", "negative_"][: 2 if sizes.guidance else 1]
-    if sizes.prompt_length <= 77:
-        given = signs if negative_prompt else signs[:1]
-        return {f"{sign}prompt": [""] * sizes.batch_size for sign in given}
-    width = pipe.unet.config.cross_attention_dim
-    shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (sizes.batch_size, sizes.prompt_length, width)}
-    if (second := getattr(pipe, "text_encoder_2", None)) is not None:
-        shapes["pooled_prompt_embeds"] = (sizes.batch_size, second.config.projection_dim)
-    return {sign + name: sizes.empty(*shape) for sign in signs for name, shape in shapes.items()}
-
-
-def _image(pipeline: str, sizes: Sizes, strength: float | None) -> dict[str, Any]:
-    side = {"height": sizes.height, "width": sizes.width}
-    if pipeline == "txt2img":
-        return side
-    channels = {"image": 3} if pipeline == "img2img" else {"image": 3, "mask_image": 1}
-    tensors = {
-        name: torch.zeros(sizes.batch_size, count, sizes.height, sizes.width, device="cpu")
-        for name, count in channels.items()
-    }
-    chosen = {} if strength is None else {"strength": strength}
-    return tensors | chosen | ({} if pipeline == "img2img" else side)
-
-
-def ip_adapter_image(pipe: Any) -> dict[str, torch.Tensor]:
-    """Return one image as the feature extractor gives it, where the pipeline has an image encoder."""
-    if pipe.image_encoder is None:
-        return {}
-    side = pipe.image_encoder.config.image_size
-    return {"ip_adapter_image": torch.zeros(1, 3, side, side, device="cpu")}
-
-
-def control(pipe: Any, pipeline: str, shape: tuple[int, ...], count: int) -> dict[str, Any]:
-    """Return the control image [B, 3, H, W] on the CPU, a list of them for several ControlNets, and its size.
-
-    The default of SDXL's ``original_size``, a torch.Size, fails where an aesthetic score, a float, is appended.
-    """
-    if not count:
-        return {}
-    images = [torch.zeros(shape, device="cpu") for _ in range(count)]
-    sized = "original_size" in signature(pipe.__call__).parameters
-    name = "image" if pipeline == "txt2img" else "control_image"
-    return {name: images[0] if count == 1 else images} | ({"original_size": shape[2:]} if sized else {})
-
-
-@contextmanager
 def _stages(pipe: Any, pipeline: str, tracer: Tracer) -> Iterator[None]:
     checked = getattr(pipe, "safety_checker", None) is not None
     prepared = "prepare_latents" if pipeline == "txt2img" else "vae_encode"
@@ -363,23 +309,5 @@ def _stages(pipe: Any, pipeline: str, tracer: Tracer) -> Iterator[None]:
     with ExitStack() as scope:
         for owner, name, during, after in marks:
             if hasattr(owner, name):
-                scope.enter_context(_marked(owner, name, tracer, during, after))
+                scope.callback(marked(owner, name, tracer, during, after))
         yield
-
-
-@contextmanager
-def _marked(owner: Any, name: str, tracer: Tracer, during: str, after: str) -> Iterator[None]:
-    method = getattr(owner, name)
-
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        tracer.stage = during
-        output = method(*args, **kwargs)
-        del args, kwargs  # the arguments die inside the stage, as in the unwrapped call
-        tracer.stage = after
-        return output
-
-    setattr(owner, name, marked)
-    try:
-        yield
-    finally:
-        delattr(owner, name)

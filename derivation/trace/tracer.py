@@ -177,6 +177,33 @@ class Tracer(TorchDispatchMode):
         self._path.pop()
 
 
+def marked(
+    owner: Any, name: str, tracer: Tracer, during: str, after: str, outermost: bool = False
+) -> Callable[[], None]:
+    """Make ``owner.name`` a stage ``during`` with ``after`` behind it; returns what undoes it.
+
+    ``outermost`` leaves a call alone that begins in another stage than ``after``.
+    """
+    method, own = getattr(owner, name), owner.__dict__.get(name)
+
+    def staged(*args: Any, **kwargs: Any) -> Any:
+        if outermost and tracer.stage != after:
+            return method(*args, **kwargs)
+        tracer.stage = during
+        output = method(*args, **kwargs)
+        del args, kwargs  # the arguments die inside the stage, as in the unwrapped call
+        tracer.stage = after
+        return output
+
+    def restore() -> None:
+        del owner.__dict__[name]
+        if own is not None:
+            owner.__dict__[name] = own
+
+    owner.__dict__[name] = staged
+    return restore
+
+
 def _qualified(root: str, top: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     for name, module in top.named_modules():
         yield ".".join(filter(None, (root, name))), module

@@ -45,7 +45,7 @@ GROUPING_OPTIONS = ("vae_slicing", "attention_slicing")
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Verified:
     """One component or stage: derived and traced peak bytes, and where the event streams part, if they do."""
 
     name: str
@@ -61,7 +61,7 @@ class Comparison:
 
 def compare_component(
     derivation: Derivation, name: str, config: Mapping[str, Any], values: Mapping[str, int], guidance: bool
-) -> Comparison:
+) -> Verified:
     """Compare one component call at the symbols' ``values`` with the real module built from ``config``."""
     variant = derivation.component(name, guidance).at(values)
     [(peak, _)] = variant.evaluator.peaks(values).values()
@@ -80,11 +80,11 @@ def compare_component(
         switches=switches(derivation.options),
     )
     where = None if groups(derivation) else parting(births_at(variant.tape, values), births_at(traced, {}))
-    return Comparison(name, peak, naive_peak(traced), where)
+    return Verified(name, peak, naive_peak(traced), where)
 
 
 @takes_call
-def compare_components(derivation: Derivation, call: Call) -> list[Comparison]:
+def compare_components(derivation: Derivation, call: Call) -> list[Verified]:
     """Compare every component call of a checkpoint at one size; raises DerivationError where there is none."""
     if not derivation.calls:
         raise DerivationError(f"{derivation.checkpoint.source}: nothing in it runs on the GPU")
@@ -94,7 +94,7 @@ def compare_components(derivation: Derivation, call: Call) -> list[Comparison]:
 
 
 @takes_call
-def compare_pipeline(derivation: Derivation, call: Call) -> list[Comparison]:
+def compare_pipeline(derivation: Derivation, call: Call) -> list[Verified]:
     """Compare every stage of the whole pipeline call at one size.
 
     The streams are compared event by event up to the postprocessing of more than one image, whose
@@ -121,23 +121,23 @@ def compare_pipeline(derivation: Derivation, call: Call) -> list[Comparison]:
     where = None if groups(derivation) else parting(ours, theirs)
     names = list(dict.fromkeys([*derived, *traced]))
     return [
-        Comparison(name, derived.get(name, (0, 0))[0], traced.get(name, 0), where if i == 0 else None)
+        Verified(name, derived.get(name, (0, 0))[0], traced.get(name, 0), where if i == 0 else None)
         for i, name in enumerate(names)
     ]
 
 
-def compared(compare: Callable[[T], list[Comparison]], cases: Iterable[T]) -> Iterator[tuple[T, list[Comparison]]]:
+def compared(compare: Callable[[T], list[Verified]], cases: Iterable[T]) -> Iterator[tuple[T, list[Verified]]]:
     """Compare every case, on all processors, and yield them in order; one that raises is no match."""
     listed = list(cases)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
         yield from zip(listed, workers.map(partial(_compared, compare), listed, chunksize=CHUNK), strict=True)
 
 
-def _compared(compare: Callable[[T], list[Comparison]], case: T) -> list[Comparison]:
+def _compared(compare: Callable[[T], list[Verified]], case: T) -> list[Verified]:
     try:
         return compare(case)
     except Exception as error:
-        return [Comparison("the whole call", 0, 0, f"it raises {type(error).__name__}: {error}")]
+        return [Verified("the whole call", 0, 0, f"it raises {type(error).__name__}: {error}")]
 
 
 def _trace_options(derivation: Derivation) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from derivation.options.row import Part
 from derivation.tape.symbols import TILE_AXES
 from derivation.tape.tiles import Tiling, cuts
 from derivation.verify import random_configs
-from derivation.verify.compare import Comparison, compare_component, compare_pipeline, compared
+from derivation.verify.compare import Verified, compare_component, compare_pipeline, compared
 from derivation.walk.subject import WalkedSubject
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -129,7 +129,7 @@ def _cut_below_a_latent(config: Mapping[str, Any], options: Options, sizes: Mapp
     return any(cut.side < tiling.factor for cut in tiles)
 
 
-def compare_case(case: Case) -> list[Comparison]:
+def compare_case(case: Case) -> list[Verified]:
     """Derive and trace one case: one comparison, or one a stage of a pipeline."""
     if case.component == PIPELINE:
         return _compare_pipeline(case)
@@ -140,7 +140,7 @@ def compare_case(case: Case) -> list[Comparison]:
     return [compare_component(derivation, case.component, case.config, {**sides, **case.sizes}, case.guidance)]
 
 
-def _compare_pipeline(case: Case) -> list[Comparison]:
+def _compare_pipeline(case: Case) -> list[Verified]:
     with TemporaryDirectory() as folder:
         for name, content in case.config.items():
             path = Path(folder, name)
@@ -151,6 +151,6 @@ def _compare_pipeline(case: Case) -> list[Comparison]:
         return compare_pipeline(derivation, factor * s["h0"], factor * s["w0"], s["B"], s["L"], case.guidance)
 
 
-def run_fuzz(count: int, seed: int = 0) -> Iterator[tuple[Case, list[Comparison]]]:
+def run_fuzz(count: int, seed: int = 0) -> Iterator[tuple[Case, list[Verified]]]:
     """Derive and trace ``count`` cases from ``seed`` on, on all processors, and yield them in order."""
     return compared(compare_case, map(random_case, range(seed, seed + count)))

@@ -10,7 +10,7 @@ from derivation.api import derive
 from derivation.call import Call
 from derivation.config import bundled, load
 from derivation.options import PIPELINES, TABLE, flag
-from derivation.verify.compare import Comparison, compare_pipeline, compared
+from derivation.verify.compare import Verified, compare_pipeline, compared
 
 # the checkpoints that not every pipeline takes
 TASKS: Mapping[str, tuple[str, ...]] = {
@@ -42,7 +42,7 @@ class Entry:
         given = {**self.options, **call, **guidance}
         return f"{self.model} {' '.join(flag(*item) for item in given.items())}"
 
-    def compare(self) -> list[Comparison]:
+    def compare(self) -> list[Verified]:
         """Derive and trace the call: one comparison a stage."""
         return compare_pipeline(derive(self.model, **self.options), self.call)
 
@@ -69,6 +69,6 @@ def changes(model: str, task: str, chosen: Mapping[str, Any]) -> bool:
     return "safety_checker" not in chosen or load(model).safety_checker is not None
 
 
-def run_matrix(models: tuple[str, ...] | None = None) -> Iterator[tuple[Entry, list[Comparison]]]:
+def run_matrix(models: tuple[str, ...] | None = None) -> Iterator[tuple[Entry, list[Verified]]]:
     """Derive and trace every call, on all processors, and yield them in order."""
     return compared(Entry.compare, matrix(models))

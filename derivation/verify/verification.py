@@ -12,7 +12,7 @@ from typing import Any
 from derivation.api import Derivation, derive
 from derivation.call import Call
 from derivation.libraries import LIBRARIES
-from derivation.verify.compare import Comparison, compare_components, compare_pipeline
+from derivation.verify.compare import Verified, compare_components, compare_pipeline
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -25,7 +25,7 @@ class Row:
     options: dict[str, object]
     call: Call
     scope: str
-    comparison: Comparison
+    comparison: Verified
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row ready for JSON."""
@@ -57,7 +57,7 @@ def run_verification(
             yield from _rows(derivation, call, "stage", compare_pipeline(derivation, call))
 
 
-def _rows(derivation: Derivation, call: Call, scope: str, comparisons: Iterable[Comparison]) -> Iterator[Row]:
+def _rows(derivation: Derivation, call: Call, scope: str, comparisons: Iterable[Verified]) -> Iterator[Row]:
     for comparison in comparisons:
         yield Row(derivation.checkpoint.name, derivation.options.as_dict(), call, scope, comparison)
 
