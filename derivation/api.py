@@ -11,6 +11,7 @@ from typing import Any
 import sympy
 
 from derivation.allocator.memory import DeviceMemory, device_memory
+from derivation.allocator.snapshot import snapshot
 from derivation.call import Call, takes_call
 from derivation.config import Checkpoint, OtherPipeline, hub_folder, is_live, load, traced_folder
 from derivation.equation.derived import Stage
@@ -258,6 +259,16 @@ class Derivation:
     def device_memory(self, call: Call) -> DeviceMemory:
         """Return what the allocator and nvidia-smi say on the GPU; raises DerivationError where none is named."""
         return self._replayed(self._gpu(), call)
+
+    @takes_call
+    def snapshot(self, call: Call) -> dict[str, Any]:
+        """Return the replay as PyTorch's memory snapshot, ready to be pickled for memory_viz; raises DerivationError.
+
+        An allocation's one frame is its module's path and its operator.
+        """
+        values = self.equation.sizes(call)
+        tape = self.program(call.guidance).at(values).tape
+        return snapshot(self._gpu(), self.resident, tape, values, self.options.alloc_conf)
 
     @takes_call
     def verdict(self, call: Call, free_bytes: int | None = None) -> Verdict:

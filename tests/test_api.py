@@ -211,6 +211,16 @@ def adapted():
     return derive(SD15, lora_rank=4)
 
 
+def test_series_keep_their_index_and_other_indexes_are_refused() -> None:
+    pandas = pytest.importorskip("pandas")
+    function = derive(SD15).lambdify("numpy")
+    heights = pandas.Series([512, 768], index=["a", "b"])
+    found = function(heights, width=512)
+    assert list(found.index) == ["a", "b"] and list(found) == list(function(heights.to_numpy(), 512))
+    with pytest.raises(ValueError, match="one index"):
+        function(heights, pandas.Series([512, 512], index=["b", "a"]))
+
+
 @pytest.mark.parametrize("target", ["math", "numpy", "torch"])
 def test_lambdify_equals_the_replayed_tape(target, adapted):
     if target == "torch":

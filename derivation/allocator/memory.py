@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from derivation.allocator.allocator import CachingAllocator
 from derivation.allocator.config import AllocatorConfig
@@ -19,6 +19,7 @@ from derivation.tape.symbols import DTYPE_BYTES, evaluate
 from derivation.tape.tape import Tape
 from derivation.walk.pipelines.weights import registered
 
+A = TypeVar("A", bound=CachingAllocator)
 Parameters = Mapping[str, Mapping[str, tuple[tuple[int, ...], str]]]
 
 
@@ -67,8 +68,7 @@ def device_memory(
     """
     card = lookup(gpu)
     context, source = context_of(card)
-    capacity = None if card.total_memory_bytes is None else card.total_memory_bytes - (context or 0)
-    allocator = CachingAllocator(AllocatorConfig.parse(alloc_conf or ""), capacity, card.total_memory_bytes)
+    allocator = allocator_of(card, alloc_conf, CachingAllocator)
     failed: dict[str, Any] | None
     try:
         weights = load_pipeline(allocator, parameters)
@@ -97,6 +97,13 @@ def device_memory(
         failed=failed,
         verdict=_verdict(result, failed, total),
     )
+
+
+def allocator_of(card: Gpu, alloc_conf: str | None, kind: type[A]) -> A:
+    """Return a new allocator with what the card has beside the context; raises DerivationError for ``alloc_conf``."""
+    total, (context, _) = card.total_memory_bytes, context_of(card)
+    capacity = None if total is None else total - (context or 0)
+    return kind(AllocatorConfig.parse(alloc_conf or ""), capacity, total)
 
 
 def load_pipeline(allocator: CachingAllocator, parameters: Parameters) -> dict[str, int]:

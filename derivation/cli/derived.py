@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, call_of, completing, derivation_of, expanded
 from derivation.config import bundled, bundled_traced, load, traced_folder
 from derivation.errors import DerivationError
+from derivation.files import write_file
 from derivation.options import Options
 from derivation.text import human
 from derivation.verdict import Verdict
@@ -25,13 +27,24 @@ VERIFY_EXTRA = "pip install 'diffusion-vram-derivation[verify]'"
 
 @expanded
 def estimate(
-    model: Model, size: Size, prompt: Prompt, options: Options, revision: Revision = None, json: Json = False
+    model: Model,
+    size: Size,
+    prompt: Prompt,
+    options: Options,
+    snapshot: Annotated[
+        Path | None, typer.Option(help="With --gpu: file for the replay as PyTorch's memory snapshot (memory_viz).")
+    ] = None,
+    revision: Revision = None,
+    json: Json = False,
 ) -> None:
     """The peak memory of one call, stage by stage, and what is alive at the peak.
 
     Example: derivation estimate sd15 --size 512x768 --gpu rtx-3060
     """
-    found = derivation_of(model, options, revision).estimate(call_of(size, prompt))
+    derivation, call = derivation_of(model, options, revision), call_of(size, prompt)
+    if snapshot is not None:
+        write_file(snapshot, pickle.dumps(derivation.snapshot(call)))
+    found = derivation.estimate(call)
     result = {**found, "guidance_scale": prompt.guidance_scale}
     output.emit(result, json, lambda result: show_estimate(result, options))
     if result.get("failed"):

@@ -82,8 +82,12 @@ class Compiled:
         update_wrapper(self, self._peak_vram)
 
     def __call__(self, *sizes: Any, **named: Any) -> Any:
-        """Return the peak's bytes; raises ValueError for a size that the pipeline rejects."""
-        return self._peak_vram(*sizes, **named)
+        """Return the peak's bytes, a pandas Series where a size is one; raises ValueError for sizes that do not do."""
+        found = self._peak_vram(*sizes, **named)
+        series = [size for size in (*sizes, *named.values()) if hasattr(size, "iloc")]
+        if any(not each.index.equals(series[0].index) for each in series):
+            raise ValueError("sizes given as Series need one index")
+        return type(series[0])(found, index=series[0].index) if series else found
 
     def __reduce__(self) -> tuple[type[Compiled], tuple[str, str]]:
         return Compiled, (self._source, self._target)
