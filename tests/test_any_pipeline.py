@@ -128,6 +128,21 @@ def test_other_families_have_a_closed_form(name: str) -> None:
     assert row.runs and row.exact, row.reason
 
 
+@pytest.mark.parametrize("name", ["CosmosTextToWorldPipeline", "QwenImageEditPipeline", "IFPipeline"])
+def test_pipelines_run_without_the_libraries_and_files_that_they_want(name: str) -> None:
+    """Cosmos wants torchvision and a guard, Qwen-Image-Edit a processor with the model's own marks, IF ftfy."""
+    traced = TracedPipeline(description(DOCUMENTS[name]), OPTIONS, arguments(DOCUMENTS[name]), SIDES)
+    assert "pipeline" in naive_peaks(next(iter(traced._tapes.values())))
+
+
+def test_several_images_of_a_pipeline_that_makes_one_are_refused() -> None:
+    traced = TracedPipeline(description(DOCUMENTS["StableVideoDiffusionPipeline"]), OPTIONS, sides=SIDES)
+    assert traced.arguments.batched == "image"
+    alone = replace(traced.arguments, pipe=type("Alone", (), {"__call__": lambda self, height, width: None})())
+    with pytest.raises(DerivationError, match="batch_size = 2"):
+        alone.at(Call(64, 64, 2))
+
+
 def test_an_unknown_class_and_a_broken_config_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(DerivationError, match="is no pipeline of diffusers"):
         build(Description("NoSuchPipeline", {}), "float16")

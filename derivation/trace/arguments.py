@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from derivation.call import DEFAULT_PROMPT_LENGTH, Call
+from derivation.errors import unsupported
 from derivation.tape.grid import Frames, Grid
 from derivation.tape.symbols import MAX_LEVELS
 
@@ -22,16 +23,22 @@ LEAST_UNIT = 16
 _SPATIAL = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
 _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_scale_factor_temporal_ratio")
 _GUIDANCE = ("guidance_scale", "true_cfg_scale")
+# The arguments that say how many images a call makes, before and after those that hold images.
+_BATCHED, _REPEATED = ("prompt", "class_labels", "batch_size"), ("num_images_per_prompt", "num_videos_per_prompt")
 _IMAGES = ("image", "mask_image", "control_image", "video", "image_reference")
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """How a pipeline is called: ``given`` arguments that do not depend on sizes, ``steps`` passes of the loop."""
+    """How a pipeline is called: ``given`` arguments that do not depend on sizes, ``steps`` passes of the loop.
+
+    ``bare``: one prompt is a string, for pipelines that take no list.
+    """
 
     pipe: Any
     given: Mapping[str, Any]
     steps: int = 2
+    bare: bool = False
 
     @cached_property
     def names(self) -> Mapping[str, inspect.Parameter]:
@@ -57,8 +64,10 @@ class Arguments:
         ratio = next((v for n in _TEMPORAL if isinstance(v := getattr(self.pipe, n, None), int)), None)
         models = [getattr(self.pipe, n, None) for n in ("unet", "transformer")]
         configs = [dict(m.config) for m in models if m is not None]
-        candidates = [self.names[name].default, *(c.get(n) for c in configs for n in ("num_frames", "sample_frames"))]
-        return Frames(ratio or 1, next((n for n in candidates if isinstance(n, int)), 16))
+        candidates = [self.given.get(name), self.names[name].default]
+        candidates += [c.get(n) for c in configs for n in ("num_frames", "sample_frames")]
+        default = next((n for n in candidates if isinstance(n, int)), 16)
+        return Frames(1 if ratio is None or (default - 1) % ratio else ratio, default)
 
     @property
     def _frames_name(self) -> str | None:
@@ -72,11 +81,28 @@ class Arguments:
     @property
     def prompt_length(self) -> int:
         """The prompt length of a call that says nothing about it, in tokens."""
-        default = self.names["max_sequence_length"].default if self.pads else None
+        own = self.names["max_sequence_length"].default if self.pads else None
+        default = self.given.get("max_sequence_length", own)
         return default if isinstance(default, int) else DEFAULT_PROMPT_LENGTH
 
+    @property
+    def batched(self) -> str | None:
+        """The argument that says how many images a call makes; None for a pipeline that makes one."""
+        return next((name for name in (*_BATCHED, *self._missing, *_REPEATED) if name in self.names), None)
+
+    @property
+    def _missing(self) -> list[str]:
+        """The images that a call cannot go without and that are not given."""
+        empty = inspect.Parameter.empty
+        return [n for n in _IMAGES if n in self.names and self.names[n].default is empty and n not in self.given]
+
     def at(self, call: Call, padded: bool = True) -> dict[str, Any]:
-        """Return the arguments of one call; ``padded`` says whether L is ``max_sequence_length`` or the words."""
+        """Return the arguments of one call; ``padded`` says whether L is ``max_sequence_length`` or the words.
+
+        Raises DerivationError for several images of a pipeline that makes one.
+        """
+        if call.batch_size > 1 and self.batched is None:
+            raise unsupported("batch_size", call.batch_size, "1")
         found = dict(self.given)
         found |= self._sizes(call) | self._prompt(call, padded) | self._images(call)
         if "use_resolution_binning" in self.names:
@@ -95,9 +121,12 @@ class Arguments:
 
     def _prompt(self, call: Call, padded: bool) -> dict[str, Any]:
         if "prompt" not in self.names:
-            return {}
+            name = None if self.batched in _IMAGES else self.batched
+            labels = [0] * call.batch_size if name == "class_labels" else call.batch_size
+            return {} if name is None else {name: labels}
         words = 1 if padded and self.pads else call.prompt_length or self.prompt_length
-        prompts = [" ".join(["a"] * words)] * call.batch_size
+        text = " ".join(["a"] * words)
+        prompts = text if self.bare and call.batch_size == 1 else [text] * call.batch_size
         found: dict[str, Any] = {"prompt": prompts}
         if call.guidance and "negative_prompt" in self.names:
             found["negative_prompt"] = prompts
@@ -105,8 +134,7 @@ class Arguments:
 
     def _images(self, call: Call) -> dict[str, Any]:
         """Return the images that the call cannot go without, and those that are given at this size."""
-        wanted = [n for n in _IMAGES if n in self.names and self.names[n].default is inspect.Parameter.empty]
-        wanted += [n for n, value in self.given.items() if n not in wanted and _is_image(value)]
+        wanted = [*self._missing, *(n for n, value in self.given.items() if _is_image(value))]
         return {name: _resized(self.given.get(name), call) for name in wanted}
 
 

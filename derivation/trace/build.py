@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
@@ -18,14 +19,16 @@ import transformers
 from transformers.initialization import no_init_weights
 
 from derivation.errors import DerivationError, UnsupportedConfig, shown
-from derivation.trace.modules import quiet
-from derivation.trace.standins import processor, word_tokenizer
+from derivation.trace.modules import modules_of, quiet
+from derivation.trace.standins import MARKS, processor, stand_in, word_tokenizer
 
 INDEX = "model_index.json"
 # What from_pretrained raises for configs that do not fit their class.
 REJECTIONS = (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, KeyError, IndexError, ImportError)
 # CLIP's text towers have 77 positions; what a tokenizer of another kind accepts is the pipeline's to cut.
 CLIP_TOKENS, OTHER_TOKENS = 77, 512
+# VAEs that decode in tiles alone.
+TILED = ("AutoencoderKLAllegro",)
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
@@ -94,9 +97,10 @@ def build(description: Description, dtype: str) -> Any:
     Raises DerivationError, with one line, for what diffusers or transformers rejects.
     """
     cls = description.pipeline_class
+    stand_in(cls)
     try:
         with quiet():
-            made = {n: None if p is None else _component(n, p, dtype) for n, p in description.parts.items()}
+            made = _components(cls, description, dtype)
             known = inspect.signature(cls.__init__).parameters
             pipe = _assembled(cls, {n: v for n, v in {**made, **description.arguments}.items() if n in known})
     except DerivationError:
@@ -105,6 +109,9 @@ def build(description: Description, dtype: str) -> Any:
         said = f"{type(error).__name__}: {shown(str(error))}"
         raise DerivationError(f"{description.class_name}: rejected: {said}") from None
     pipe.set_progress_bar_config(disable=True)
+    vae: Any = modules_of(pipe).get("vae")
+    if type(vae).__name__ in TILED:
+        vae.enable_tiling()
     return pipe
 
 
@@ -116,22 +123,42 @@ def _assembled(cls: Any, arguments: Mapping[str, Any]) -> Any:
             return cls(**arguments)
 
 
-def _component(name: str, part: Part, dtype: str) -> Any:
-    cls = _class(name, part)
-    if issubclass(cls, torch.nn.Module):
-        return model(cls, part.config, dtype)
+def _components(pipeline: type, description: Description, dtype: str) -> dict[str, Any]:
+    """Return the components by name, models first: tokenizers know the ids of their marks."""
+    parts = {name: part for name, part in description.parts.items() if part is not None}
+    classes = {name: _class(name, part, pipeline) for name, part in parts.items()}
+    made: dict[str, Any] = dict.fromkeys(description.parts)
+    for name, cls in classes.items():
+        if issubclass(cls, torch.nn.Module):
+            made[name] = model(cls, parts[name].config, dtype)
+    token_ids = _token_ids(each for each in made.values() if each is not None)
+    for name, cls in classes.items():
+        if made[name] is None:
+            made[name] = _other(cls, parts[name], token_ids)
+    return made
+
+
+def _token_ids(models: Iterable[Any]) -> dict[str, int]:
+    """Return the ids at which models look for marks of images and videos: ``image_token`` -> id."""
+    configs = [model.config for model in models if isinstance(model, transformers.PreTrainedModel)]
+    found = {name: getattr(config, f"{name}_id", None) for config in configs for name in MARKS}
+    return {name: i for name, i in found.items() if isinstance(i, int)}
+
+
+def _other(cls: Any, part: Part, token_ids: Mapping[str, int]) -> Any:
+    """Return a component that is no model."""
     if hasattr(cls, "set_timesteps") or part.class_name.endswith("Scheduler"):
         return _scheduler(cls, part.config)
     if issubclass(cls, transformers.PreTrainedTokenizerBase):
-        return _tokenizer(cls, part)
+        return _tokenizer(cls, part, token_ids)
     if issubclass(cls, transformers.ProcessorMixin):
-        return processor(part.class_name)
+        return processor(part.class_name, token_ids)
     return cls(**part.config)
 
 
-def _class(name: str, part: Part) -> Any:
+def _class(name: str, part: Part, pipeline: type) -> Any:
     """Return a component's class: a library's, or that of a pipeline's own module."""
-    for module in (part.library, f"diffusers.pipelines.{part.library}"):
+    for module in (part.library, f"diffusers.pipelines.{part.library}", pipeline.__module__):
         try:
             found = getattr(import_module(module), part.class_name, None)
         except ImportError:
@@ -188,13 +215,13 @@ def _scheduler(cls: Any, config: Mapping[str, Any]) -> Any:
         return cls.from_config(dict(config))
 
 
-def _tokenizer(cls: Any, part: Part) -> Any:
+def _tokenizer(cls: Any, part: Part, token_ids: Mapping[str, int]) -> Any:
     """Return the real tokenizer where its files are there, else a stand-in of the same class."""
     if part.folder is not None and any((part.folder / name).is_file() for name in VOCABULARIES):
         return cls.from_pretrained(str(part.folder))
     default = CLIP_TOKENS if cls.__name__.startswith("CLIP") else OTHER_TOKENS
     length = part.config.get("model_max_length", default)
-    return word_tokenizer(cls.__name__, length if isinstance(length, int) else default)
+    return word_tokenizer(cls.__name__, length if isinstance(length, int) else default, token_ids)
 
 
 class State:
@@ -205,7 +232,9 @@ class State:
     """
 
     def __init__(self, pipe: Any) -> None:
-        self._saved = [(each, dict(each.__dict__), _copies(each, dict), _copies(each, list)) for each in _owned(pipe)]
+        self._saved = [
+            (each, dict(each.__dict__), _copies(each, dict, OrderedDict), _copies(each, list)) for each in _owned(pipe)
+        ]
         self._caches = list(_caches())
 
     def restore(self) -> None:
@@ -223,8 +252,8 @@ class State:
             cached.cache_clear()
 
 
-def _copies(owner: Any, kind: type) -> dict[str, Any]:
-    return {name: kind(value) for name, value in owner.__dict__.items() if type(value) is kind}
+def _copies(owner: Any, *kinds: type) -> dict[str, Any]:
+    return {name: type(value)(value) for name, value in owner.__dict__.items() if type(value) in kinds}
 
 
 def _owned(pipe: Any) -> Iterator[Any]:

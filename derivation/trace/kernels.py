@@ -27,12 +27,16 @@ class Layout(NamedTuple):
 class Kernels:
     """Runs ops and remembers the layouts of what they make; symbolic sizes are of one ShapeEnv."""
 
-    def __init__(self) -> None:
+    def __init__(self, symbolic: bool) -> None:
         self._made: dict[Hashable, tuple[list[Layout], bool] | None] = {}
+        self._described = _described if symbolic else _numeric
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return ``func(*args, **kwargs)``; the kernel of an op that only makes new ``meta`` tensors runs once."""
-        key = (func, _described(args), *((name, _described(value)) for name, value in kwargs.items()))
+        # an operator lives as long as the process, and its own hash is Python code
+        key: Hashable = (id(func), self._described(args))
+        if kwargs:
+            key = (key, *((name, self._described(value)) for name, value in kwargs.items()))
         if (made := self._made.get(key)) is not None:
             layouts, several = made
             out = tuple(layout.empty() for layout in layouts)
@@ -45,14 +49,6 @@ class Kernels:
         return out
 
 
-NUMERIC = Kernels()
-
-
-def kernels_for(inputs: Iterable[torch.Tensor]) -> Kernels:
-    """Return the memory of all runs, or one of its own for a run with symbolic sizes."""
-    return Kernels() if any(isinstance(size, torch.SymInt) for each in inputs for size in each.shape) else NUMERIC
-
-
 def _described(value: Any) -> Hashable:
     """Return a hashable description of an op's argument: of a tensor its layout."""
     if isinstance(value, torch.Tensor):
@@ -61,6 +57,15 @@ def _described(value: Any) -> Hashable:
         return tuple(map(_described, value))
     symbolic = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
     return value.node.expr if symbolic else (type(value), value)
+
+
+def _numeric(value: Any) -> Hashable:
+    """Return what ``_described`` does, of arguments whose sizes are integers."""
+    if isinstance(value, torch.Tensor):
+        return (value.shape, value.stride(), value.dtype, value.is_meta)
+    if isinstance(value, tuple | list):
+        return tuple([_numeric(each) for each in value])
+    return (type(value), value)
 
 
 def _sizes(sizes: Iterable[Any]) -> tuple[Hashable, ...]:
@@ -84,3 +89,15 @@ def _remembered(out: Any, inputs: list[Any]) -> tuple[list[Layout], bool] | None
     if len(distinct) < len(own) or [s.nbytes() for s in own] != [s.nbytes() for s in new]:
         return None
     return layouts, isinstance(out, tuple)
+
+
+NUMERIC = Kernels(symbolic=False)
+
+
+def kernels_for(inputs: Iterable[torch.Tensor]) -> Kernels:
+    """Return the memory of all runs, or one of its own for a run with symbolic sizes."""
+    return (
+        Kernels(symbolic=True)
+        if any(isinstance(size, torch.SymInt) for each in inputs for size in each.shape)
+        else NUMERIC
+    )

@@ -14,7 +14,7 @@ from derivation.call import Call
 from derivation.errors import DerivationError, shown
 from derivation.options import Options
 from derivation.tape.evaluate import Evaluator
-from derivation.tape.grid import Grid, Range, Sides
+from derivation.tape.grid import Frames, Grid, Range, Sides
 from derivation.tape.recorded import RecordedSubject
 from derivation.tape.regime import Regime
 from derivation.tape.tape import Tape
@@ -24,7 +24,7 @@ from derivation.trace.interpolate import Parted, Values, fit, normalised, points
 from derivation.trace.modules import modules_of, quiet
 from derivation.trace.offload import offload_pipeline
 from derivation.trace.shadows import ShadowTracer
-from derivation.trace.tracer import marked
+from derivation.trace.tracer import marked, without_collector
 from derivation.trace.world import meta_world
 
 # Image sides of the sizes that are traced, in pixels; a video's are smaller.
@@ -36,8 +36,8 @@ LENGTH_STEP = 8
 LONG_PROMPT = 64
 # Passes of the denoising loop: PNDM's history of four outputs is the longest.
 LEAST_STEPS, MOST_STEPS = 2, 8
-# How often the steps of sides are doubled before a structure that depends on them is given up.
-DOUBLINGS = 3
+# How often ranges are made coarser before a closed form is given up: frames, lengths, then the steps of sides.
+ATTEMPTS = 6
 MODEL = "pipeline"
 SEED = 0
 Progress = Callable[[str], None]
@@ -68,29 +68,46 @@ class TracedPipeline:
 
     def _settle(self) -> None:
         """Find the passes of the loop from which on another one holds nothing more: a scheduler's history is whole."""
-        call = _base(self)
+        call = self._accepted()
         known = {LEAST_STEPS: self._with_steps(LEAST_STEPS, call)}
         for steps in range(LEAST_STEPS, MOST_STEPS):
             known[steps + 1] = self._with_steps(steps + 1, call)
             if known[steps] == known[steps + 1]:
                 break
         self.arguments = replace(self.arguments, steps=steps)
-        self._tapes.clear()
+
+    def _accepted(self) -> Call:
+        """Return a call that the pipeline takes: of one bare prompt, or of smaller sides, where it must be."""
+        first: DerivationError | None = None
+        least, most = self.sides
+        while most > 2 * self.grid.unit:
+            self.sides = min(least, most // 4), most
+            for bare in (False, True):
+                self.arguments = replace(self.arguments, bare=bare)
+                call = _base(self)
+                try:
+                    self.trace(call)
+                except DerivationError as error:
+                    first = first or error
+                else:
+                    return call
+            most //= 2
+        raise first or DerivationError(f"{self.description.class_name}: sides of {most} pixels are too small")
 
     def _with_steps(self, steps: int, call: Call) -> dict[str, int]:
         self.arguments = replace(self.arguments, steps=steps)
         peaks = Evaluator(self.trace(call)).peaks({})
-        self._tapes.clear()
         return {stage: peak for stage, (peak, _) in peaks.items()}
 
     def trace(self, call: Call) -> Tape:
         """Return the tape of one call, in integers; raises DerivationError for what the pipeline rejects."""
-        key = (call, self._padded)
+        key = (call, self._padded, self.arguments.steps, self.arguments.bare)
         if key not in self._tapes:
-            if self._state is None:  # transformers wraps methods at the first call
-                self._state = State(self.pipe)
-                self._run(call)
-            self._tapes[key] = normalised(self._run(call))
+            with without_collector():
+                if self._state is None:  # transformers wraps methods at the first call
+                    self._state = State(self.pipe)
+                    self._run(call)
+                self._tapes[key] = normalised(self._run(call))
         return self._tapes[key]
 
     def _run(self, call: Call) -> Tape:
@@ -122,6 +139,18 @@ class TracedPipeline:
         sides = (values[f"{side}{deepest}"] * unit for side in "hw")
         height, width = sides
         return self.trace(Call(height, width, values["B"], values["L"], guidance, frames))
+
+    def blamed(self, guidance: bool, values: Values) -> frozenset[str]:
+        """Return the symbols for whose ``values`` a call is rejected: the batch, the frames, else the sides."""
+        usual = {"B": 1} if self.grid.frames is None else {"B": 1, "F": self.grid.frames.latent(None)}
+        for name in usual:
+            if values[name] != usual[name]:
+                try:
+                    self.at(guidance, {**values, name: usual[name]})
+                except DerivationError:
+                    continue
+                return frozenset({name})
+        return frozenset(name for name in values if name[0] in "hw")
 
     def use_prompt(self, call: Call) -> bool:
         """Find out how the prompt's length is passed; returns whether the tape depends on it."""
@@ -228,9 +257,9 @@ def regimes(
     sides = {f"{side}{deepest}": Range(max(first, 2), max(last, 3)) for side in "hw"}
     ranges = {**sides, "L": tokens}
     if frames is not None:
-        latent = frames.latent(frames.default)
-        ranges["F"] = Range(latent, latent)
-    for count in (BATCH, Range(1, 1)):
+        usual = frames.latent(None)
+        ranges["F"] = Range(2, usual + usual // 2) if usual > 2 else Range(usual, usual)
+    for count in (BATCH, Range(1, 1)) if traced.arguments.batched else (Range(1, 1),):
         try:
             yield _regime(traced, guidance, {**ranges, "B": count}, progress)
         except Parted as error:
@@ -241,7 +270,7 @@ def regimes(
 
 def _regime(traced: TracedPipeline, guidance: bool, ranges: Mapping[str, Range], progress: Progress) -> Regime:
     """Return one tape for ``ranges``, made coarser where the structure depends on a side or the prompt's length."""
-    for doubling in range(DOUBLINGS + 2):
+    for attempt in range(ATTEMPTS):
         through, held = points(ranges, SEED)
         traced.unknown.clear()
 
@@ -249,14 +278,14 @@ def _regime(traced: TracedPipeline, guidance: bool, ranges: Mapping[str, Range],
             progress(", ".join(f"{name} = {value}" for name, value in values.items()))
             try:
                 return traced.at(guidance, values)
-            except DerivationError as error:  # sides that are no multiples of what the pipeline wants
-                raise Parted(frozenset(n for n in values if n[0] in "hw"), str(error)) from error
+            except DerivationError as error:
+                raise Parted(traced.blamed(guidance, values), str(error)) from error
 
         try:
             tape = fit(run, through, held)
         except Parted as error:
-            coarser = _coarser(ranges, error.symbols)
-            if coarser is None or doubling > DOUBLINGS:
+            coarser = _coarser(ranges, error.symbols, traced.grid.frames)
+            if coarser is None or attempt == ATTEMPTS - 1:
                 raise
             progress(f"coarser: {error}")
             ranges = coarser
@@ -265,10 +294,12 @@ def _regime(traced: TracedPipeline, guidance: bool, ranges: Mapping[str, Range],
     raise AssertionError("unreachable")
 
 
-def _coarser(ranges: Mapping[str, Range], symbols: frozenset[str]) -> dict[str, Range] | None:
+def _coarser(ranges: Mapping[str, Range], symbols: frozenset[str], frames: Frames | None) -> dict[str, Range] | None:
     """Return ranges in which the symbols that part have larger steps, None where they cannot: the batch does."""
     sides = frozenset(name for name in ranges if name[0] in "hw")
     length = ranges["L"]
+    if "F" in symbols and frames is not None and not ranges["F"].is_one:
+        return {**ranges, "F": Range(frames.latent(None), frames.latent(None))}
     if "L" in symbols and not length.is_one:
         first = LONG_PROMPT + length.last % LENGTH_STEP
         first = first if length.first < first < length.last else length.last

@@ -25,34 +25,36 @@ aten = torch.ops.aten
 MOST_INTEGERS, MOST_FLOATS = 1 << 19, 1 << 13
 INTEGERS = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
-_FACTORIES = frozenset(
-    {
-        aten.arange.default,
-        aten.arange.start,
-        aten.arange.start_step,
-        aten.eye.default,
-        aten.eye.m,
-        aten.full.default,
-        aten.linspace.default,
-        aten.ones.default,
-        aten.scalar_tensor.default,
-        aten.tril_indices.default,
-        aten.triu_indices.default,
-        aten.zeros.default,
-    }
+
+def _identities(*operators: Any) -> frozenset[int]:
+    """Return the operators by identity: their own hash is Python code."""
+    return frozenset(map(id, operators))
+
+
+_FACTORIES = _identities(
+    aten.arange.default,
+    aten.arange.start,
+    aten.arange.start_step,
+    aten.eye.default,
+    aten.eye.m,
+    aten.full.default,
+    aten.linspace.default,
+    aten.ones.default,
+    aten.scalar_tensor.default,
+    aten.tril_indices.default,
+    aten.triu_indices.default,
+    aten.zeros.default,
 )
-_READS = frozenset({aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default})
+_READS = _identities(aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)
 # operators whose outputs' shapes depend on values
-_BY_VALUE = frozenset(
-    {
-        aten.bincount.default,
-        aten.masked_select.default,
-        aten.nonzero.default,
-        aten.repeat_interleave.Tensor,
-        aten._unique2.default,
-        aten.unique_consecutive.default,
-        aten.unique_dim.default,
-    }
+_BY_VALUE = _identities(
+    aten.bincount.default,
+    aten.masked_select.default,
+    aten.nonzero.default,
+    aten.repeat_interleave.Tensor,
+    aten._unique2.default,
+    aten.unique_consecutive.default,
+    aten.unique_dim.default,
 )
 _MASKS = (torch.bool, torch.uint8)
 _LIBRARIES = ("/diffusers/", "/transformers/")
@@ -75,18 +77,20 @@ class ShadowTracer(Tracer):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        given = [*tensors_in(args), *tensors_in(list(kwargs.values()))]
+        given, op = tensors_in(args), id(func)
+        if kwargs:
+            given += tensors_in(list(kwargs.values()))
         to = getattr(kwargs.get("device"), "type", None)
         if to == "meta" and kwargs.get("generator") is not None:
             kwargs["generator"] = None  # a CPU generator: values matter to nothing
         if to != "meta" and not any(tensor.is_meta for tensor in given):
             return func(*args, **kwargs)
         known = self._all_known(func, given)
-        if func in _READS or (func is aten._to_copy.default and to == "cpu"):
+        if op in _READS or (func is aten._to_copy.default and to == "cpu"):
             return self._read(func, args, kwargs, known)
         if func is aten.copy_.default and not args[0].is_meta:
             return args[0].copy_(self._values(args[1])) if known else super().__torch_dispatch__(func, types, args)
-        if func in _BY_VALUE:
+        if op in _BY_VALUE:
             return self._by_value(func, args, kwargs)
         if func is aten.index.Tensor and any(i is not None and i.dtype in _MASKS for i in args[1]):
             args = (args[0], [index for each in args[1] for index in self._as_indices(each)])
@@ -107,11 +111,12 @@ class ShadowTracer(Tracer):
         super()._see(tensor, func)
 
     def _all_known(self, func: Any, given: list[torch.Tensor]) -> bool:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            return False
         if not given:
-            return func in _FACTORIES
-        return all(is_small(tensor) and self._values(tensor) is not None for tensor in given)
+            return id(func) in _FACTORIES
+        for tensor in given:
+            if self._values(tensor) is None or not is_small(tensor):
+                return False
+        return torch.Tag.nondeterministic_seeded not in func.tags
 
     def _values(self, tensor: torch.Tensor) -> Any:
         """Return the tensor on the CPU that holds the values of a ``meta`` one, None where nobody knows them."""
@@ -126,7 +131,7 @@ class ShadowTracer(Tracer):
         return torch.device("cpu") if isinstance(value, torch.device) else value
 
     def _compute(self, func: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
-        outputs = list(tensors_in(out))
+        outputs = tensors_in(out)
         if not outputs or not all(map(is_small, outputs)):
             return
         try:

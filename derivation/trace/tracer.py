@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -25,6 +25,18 @@ from derivation.trace.kernels import kernels_for
 aten = torch.ops.aten
 
 
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Keep the cyclic collector off."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Onto(NamedTuple):
     """Where a tracer records: a tape, and how a size (an int or a SymInt) is written on it."""
 
@@ -41,13 +53,18 @@ def category(op: str, shape: tuple[Size, ...]) -> Category:
     return Category.STATISTICS if op == "native_layer_norm" and shape[-1] == 1 else Category.ACTIVATION
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in an operator's argument or output: nested lists and tuples."""
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in an operator's argument or output: nested lists and tuples."""
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
+        return [value]
+    found: list[torch.Tensor] = []
+    if isinstance(value, list | tuple):
         for each in value:
-            yield from tensors_in(each)
+            if isinstance(each, torch.Tensor):
+                found.append(each)
+            elif isinstance(each, list | tuple):
+                found += tensors_in(each)
+    return found
 
 
 def _tensors(owner: torch.nn.Module | torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -94,10 +111,13 @@ class Tracer(TorchDispatchMode):
         self._path = [""]
         self._scope = ExitStack()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: nothing is compiled here, and the wrapper that keeps Dynamo out takes its time at every op."""
+        return False
+
     def __enter__(self) -> Self:
-        if gc.isenabled():
-            gc.disable()
-            self._scope.callback(gc.enable)
+        self._scope.enter_context(without_collector())
         if self._track_paths:
             for handle in (
                 register_module_forward_pre_hook(self._enter_module),
@@ -117,7 +137,7 @@ class Tracer(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if (read := _READ_BACK.get(func)) and (value := read(*args, **kwargs)) is not NotImplemented:
+        if (read := _READ_BACK.get(id(func))) and (value := read(*args, **kwargs)) is not NotImplemented:
             return value
         out = self._kernels.run(func, args, kwargs)
         for tensor in tensors_in(out):
@@ -133,7 +153,7 @@ class Tracer(TorchDispatchMode):
         seen = self._alive.get(key)
         if nbytes == 0 or (seen and seen[1] == nbytes):
             return
-        shape, op = tuple(map(self._size, tensor.shape)), str(func).split(".")[1]
+        shape, op = tuple(map(self._size, tensor.shape)), func._schema.name.split("::")[1]
         dtype, path = str(tensor.dtype).removeprefix("torch."), self._path[-1]
         allocation = Allocation(path, op, shape, dtype, self._size(nbytes), category(op, shape))
         self._alive[key] = (self._begin(allocation), nbytes, weakref.ref(storage, partial(self._free, key)))
@@ -186,6 +206,7 @@ def marked(
     """
     method, own = getattr(owner, name), owner.__dict__.get(name)
 
+    @wraps(method)  # pipelines read the signature (SVD: whether the VAE takes num_frames)
     def staged(*args: Any, **kwargs: Any) -> Any:
         if outermost and tracer.stage != after:
             return method(*args, **kwargs)
@@ -229,9 +250,10 @@ def _equal(left: torch.Tensor, right: torch.Tensor) -> Any:
     return left.shape == right.shape if left.is_meta or right.is_meta else NotImplemented
 
 
-_READ_BACK: Mapping[Any, Callable[..., Any]] = {
-    aten._local_scalar_dense.default: _item,
-    aten._to_copy.default: _to_copy,
-    aten.copy_.default: _copy_,
-    aten.equal.default: _equal,
+# By identity: an operator's own hash is Python code.
+_READ_BACK: Mapping[int, Callable[..., Any]] = {
+    id(aten._local_scalar_dense.default): _item,
+    id(aten._to_copy.default): _to_copy,
+    id(aten.copy_.default): _copy_,
+    id(aten.equal.default): _equal,
 }

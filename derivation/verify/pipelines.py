@@ -28,16 +28,16 @@ SECONDS = 90
 # Image sides of small configs, in pixels.
 SIDES = (64, 512)
 # What the sizes of a call give.
-SIZED = ("height", "width", "max_sequence_length", "num_frames", "generator")
+SIZED = ("height", "width", "generator", "prompt", "negative_prompt")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One pipeline: whether its call ran, the sizes at which its closed form is exact, or why there is none."""
+    """One pipeline: whether its call ran, the sizes of its first regime, equal where held out, or why there is none."""
 
     pipeline: str
     runs: bool
-    covered: tuple[str, ...] = ()
+    covered: str = ""
     reason: str = ""
 
     @property
@@ -61,41 +61,39 @@ def read(path: Path) -> list[dict[str, Any]]:
 def description(document: Mapping[str, Any]) -> Description:
     """Return the pipeline of a document."""
     parts = {name: None if part is None else Part(*part) for name, part in document["parts"].items()}
-    return Description(document["class"], parts)
+    return Description(document["class"], parts, document.get("arguments", {}))
 
 
 def arguments(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a document's call that do not depend on sizes, tensors and images made."""
-    return {name: _value(value) for name, value in document["call"].items() if not _is_sized(name)}
+    return {n: _value(value, "mask" in n) for n, value in document["call"].items() if n not in SIZED}
 
 
-def _is_sized(name: str) -> bool:
-    return name in SIZED or name.endswith("prompt")
-
-
-def _value(value: Any) -> Any:
+def _value(value: Any, is_mask: bool) -> Any:
     if isinstance(value, list):
-        return list(map(_value, value))
+        return [_value(each, is_mask) for each in value]
     if isinstance(value, dict) and "tensor" in value:
         return torch.zeros(value["tensor"], dtype=getattr(torch, value["dtype"].removeprefix("torch.")))
-    return Image.new("RGB", tuple(value["image"])) if isinstance(value, dict) and "image" in value else value
+    if isinstance(value, dict) and "image" in value:
+        return Image.new("RGB", tuple(value["image"]), "white" if is_mask else "black")
+    return value
 
 
 def checked(document: Mapping[str, Any]) -> Row:
-    """Return the row of one document, of which nothing takes longer than ``SECONDS``; never raises."""
-    previous = signal.signal(signal.SIGALRM, _too_long)
-    signal.alarm(SECONDS)
+    """Return the row of one document, for which no more than ``SECONDS`` of the processor are taken; never raises."""
+    previous = signal.signal(signal.SIGPROF, _too_long)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         return _checked(document)
     except TimeoutError as error:
         return Row(document["class"], False, reason=_line(error))
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
 
 
 def _too_long(_signal: int, _frame: object) -> None:
-    raise TimeoutError(f"it took longer than {SECONDS} s")
+    raise TimeoutError(f"it took more than {SECONDS} s of the processor")
 
 
 def _checked(document: Mapping[str, Any]) -> Row:
@@ -108,12 +106,12 @@ def _checked(document: Mapping[str, Any]) -> Row:
     except Exception as error:
         return Row(name, False, reason=_line(error))
     try:
-        found = list(regimes(traced, True, tokens))
+        regime = next(regimes(traced, True, tokens))
     except Parted as error:
         return Row(name, True, reason=f"its structure depends on {_line(error)}")
     except Exception as error:
         return Row(name, True, reason=_line(error))
-    return Row(name, True, tuple(", ".join(f"{n} {r}" for n, r in regime.ranges.items()) for regime in found))
+    return Row(name, True, ", ".join(f"{n} {r}" for n, r in regime.ranges.items()))
 
 
 def _line(error: Exception) -> str:
