@@ -389,6 +389,15 @@ def test_measured_vs_predicted(comparisons, row):
     assert comparison.judged or abs(comparison.error) < 0.0001
 
 
+def test_the_recorded_predictions_are_those_of_the_replays(comparisons, request):
+    text = evidence.document(comparisons.values())
+    if request.config.getoption("--update-formulas"):
+        evidence.PREDICTIONS.write_text(text, encoding="utf-8")
+    rewrite = "rewrite with: pytest tests/test_hardware.py --update-formulas"
+    assert evidence.PREDICTIONS.read_text(encoding="utf-8") == text, rewrite
+    assert {p.measurement.id: p for p in evidence.recorded()} == comparisons
+
+
 def test_open_muse_vae_rows_to_the_allocator_block(comparisons):
     """8 planes an image from N = 2, 9.5 at N = 1: within 4 KiB of the published bytes."""
     for row in ("openmuse-vae-1", "openmuse-vae-2", "openmuse-vae-8"):

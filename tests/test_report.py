@@ -52,10 +52,6 @@ def report(tmp_path_factory):
     return page
 
 
-def no_measurements():
-    return ()
-
-
 @pytest.fixture
 def small(monkeypatch):
     """Leave out what takes long: other precisions and backends, and the measured rows."""
@@ -63,7 +59,6 @@ def small(monkeypatch):
         monkeypatch.setattr(module, "BACKENDS_SHOWN", ("efficient",))
     monkeypatch.setattr(calculator, "DTYPES", ("float16",))
     monkeypatch.setattr(calculator, "REPLAYED_CARDS", ())
-    monkeypatch.setattr(content, "comparisons", no_measurements)
 
 
 class Page(HTMLParser):

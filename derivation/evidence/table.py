@@ -6,8 +6,9 @@ Every row names the rows that its coefficients came from; none is judged with a 
 from __future__ import annotations
 
 import csv
+import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,8 @@ from derivation.gpu.profile import fitted_rows, hardware
 from derivation.options import Options
 from derivation.tape.grid import Grid
 
-MEASUREMENTS = Path(__file__).parent.parent / "evidence" / "measurements.csv"
+MEASUREMENTS = Path(__file__).with_name("measurements.csv")
+PREDICTIONS = Path(__file__).with_name("predictions.json")
 CHECKPOINT = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 UNITS = {"bytes": 1, "MiB": 1 << 20, "GiB": 1 << 30}
 TOKENS = 77
@@ -105,8 +107,25 @@ def _measurement(row: dict[str, str]) -> Measurement:
 
 
 def measured_vs_predicted() -> tuple[Prediction, ...]:
-    """Return every measurement with its prediction."""
+    """Return every measurement with its prediction, replayed now."""
     return tuple(compare(row) for row in measurements())
+
+
+def recorded() -> tuple[Prediction, ...]:
+    """Return every measurement with its prediction as predictions.json has it, which a test holds to the replays."""
+    found = json.loads(PREDICTIONS.read_text(encoding="utf-8"))
+    return tuple(
+        Prediction(row, found[row.id]["predicted"], fitted_rows(row.dtype), found[row.id]["rules_of_thumb"])
+        for row in measurements()
+    )
+
+
+def document(predictions: Iterable[Prediction]) -> str:
+    """Return the text of predictions.json."""
+    entries = {
+        p.measurement.id: {"predicted": p.predicted, "rules_of_thumb": dict(p.rules_of_thumb)} for p in predictions
+    }
+    return json.dumps(entries, indent=1) + "\n"
 
 
 def compare(row: Measurement) -> Prediction:

@@ -50,7 +50,7 @@ def rules_of_thumb(call: Call, checkpoint: Checkpoint, options: Options, with_we
         "ComfyUI": weights + max(_comfy_unet(call, 2 * call.batch), _comfy_vae(call)),
         "InvokeAI": weights + _invoke_vae(call),
         "weights x 1.2": weights * 6 // 5,
-        "the origin's draft": _origin_draft(call, parameters_without_checker),
+        "activations by hand": _origin_draft(call, parameters_without_checker),
     }
 
 

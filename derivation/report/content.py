@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from derivation.api import Derivation, derive
+from derivation.evidence.table import recorded as predictions
 from derivation.options import EAGER, Options
 from derivation.report.answer import SIZES, Answer, PolynomialRow, answer, reference_side
 from derivation.report.assumptions import assumptions, chips, counted, summary
@@ -32,7 +33,7 @@ from derivation.report.pictures import attention_picture, pictures
 from derivation.report.reduction import StageReduction, reductions
 from derivation.report.text import PixelTerms, slug
 from derivation.report.tiles import Definition, definitions
-from derivation.report.validation import Validation, comparisons, validation
+from derivation.report.validation import Validation, validation
 from derivation.report.walk import Walk, walks
 from derivation.tape.symbols import SYMBOLS, Symbol, is_tile
 
@@ -98,7 +99,6 @@ def content(model: object, options: Options, command: str, progress: Progress, v
     progress("deriving")
     d = _derive(model, options)
     with ProcessPoolExecutor() as pool:
-        measured = pool.submit(comparisons)
         pairs = combinations(d.checkpoint, options)
         derived = {pair: pool.submit(backend, d.checkpoint, options, *pair) for pair in pairs}
         cards = replayed_cards(d.checkpoint, options)
@@ -113,7 +113,7 @@ def content(model: object, options: Options, command: str, progress: Progress, v
         backends = {pair: future.result() for pair, future in derived.items()}
         verdicts = {card: future.result() for card, future in replayed.items()}
         progress("comparing with measurements")
-        checked = validation(d.checkpoint.name, options, measured.result(), verify)
+        checked = validation(d.checkpoint.name, options, predictions(), verify)
     drawn |= {"attention": _attention(d, backends)}
     eager = next((b.crossings for b in backends.values() if b.crossings and options.attention != EAGER), ())
     return Content(

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from derivation.errors import DerivationError
-from derivation.evidence.table import Prediction, measured_vs_predicted
+from derivation.evidence.table import Prediction
 from derivation.libraries import LIBRARIES
 from derivation.measure import validate
 from derivation.options import Options
@@ -83,11 +83,6 @@ def validation(model: str, options: Options, comparisons: Sequence[Prediction], 
         measured=tuple(_row(c) for c in comparisons),
         pictures=(_measured(comparisons), _rules(comparisons)) if comparisons else (),
     )
-
-
-def comparisons() -> tuple[Prediction, ...]:
-    """Return every published measurement with its prediction."""
-    return measured_vs_predicted()
 
 
 def live(model: str, options: Options) -> Run:

@@ -1,16 +1,18 @@
 """Modules: a call whose inputs and decisions have been seen before is copied, not run again.
 
-Theorem: what a module records follows from its arguments' layouts, the options, the GPU, the model and the answers
-to the questions that it asks of the tape, as long as it frees nothing that was alive before, which ``block`` sees to.
+Theorem: what a module records follows from its arguments' layouts, the options that it obeys, the GPU, the model and
+the answers to the questions that it asks of the tape, as long as it frees nothing that was alive before, which
+``block`` sees to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import wraps
+from dataclasses import dataclass, replace
+from functools import lru_cache, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from derivation.options import Options
 from derivation.tape.events import Allocation
 from derivation.tape.tape import Question, Storage, Tape, tape
 from derivation.tape.tensor import SymTensor
@@ -43,7 +45,7 @@ def block(forward: Callable[P, R]) -> Callable[Concatenate[str, P], R]:
             return run(name, *args, **kwargs)
         inputs = list(_tensors((args, *kwargs.values())))
         model = here.path[0] if here.path else name
-        known = (here.options, here.hardware, model, _dtypes(here, model), frozenset(here.kept))
+        known = (_obeyed(here.options), here.hardware, model, _dtypes(here, model), frozenset(here.kept))
         key = (forward, known, _form((args, *kwargs.items())), _aliases(inputs))
         try:
             recordings: list[Recording] = here.memory.setdefault(key, [])
@@ -59,6 +61,18 @@ def block(forward: Callable[P, R]) -> Callable[Concatenate[str, P], R]:
         return result
 
     return call
+
+
+# What pipelines read and no block does; the VAE is called slice by slice, of a GPU a block sees the tape's hardware.
+AROUND_BLOCKS = ("pipeline", "safety_checker", "vae_slicing", "gpu")
+
+
+@lru_cache(maxsize=4096)
+def _obeyed(options: Options) -> Options:
+    """Return options with those that no block obeys at their defaults: model offload moves weights between calls."""
+    defaults = Options()
+    unread = {name: getattr(defaults, name) for name in AROUND_BLOCKS}
+    return replace(options, **unread, offload=options.offload if options.offload == "sequential" else None)
 
 
 def _dtypes(here: Tape, model: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from derivation.gpu.profile import Hardware
@@ -14,12 +15,16 @@ from derivation.tape.tape import Memory, Tape
 MAX_VARIANTS = 256
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """A tape and its evaluator."""
 
     tape: Tape
-    evaluator: Evaluator
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """The tape's evaluator."""
+        return Evaluator(self.tape)
 
     def holds(self, values: Mapping[str, int]) -> bool:
         """Return True if the tape's decisions are those at ``values``."""
@@ -107,7 +112,7 @@ class Program:
         with tape.running():
             outputs = self._run()
             del outputs
-        variant = Variant(tape, Evaluator(tape))
+        variant = Variant(tape)
         if len(variants) >= MAX_VARIANTS:
             variants.pop()
         variants.append(variant)

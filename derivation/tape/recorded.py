@@ -10,7 +10,6 @@ from typing import Any
 from derivation.call import Call
 from derivation.errors import DerivationError, unsupported
 from derivation.options import Options, options_of
-from derivation.tape.evaluate import Evaluator
 from derivation.tape.grid import Frames, Grid, Range, Sides
 from derivation.tape.program import Variant, decides_alike
 from derivation.tape.regime import Regime, regime_document, regime_of, specialised
@@ -31,7 +30,7 @@ class RecordedProgram:
 
     def __init__(self, regimes: Iterable[Regime], retrace: Callable[[Mapping[str, int]], Tape]) -> None:
         self._regimes = list(regimes)
-        self._variants = [Variant(regime.tape, Evaluator(regime.tape)) for regime in self._regimes]
+        self._variants = [Variant(regime.tape) for regime in self._regimes]
         self._retrace = retrace
         self._traced: list[Variant] = []
 
@@ -53,7 +52,7 @@ class RecordedProgram:
 
     def _trace(self, values: Mapping[str, int]) -> Variant:
         tape = self._retrace(values)
-        self._traced.append(Variant(tape, Evaluator(tape)))
+        self._traced.append(Variant(tape))
         return self._traced[-1]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from derivation.gpu.profile import Hardware
@@ -142,7 +143,7 @@ class Tape:
 
     def load(self, path: str, shape: tuple[int, ...], dtype: str) -> Storage | None:
         """Record a weight that is moved to the GPU."""
-        return self._allocate(path, shape, dtype, "load", Category.WEIGHT)
+        return self._appears(weight(path, shape, dtype))
 
     def load_leaf(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
         """Record a parameter of the current module that is on the GPU until the module returns.
@@ -162,8 +163,11 @@ class Tape:
         nbytes = product((DTYPE_BYTES[dtype], *shape))
         if nbytes == 0 or count == 0:
             return None
+        return self._appears(Allocation(path, op, shape, dtype, nbytes, category, count))
+
+    def _appears(self, allocation: Allocation) -> Storage:
         index = len(self.allocations)
-        self.allocations.append(Allocation(path, op, shape, dtype, nbytes, category, count))
+        self.allocations.append(allocation)
         self.alive.add(index)
         self.events.append(index + 1)
         return Storage(self, index)
@@ -179,9 +183,8 @@ class Tape:
 
     def unload(self, path: str, shape: tuple[Size, ...], dtype: str) -> None:
         """Record the death of a weight that existed before the run."""
-        nbytes = product((DTYPE_BYTES[dtype], *shape))
         index = len(self.allocations)
-        self.allocations.append(Allocation(path, "load", shape, dtype, nbytes, Category.WEIGHT, loaded=True))
+        self.allocations.append(weight(path, shape, dtype, loaded=True))
         self.release(index)
 
     def release(self, index: int) -> None:
@@ -222,6 +225,13 @@ class Tape:
             yield self
         finally:
             _ACTIVE.pop()
+
+
+@lru_cache(maxsize=65536)
+def weight(path: str, shape: tuple[int, ...], dtype: str, loaded: bool = False) -> Allocation:
+    """Return the allocation of a weight: tapes share it."""
+    nbytes = product((DTYPE_BYTES[dtype], *shape))
+    return Allocation(path, "load", shape, dtype, nbytes, Category.WEIGHT, loaded=loaded)
 
 
 _ACTIVE: list[Tape] = []

@@ -164,13 +164,21 @@ def _check(config: CLIPVisionConfig, options: Options) -> object:
     return models.StableDiffusionSafetyChecker("safety_checker", clip_input, clip_input, config=config)
 
 
-@lru_cache(maxsize=64)
+# What neither adds nor changes a parameter.
+UNREAD = ("pipeline", "attention", "gpu", "attention_slicing", "vae_slicing", "vae_tiling", "offload")
+
+
 def parameters(checkpoint: Checkpoint, options: Options) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
     """Return the parameters and buffers of each model: path -> (shape, dtype)."""
+    defaults = Options()
+    return _parameters(checkpoint, replace(options, **{name: getattr(defaults, name) for name in UNREAD}))
+
+
+@lru_cache(maxsize=64)
+def _parameters(checkpoint: Checkpoint, options: Options) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
     found: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {}
     for component in components(checkpoint, options).values():
-        whole = replace(options, attention="efficient", attention_slicing=None, vae_tiling=False, offload=None)
-        recorded = Tape(whole)
+        recorded = Tape(options)
         with recorded.running():
             component.call(options, False)
         found.setdefault(component.model, {}).update(recorded.parameters)

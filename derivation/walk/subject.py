@@ -127,8 +127,10 @@ class WalkedSubject:
         return None if config is None else int(config.max_position_embeddings)
 
     def changed(self, **options: Any) -> WalkedSubject:
-        """Return the same checkpoint under other options."""
-        return WalkedSubject(self.checkpoint, replace(self.options, **options))
+        """Return the same checkpoint under other options; what its blocks recorded is shared."""
+        found = WalkedSubject(self.checkpoint, replace(self.options, **options))
+        found._memory = self._memory
+        return found
 
     def document(self) -> dict[str, Any]:
         """Return the configs and the options as JSON values."""

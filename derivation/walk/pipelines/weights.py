@@ -23,6 +23,7 @@ REGISTRATION = (
     *("conv_norm_out", "conv_out", "encoder_hid_proj", "conv", "base_layer", "lora_A", "lora_B", "default"),
     *("weight", "bias"),
 )
+PLACES = {name: i for i, name in enumerate(REGISTRATION)}
 
 # path -> shape and dtype
 Entries = Mapping[str, tuple[tuple[int, ...], str]]
@@ -86,8 +87,9 @@ def registered(paths: Mapping[str, object]) -> list[str]:
 
     Those of a real module stand in its own order already: there a child's come before its parent's.
     """
-    known = all(name.isdigit() or name in REGISTRATION for path in paths for name in path.split(".")[1:])
-    return sorted(paths, key=_place) if known else list(_children_first(list(paths), 1))
+    if any(_place(path) is None for path in paths):
+        return list(_children_first(list(paths), 1))
+    return sorted(paths, key=lambda path: _place(path) or ())
 
 
 def _children_first(paths: list[str], depth: int) -> Iterator[str]:
@@ -106,6 +108,8 @@ def _children_first(paths: list[str], depth: int) -> Iterator[str]:
 
 
 @lru_cache(maxsize=65536)
-def _place(path: str) -> tuple[int, ...]:
+def _place(path: str) -> tuple[int, ...] | None:
+    """Return what a path is sorted by, None for one with a name that is not known."""
     _, *names = path.split(".")
-    return tuple(int(name) if name.isdigit() else REGISTRATION.index(name) for name in names)
+    places = [int(name) if name.isdigit() else PLACES.get(name) for name in names]
+    return tuple(place for place in places if place is not None) if None not in places else None
