@@ -246,12 +246,13 @@ class Derivation:
             **self.options.as_dict(),
             **call.as_dict(),
             "weights_bytes": self.weights_bytes,
-            "weights": self.weights,
-            "components": self.component_peaks(call),
-            "stages": {name: peak for name, (peak, _) in peaks.items()},
+            "model_weights_bytes": self.weights,
+            "components_bytes": self.component_peaks(call),
+            "stages_bytes": {name: peak for name, (peak, _) in peaks.items()},
             "peak_stage": peak_stage,
             "peak_tensor_bytes": self.weights_bytes + stage_bytes,
             "witness": witness_at(peak_stage, variant.tape, event).at(values),
+            "figure": "peak_tensor_bytes" if self.options.gpu is None else "needs_bytes",
             **({} if self.options.gpu is None else self._on_card(call)),
         }
 

@@ -136,7 +136,7 @@ def room_bytes(gpu: str) -> int:
 
 
 def _out_of_memory(failed: Mapping[str, Any]) -> str:
-    asked = human(failed["bytes"]) + (f" for {failed['shape']}" if failed["shape"] else "")
+    asked = human(failed["requested_bytes"]) + (f" for {failed['shape']}" if failed["shape"] else "")
     room = f"{human(failed['free_bytes'])} free, {human(failed['short_bytes'])} short"
     return f"out of memory at {failed['module']}: {asked}, {room}"
 

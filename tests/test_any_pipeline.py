@@ -219,7 +219,7 @@ def test_a_shipped_pipeline_answers_for_a_card_without_torch() -> None:
 @pytest.mark.skipif(not (TRACED / FLUX / store.RECORDED).is_file(), reason="no shipped record")
 def test_flux_dev_takes_what_was_measured() -> None:
     found = derive(FLUX).estimate(1024, 1024)
-    transformer = found["weights"]["transformer"] + found["stages"]["transformer"]
+    transformer = found["model_weights_bytes"]["transformer"] + found["stages_bytes"]["transformer"]
     low, high = FLUX_DEV_TRANSFORMER
     assert low <= round(transformer / 2**30, 2) <= high
 

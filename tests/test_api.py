@@ -104,9 +104,10 @@ def test_bad_options_are_one_line(options, message):
 
 def test_a_gpu_adds_the_allocator_and_the_device():
     found = derive(SD15, gpu="t4", attention="sdpa").estimate(height=512, width=512)
-    assert found["requested"] <= found["allocated"] <= found["reserved"] < found["device"]
-    assert found["device"] - found["reserved"] == found["context"]
-    assert found["left_bytes"] == found["of_bytes"] - found["needs_bytes"] == found["total"] - found["device"]
+    assert found["requested_bytes"] <= found["allocated_bytes"] <= found["reserved_bytes"] < found["device_bytes"]
+    assert found["device_bytes"] - found["reserved_bytes"] == found["context_bytes"]
+    left = found["of_bytes"] - found["needs_bytes"]
+    assert found["left_bytes"] == left == found["total_bytes"] - found["device_bytes"]
     assert (found["verdict"], found["fits"]) == ("fits", True)
     eager = derive(SD15, gpu="t4", attention="eager").estimate(height=1024, width=1024)
     assert (eager["verdict"], eager["left_bytes"]) == ("does not fit", None)

@@ -267,7 +267,9 @@ def test_the_json_document_says_what_the_form_says(sd15: Derivation, expected: d
         for let in device["symbols"]:
             names[let["name"]] = value(let["value"], names)
         [first, *_] = (
-            case for case in device["cases"] if all(value(c["left"], names) > c["right"] for c in case["conditions"])
+            case
+            for case in device["cases"]
+            if all(value(left, names) > right for left, right in (c["operands"] for c in case["conditions"]))
         )
         small = device["small_segments"].get(str(height * width // 64**2), device["most_small_segments"])
         assert value(first["value"], names) + small * device["small_segment_bytes"] == reserved

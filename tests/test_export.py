@@ -228,7 +228,8 @@ def peak_of(document, names, guidance):
     for let in document["symbols"]:
         names[let["name"]] = evaluate(let["value"], names)
     for case in document["cases"]:
-        holds = all(COMPARE[c["operator"]](evaluate(c["left"], names), c["right"]) for c in case["conditions"])
+        tests = ((COMPARE[c["operator"]], *c["operands"]) for c in case["conditions"])
+        holds = all(compare(evaluate(left, names), right) for compare, left, right in tests)
         if case["guidance"] == guidance and holds:
             names |= case["constants"]
             for let in case["lets"]:
@@ -247,7 +248,7 @@ def test_json_agrees(texts, expected):
 
 
 def test_json_fits_the_schema(texts):
-    schema = json.loads((ROOT / "derivation/export/schema.json").read_text())
+    schema = json.loads((FORMULAS / "schema.json").read_text())
     Draft202012Validator.check_schema(schema)
     Draft202012Validator(schema).validate(json.loads(texts["json"]))
 
@@ -255,13 +256,13 @@ def test_json_fits_the_schema(texts):
 def test_json_defines_the_symbols_of_tiles():
     d = derive(SD15, pipeline="txt2img", vae_tiling=True)
     document = json.loads(export(d.equation, "json"))
-    Draft202012Validator(json.loads((ROOT / "derivation/export/schema.json").read_text())).validate(document)
+    Draft202012Validator(json.loads((FORMULAS / "schema.json").read_text())).validate(document)
     for headline in document["headline"].values():
         known = {"H", "W"}
         for entry in headline["definitions"]:
             assert known.issuperset(re.findall(r"\b[A-Z](?:_\{\w\})?(?!\w)", entry["value"]))
             known.add(entry["symbol"])
-        used = {name for term in headline["terms"] for name in re.findall(r"[A-Z](?:_\{\w\})?", term["bytes"])}
+        used = {name for term in headline["terms"] for name in re.findall(r"[A-Z](?:_\{\w\})?", term["peak_bytes"])}
         assert used <= known | {"L", "B"}
 
 
@@ -378,7 +379,7 @@ def test_every_export_of_other_options_equals_the_replayed_tape(variant, tmp_pat
     document = json.loads(export(variant.equation, "json"))
     names = [{"height": h, "width": w, "L": n, "B": b} for h, w, n, b, _ in cases]
     assert [peak_of(document, n, case[4]) for n, case in zip(names, cases, strict=True)] == wanted
-    schema = json.loads((ROOT / "derivation/export/schema.json").read_text())
+    schema = json.loads((FORMULAS / "schema.json").read_text())
     Draft202012Validator(schema).validate(document)
     if (node := shutil.which("node")) is not None:
         (tmp_path / "peak_vram.mjs").write_text(export(variant.equation, "javascript"))

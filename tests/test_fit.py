@@ -123,7 +123,10 @@ def test_what_fits_a_card_is_what_estimate_says_of_it() -> None:
     image = fit(derivation).image
     assert image is not None
     found = derivation.estimate(image.height, image.width)
-    assert (image.verdict.needs_bytes, image.verdict.left_bytes) == (found["device"], found["total"] - found["device"])
+    assert (image.verdict.needs_bytes, image.verdict.left_bytes) == (
+        found["device_bytes"],
+        found["total_bytes"] - found["device_bytes"],
+    )
     # a convolution whose workspace does not fit runs without: that is slower, and no out-of-memory error
     assert image.verdict.verdict == found["verdict"] == "fits with slower convolutions"
     card = lookup("t4")

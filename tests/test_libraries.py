@@ -99,10 +99,10 @@ def test_diffusers_0_35_decodes_sdxl_with_its_middle_in_float16():
     weights = sum(ceil512(4 * prod(shape)) - ceil512(2 * prod(shape)) for shape in shapes)
     # at the peak the latents [1, 4, 128, 128] are alive before the division and after post_quant_conv, too
     latents = 2 * (4 * 128 * 128 * 2)
-    found, known = (d.estimate(**SIDE)["stages"]["vae_decode"] for d in (old, new))
+    found, known = (d.estimate(**SIDE)["stages_bytes"]["vae_decode"] for d in (old, new))
     assert known - found == weights + latents
     eager = [derive(SDXL, pipeline="txt2img", diffusers=d, attention="eager") for d in ("0.36.0", "0.35.2")]
-    found, known = (d.estimate(**SIDE)["stages"]["vae_decode"] for d in eager)
+    found, known = (d.estimate(**SIDE)["stages_bytes"]["vae_decode"] for d in eager)
     assert known == found
 
 

@@ -98,7 +98,7 @@ def test_the_page_says_what_the_derivation_says(report, derivation):
         estimate = derivation.estimate(side, side)
         assert grouped(estimate["peak_tensor_bytes"]) in text
         assert grouped(estimate["weights_bytes"]) in text
-        for nbytes in estimate["stages"].values():
+        for nbytes in estimate["stages_bytes"].values():
             assert grouped(nbytes) in text
     for nbytes in derivation.component_peaks(512, 512).values():
         assert grouped(nbytes) in text

@@ -48,7 +48,7 @@ def test_a_call_that_does_not_fit_ends_with_its_request() -> None:
     derivation = derive(SD15, gpu="t4", **SMALL)
     last = derivation.snapshot(4096, 4096)["device_traces"][0][-1]
     failed = derivation.device_memory(4096, 4096).failed
-    assert failed is not None and (last["action"], last["size"]) == ("oom", failed["bytes"])
+    assert failed is not None and (last["action"], last["size"]) == ("oom", failed["requested_bytes"])
     assert last["frames"][0]["filename"] == failed["module"]
 
 

@@ -20,6 +20,7 @@ from derivation.tape.tape import Tape
 from derivation.walk.pipelines.weights import registered
 
 A = TypeVar("A", bound=CachingAllocator)
+IN_BYTES = ("requested", "allocated", "reserved", "device", "device_before_run", "total", "headroom", "context")
 Parameters = Mapping[str, Mapping[str, tuple[tuple[int, ...], str]]]
 
 
@@ -54,8 +55,8 @@ class DeviceMemory:
         return None if self.total is None else self.failed is None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields by name, ready for JSON."""
-        return asdict(self)
+        """Return the fields by name, ready for JSON; those in bytes end so."""
+        return {f"{name}_bytes" if name in IN_BYTES else name: value for name, value in asdict(self).items()}
 
 
 def device_memory(
@@ -129,7 +130,7 @@ def _verdict(result: ReplayResult, failed: Mapping[str, Any] | None, total: int 
     if total is None:
         return "no verdict: the architecture names no card"
     if failed is not None:
-        asked = format_size(failed["bytes"]) + (f" for {failed['shape']}" if failed["shape"] else "")
+        asked = format_size(failed["requested_bytes"]) + (f" for {failed['shape']}" if failed["shape"] else "")
         room = f"{format_size(failed['free_bytes'])} free, {format_size(failed['short_bytes'])} short"
         return f"out of memory at {failed['module']}: {asked}, {room}"
     if result.left_out:
@@ -147,5 +148,5 @@ def _failed_at(event: OutOfMemoryEvent, tape: Tape, values: Mapping[str, int]) -
 
 def _failed(module: str, op: str, shape: tuple[int, ...], report: OutOfMemory) -> dict[str, Any]:
     short = max(report.tried_bytes - report.free_bytes, 0)
-    sizes = {"bytes": report.requested_bytes, "free_bytes": report.free_bytes, "short_bytes": short}
+    sizes = {"requested_bytes": report.requested_bytes, "free_bytes": report.free_bytes, "short_bytes": short}
     return {"module": module, "op": op, "shape": list(shape), **sizes}

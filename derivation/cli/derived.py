@@ -21,7 +21,17 @@ from derivation.text import human
 from derivation.verdict import Verdict
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-KNOWN = {"model", "guidance", "weights_bytes", "weights", "components", "stages", "peak_stage", "peak_tensor_bytes"}
+KNOWN = {
+    "model",
+    "guidance",
+    "weights_bytes",
+    "model_weights_bytes",
+    "components_bytes",
+    "stages_bytes",
+    "peak_stage",
+    "peak_tensor_bytes",
+    "figure",
+}
 VERIFY_EXTRA = "pip install 'diffusion-vram-derivation[verify]'"
 
 
@@ -63,11 +73,11 @@ def show_estimate(result: Mapping[str, Any], options: Options) -> None:
     output.line(f"{result['model']}, {result['height']} x {result['width']} pixels (height x width)", style="bold")
     output.line(", ".join(f"{name}={asked[name]}" for name in said))
     output.line("")
-    output.bytes_table("Weights", "model", {**result["weights"], "all": result["weights_bytes"]})
-    output.bytes_table("Components, each called alone", "component", result["components"])
-    if result["stages"] != result["components"]:
+    output.bytes_table("Weights", "model", {**result["model_weights_bytes"], "all": result["weights_bytes"]})
+    output.bytes_table("Components, each called alone", "component", result["components_bytes"])
+    if result["stages_bytes"] != result["components_bytes"]:
         title = "Stages of the pipeline, beyond the weights"
-        output.bytes_table(title, "stage", result["stages"], result["peak_stage"])
+        output.bytes_table(title, "stage", result["stages_bytes"], result["peak_stage"])
     _show_witness(result["witness"])
     _show_more({key: result[key] for key in result if key not in KNOWN | asked.keys() | _CALL})
     peak = result["peak_tensor_bytes"]
@@ -82,7 +92,7 @@ _CALL = {"height", "width", "batch_size", "prompt_length", "num_frames", "witnes
 
 def _show_witness(witness: Mapping[str, Any]) -> None:
     rows = (
-        (t["module"] or "pipeline", t["op"], " x ".join(map(str, t["shape"])), t["dtype"], t["count"], t["bytes"])
+        (t["module"] or "pipeline", t["op"], " x ".join(map(str, t["shape"])), t["dtype"], t["count"], t["size_bytes"])
         for t in witness["tensors"]
     )
     title = f"Alive at the peak, {witness['op']} of {witness['module'] or 'the pipeline'}, oldest first"

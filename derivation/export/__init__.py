@@ -44,6 +44,8 @@ TARGETS: Mapping[str, Target] = {
 }
 
 ALIASES = {"tex": "latex", "py": "python", "js": "javascript"}
+# Describes every file of the target "json".
+SCHEMA_FILE = Path(__file__).with_name("schema.json")
 # What lambdify calls its targets.
 COMPILED = {"math": "python", "numpy": "numpy", "torch": "torch"}
 
@@ -136,7 +138,7 @@ def write(
 def generate(models: Iterable[str] | None = None) -> dict[str, str]:
     """Return the checked-in files of ``models``, of all by default: path below formulas/ -> text."""
     wanted = None if models is None else set(models)
-    found: dict[str, str] = {}
+    found = {} if wanted else {SCHEMA_FILE.name: SCHEMA_FILE.read_text()}
     for entry in CHECKED_IN:
         if wanted is not None and not wanted & {entry.model, entry.model.split("/")[1]}:
             continue

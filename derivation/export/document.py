@@ -18,7 +18,7 @@ from derivation.peak.witness import Witness
 from derivation.tape.symbols import SYMBOLS
 from derivation.tape.tiles import MEANINGS_IN_PIXELS
 
-SCHEMA = "peak_vram/1"
+SCHEMA = "peak_vram/2"
 ARGUMENTS = {"L": ("prompt_length", "tokens"), "B": ("batch_size", "prompts")}
 
 
@@ -41,7 +41,7 @@ def as_dict(equation: Equation, device: DeviceCode | None = None) -> dict[str, A
         "assumptions": list(header.assumptions),
         "exclusions": list(header.exclusions),
         "operations": {"guidance": function.operations[True], "no_guidance": function.operations[False]},
-        "weights": d.weights,
+        "model_weights_bytes": d.weights,
         "arguments": _arguments(equation),
         "symbols": [
             _let(side, "tiles" if side.name[0] == "N" else "pixels / VAE scale factor") for side in function.sides
@@ -73,7 +73,7 @@ def _device(equation: Equation, code: DeviceCode) -> dict[str, Any]:
 
 
 def _conditions(conditions: Iterable[Condition]) -> list[dict[str, Any]]:
-    return [{"left": tree(x.left), "operator": x.operator, "right": x.right} for x in conditions]
+    return [{"operator": x.operator, "operands": [tree(x.left), x.right]} for x in conditions]
 
 
 def tree(expression: Expression) -> Any:
@@ -155,7 +155,7 @@ def _headline(equation: Equation, guidance: bool) -> dict[str, Any]:
         "terms": [
             {
                 "stage": term.point.stage,
-                "bytes": str(term.expression),
+                "peak_bytes": str(term.expression),
                 "latex": sympy.latex(term.expression),
                 "rounding_bytes": term.rounding_bytes,
                 "witness": _witness(witness),
@@ -190,7 +190,7 @@ def _witness(witness: Witness) -> Mapping[str, Any]:
                 "operator": tensor.op,
                 "shape": [str(dim) for dim in tensor.shape],
                 "dtype": tensor.dtype,
-                "bytes": str(tensor.nbytes),
+                "size_bytes": str(tensor.nbytes),
                 "count": str(tensor.count),
                 "category": tensor.category,
             }

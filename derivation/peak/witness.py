@@ -37,7 +37,7 @@ class WitnessTensor:
             "op": self.op,
             "shape": [evaluate(dim, values) for dim in self.shape],
             "dtype": self.dtype,
-            "bytes": evaluate(self.nbytes, values),
+            "size_bytes": evaluate(self.nbytes, values),
             "count": evaluate(self.count, values),
             "category": self.category,
         }
