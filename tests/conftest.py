@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+from pathlib import Path
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -10,6 +12,29 @@ REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
 INPAINTING = "runwayml/stable-diffusion-inpainting"
 SD_2_1_BASE = "stabilityai/stable-diffusion-2-1-base"
 SD_2_1 = "stabilityai/stable-diffusion-2-1"
+
+
+# Stable Diffusion's classes with few parameters.
+TINY = {
+    "unet": {
+        "block_out_channels": [32, 32, 32, 32],
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+    },
+    "vae": {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1},
+    "text_encoder": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+}
+
+
+def tiny(folder: Path) -> Path:
+    """Write SD 1.5 with TINY's values into a folder and return it."""
+    source = Path(__file__).parents[1] / "derivation/config/configs" / SD15
+    for path in source.rglob("*.json"):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps({**json.loads(path.read_text()), **TINY.get(path.parent.name, {})}))
+    return folder
 
 
 def pytest_addoption(parser):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SD15
+from conftest import SD15, tiny
 
 from derivation import DerivationError
 from derivation.cli import run
@@ -273,23 +273,6 @@ def test_scratch_shapes_are_the_models_own() -> None:
     assert {shape["memory_format"] for shape in convolutions} == {"contiguous", "channels_last"}
     assert any(shape["input"] == [1, 256, 512, 512] for shape in convolutions)
     assert any(shape["query"] == [2, 8, 4096, 40] for shape in found if shape["op"] == "attention")
-
-
-def tiny(folder: Path) -> Path:
-    """Write a checkpoint with Stable Diffusion's classes and few parameters."""
-    from derivation.config.checkpoint import BUNDLED
-
-    small = {
-        "unet": {"block_out_channels": [32, 32, 32, 32], "cross_attention_dim": 32, "attention_head_dim": 2},
-        "vae": {"block_out_channels": [32, 32, 32, 32]},
-        "text_encoder": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
-    }
-    source = BUNDLED / SD15
-    for path in source.rglob("*.json"):
-        target = folder / path.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps({**json.loads(path.read_text()), **small.get(path.parent.name, {})}))
-    return folder
 
 
 @pytest.mark.parametrize("pipeline", ["txt2img", "img2img"])

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from conftest import SD15, SDXL
+from conftest import SD15, tiny
 
 from derivation.peak.liveness import alive_at
 from derivation.tape.evaluate import Evaluator, stages
@@ -33,7 +33,7 @@ from derivation.verify import (
 )
 
 BUNDLED = Path(__file__).parents[1] / "derivation/config/configs"
-CHECKPOINT, XL = BUNDLED / SD15, BUNDLED / SDXL
+CHECKPOINT = BUNDLED / SD15
 FOLDERS = {"vae_encode": "vae", "vae_decode": "vae"}
 STAGES = ["text_encoder", "vae_encode", "unet", "vae_decode", "safety_checker", "postprocess"]
 
@@ -207,12 +207,15 @@ def test_tracing_a_pipeline_twice_gives_the_same_events_with_and_without_paths()
         {"attention": "eager", "scheduler": "UniPCMultistepScheduler", "batch_size": 2},
         {"attention": "flash", "switches": (("offload", "sequential"), ("vae_tiling", True))},
         {"pipeline": "inpaint", "switches": (("channels_last", True), ("controlnets", 1))},
-        {"checkpoint_folder": XL, "strength": 1.0, "switches": (("lora_rank", 4),)},
+        {"strength": 1.0, "switches": (("lora_rank", 4),)},
     ],
     ids=str,
 )
-def test_remembered_kernels_change_no_event(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    call = {"checkpoint_folder": CHECKPOINT, "height": 72, "width": 64, "num_inference_steps": 2, **options}
+def test_remembered_kernels_change_no_event(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    size: dict[str, Any] = {"height": 72, "width": 64, "num_inference_steps": 2}
+    call = {"checkpoint_folder": tiny(tmp_path), **size, **options}
     _, remembered = (trace_pipeline(**call) for _ in range(2))
     forgetful = SimpleNamespace(run=lambda func, args, kwargs: func(*args, **kwargs))
     monkeypatch.setattr("derivation.trace.tracer.kernels_for", lambda inputs: forgetful)
