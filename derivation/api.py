@@ -21,12 +21,12 @@ from derivation.export import compiled
 from derivation.export.latex import latex
 from derivation.gpu.cards import with_memory
 from derivation.options import Options, options_of
-from derivation.options.live import live_options, refuse_other_weights
 from derivation.peak.record import Record
 from derivation.peak.witness import witness_at
 from derivation.tape.grid import Grid
 from derivation.tape.program import Recordings
 from derivation.tape.subject import Parameters, Subject
+from derivation.tape.tape import Tape
 from derivation.trace import store
 from derivation.verdict import Verdict, of_tensors, on_card
 from derivation.walk.subject import WalkedSubject
@@ -203,7 +203,7 @@ class Derivation:
 
     @takes_call
     def sizes(self, call: Call) -> dict[str, int]:
-        """Return the value of every symbol for a call; raises DerivationError for one that the pipeline rejects."""
+        """Return every symbol's value for a call; raises DerivationError for one that the pipeline rejects."""
         return self.equation.sizes(call)
 
     @takes_call
@@ -218,8 +218,7 @@ class Derivation:
         peaks: dict[str, int] = {}
         for name in self.calls:
             at = self.chunked(name, values)
-            [(peak, _)] = self.component(name, call.guidance).at(at).evaluator.peaks(at).values()
-            peaks[name] = peak
+            [(peaks[name], _)] = self.component(name, call.guidance).at(at).evaluator.peaks(at).values()
         return peaks
 
     def chunked(self, name: str, values: Mapping[str, int]) -> dict[str, int]:
@@ -235,8 +234,7 @@ class Derivation:
     @takes_call
     def estimate(self, call: Call) -> dict[str, Any]:
         """Return everything known about one call, in bytes, ready for JSON; with a GPU its verdict, too."""
-        values = self.equation.sizes(call)
-        variant = self.program(call.guidance).at(values)
+        variant = self.program(call.guidance).at(values := self.equation.sizes(call))
         peaks = variant.evaluator.peaks(values)
         peak_stage = max(peaks, key=lambda name: peaks[name][0])
         stage_bytes, event = peaks[peak_stage]
@@ -253,23 +251,18 @@ class Derivation:
             "peak_tensor_bytes": self.weights_bytes + stage_bytes,
             "witness": witness_at(peak_stage, variant.tape, event).at(values),
             "figure": "peak_tensor_bytes" if self.options.gpu is None else "needs_bytes",
-            **({} if self.options.gpu is None else self._on_card(call)),
+            **({} if self.options.gpu is None else self._on_card(self.options.gpu, call)),
         }
 
     @takes_call
     def device_memory(self, call: Call) -> DeviceMemory:
-        """Return what the allocator and nvidia-smi say on the GPU; raises DerivationError where none is named."""
+        """Return what the allocator and nvidia-smi say; raises DerivationError where no GPU is named."""
         return self._replayed(self._gpu(), call)
 
     @takes_call
     def snapshot(self, call: Call) -> dict[str, Any]:
-        """Return the replay as PyTorch's memory snapshot, ready to be pickled for memory_viz; raises DerivationError.
-
-        An allocation's one frame is its module's path and its operator.
-        """
-        values = self.equation.sizes(call)
-        tape = self.program(call.guidance).at(values).tape
-        return snapshot(self._gpu(), self.resident, tape, values, self.options.alloc_conf)
+        """Return the replay as PyTorch's memory snapshot, for memory_viz; raises DerivationError without a GPU."""
+        return snapshot(self._gpu(), self.resident, *self._run(call), self.options.alloc_conf)
 
     @takes_call
     def verdict(self, call: Call, free_bytes: int | None = None) -> Verdict:
@@ -282,16 +275,19 @@ class Derivation:
         gpu = self._gpu() if free_bytes is None else with_memory(self._gpu(), f"{max(free_bytes, 1)}B", free=True)
         return on_card(gpu, self._replayed(gpu, call))
 
-    def _on_card(self, call: Call) -> dict[str, Any]:
-        return {**(memory := self._replayed(self._gpu(), call)).as_dict(), **on_card(self._gpu(), memory).as_dict()}
+    def _on_card(self, gpu: str, call: Call) -> dict[str, Any]:
+        return {**(memory := self._replayed(gpu, call)).as_dict(), **on_card(gpu, memory).as_dict()}
 
     def _replayed(self, gpu: str, call: Call) -> DeviceMemory:
         """Return the replay of a call on a card; each is done once."""
         if (gpu, call) not in self._replays:
-            values, conf = self.equation.sizes(call), self.options.alloc_conf
-            tape = self.program(call.guidance).at(values).tape
-            self._replays[gpu, call] = device_memory(gpu, self.resident, tape, values, conf)
+            run = self._run(call)
+            self._replays[gpu, call] = device_memory(gpu, self.resident, *run, self.options.alloc_conf)
         return self._replays[gpu, call]
+
+    def _run(self, call: Call) -> tuple[Tape, dict[str, int]]:
+        values = self.equation.sizes(call)
+        return self.program(call.guidance).at(values).tape, values
 
     def _gpu(self) -> str:
         if self.options.gpu is None:
@@ -343,7 +339,7 @@ def derive(
     if method == "trace":
         return Derivation(store.transformer(model, options_of(given)))
     if is_live(model):
-        return derived_live(model, **given)
+        return Derivation(WalkedSubject.live(model, **given))
     chosen = options_of(given)
     try:
         checkpoint = load(model, revision, local_files_only, chosen.scheduler)
@@ -352,11 +348,3 @@ def derive(
             raise
         return Derivation(*store.recorded(hub_folder(model, revision, local_files_only), given))
     return Derivation(WalkedSubject(checkpoint, chosen))
-
-
-def derived_live(pipe: object, **given: Any) -> Derivation:
-    """Derive a live pipeline as it is switched now; raises DerivationError for what is not read off it."""
-    options = live_options(pipe, **given)
-    subject = WalkedSubject(load(pipe, scheduler=options.scheduler), options)
-    refuse_other_weights(pipe, subject.parameters)
-    return Derivation(subject)

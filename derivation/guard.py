@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from derivation.api import Derivation, derived_live
+from derivation.api import Derivation
 from derivation.ask.fit import fit, peak_tensor_bytes
 from derivation.ask.recommend import recommend
 from derivation.call import Call
@@ -26,6 +26,7 @@ from derivation.gpu.cards import lookup
 from derivation.options.live import FREEU
 from derivation.options.live.modules import MODELS, attentions, first_parameter, models_of, tuners, up_blocks
 from derivation.verdict import Verdict, of_tensors
+from derivation.walk.subject import WalkedSubject
 
 # What a pipeline can set on its VAE
 VAE_SWITCHES = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_overlap_factor")
@@ -208,7 +209,7 @@ def _known(pipe: Any, compiled: bool, options: dict[str, Any]) -> _Known:
         models = models_of(pipe)
         parameters = {name: first_parameter(model) for name, model in models.items()}
         watched = _watch(models, parameters)
-        derivation = derived_live(pipe, **options)
+        derivation = Derivation(WalkedSubject.live(pipe, **options))
         known = _Known((given, watched(pipe)), watched, parameters, derivation, _peak(derivation, compiled), {})
         _KNOWN[pipe] = known
     return known

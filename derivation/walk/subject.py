@@ -9,12 +9,13 @@ from functools import cached_property
 from typing import Any
 
 from derivation.call import DEFAULT_PROMPT_LENGTH, Call
-from derivation.config import VAE_SCALE_FACTOR, Checkpoint
+from derivation.config import VAE_SCALE_FACTOR, Checkpoint, load
 from derivation.config.document import from_document, to_document
 from derivation.errors import DerivationError, unsupported
 from derivation.gpu.profile import Hardware, UnfusedAttention, hardware, lacks_fused_attention
 from derivation.libraries import LIBRARIES, tell_unverified
 from derivation.options import EAGER, Options, options_of
+from derivation.options.live import live_options, refuse_other_weights
 from derivation.tape.grid import Grid, Range, Sides
 from derivation.tape.program import Program
 from derivation.tape.subject import Parameters
@@ -39,6 +40,14 @@ class WalkedSubject:
         self.options = options
         self.hardware = _hardware(options)
         self._memory: Memory = {}
+
+    @classmethod
+    def live(cls, pipe: object, **given: Any) -> WalkedSubject:
+        """Return a live pipeline as it is switched now; raises DerivationError for what is not read off it."""
+        options = live_options(pipe, **given)
+        subject = cls(load(pipe, scheduler=options.scheduler), options)
+        refuse_other_weights(pipe, subject.parameters)
+        return subject
 
     def __reduce__(self) -> tuple[type[WalkedSubject], tuple[Checkpoint, Options]]:
         return WalkedSubject, (self.checkpoint, self.options)
