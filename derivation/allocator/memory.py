@@ -112,10 +112,15 @@ def load_pipeline(allocator: CachingAllocator, parameters: Parameters) -> dict[s
 
     pipeline_utils.py (``_get_signature_keys``): the models in alphabetical order, since diffusers 0.33.
     """
+    weights = weight_bytes(parameters)
+    return dict(zip(weights, load_weights(allocator, weights.values()), strict=True))
+
+
+def weight_bytes(parameters: Parameters) -> dict[str, int]:
+    """Return each parameter's bytes in the order in which ``pipe.to("cuda")`` loads them."""
     models = (parameters[model] for model in sorted(parameters))
-    entries = [(path, *model[path]) for model in models for path in registered(model)]
-    handles = load_weights(allocator, (prod(shape) * DTYPE_BYTES[dtype] for _, shape, dtype in entries))
-    return dict(zip((path for path, _, _ in entries), handles, strict=True))
+    entries = ((path, *model[path]) for model in models for path in registered(model))
+    return {path: prod(shape) * DTYPE_BYTES[dtype] for path, shape, dtype in entries}
 
 
 def context_of(card: Gpu) -> tuple[int | None, str]:

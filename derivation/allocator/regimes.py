@@ -9,21 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 
 import numpy as np
 
-from derivation.allocator.allocator import CachingAllocator
-from derivation.allocator.memory import Parameters
-from derivation.allocator.replay import load_weights
-from derivation.allocator.report import SMALL_BYTES, SMALL_SEGMENT_BYTES
-from derivation.allocator.simulate import replay
-from derivation.allocator.symbolic import Atom, Comparison, GridAllocator, Points, Vector
+from derivation.allocator.opened import Requests
+from derivation.allocator.report import SMALL_BYTES
+from derivation.allocator.symbolic import Atom, Comparison, GridAllocator, Vector
 from derivation.errors import DerivationError
 from derivation.tape.evaluate import stages
-from derivation.tape.symbols import DTYPE_BYTES, Size, free_names
-from derivation.tape.tape import Tape
-from derivation.walk.pipelines.weights import registered
+from derivation.tape.symbols import Size, free_names
 
 # What segments were opened for, in order, and where live tensors are: each one's number, a segment's rank, an offset.
 State = tuple[tuple[Size, ...], tuple[tuple[int, int, int], ...]]
@@ -85,23 +79,18 @@ class Survey:
     are in no group.
     """
 
-    def __init__(self, tape: Tape, parameters: Parameters, points: Points, most: int) -> None:
-        self.tape, self.points, self.runs, self.most, self._left = tape, points, 0, most, most
-        models = (parameters[model] for model in sorted(parameters))
-        entries = ((path, *model[path]) for model in models for path in registered(model))
-        self.weights = {path: prod(shape) * DTYPE_BYTES[dtype] for path, shape, dtype in entries}
-        self.dropped = {a.path: index for index, a in enumerate(tape.allocations) if a.loaded}
-        self.bytes = [points.atom(Atom(a.nbytes, is_segment=False)) for a in tape.allocations]
-        self._small: dict[bytes, int] = {}
-        self.moments: list[Moment | None] = [None] * len(points)
-        self._highest, self._unseen = (np.zeros(len(points), dtype=np.int64) for _ in range(2))
+    def __init__(self, requests: Requests, most: int) -> None:
+        self.tape, self.points = requests.tape, requests.points
+        self.weights, self.dropped = requests.weights, requests.dropped
+        self.runs, self.most, self._left = 0, most, most
+        self.bytes = [requests.bytes[kind] for kind in requests.kinds]
+        self.moments: list[Moment | None] = [None] * len(self.points)
+        self._highest, self._unseen = (np.zeros(len(self.points), dtype=np.int64) for _ in range(2))
         self.possible = [bool((b > SMALL_BYTES).any()) for b in self.bytes]
 
     @cached_property
     def groups(self) -> list[Group]:
         """The groups of sizes after the last event; raises DerivationError where the tape is not covered."""
-        if self.tape.emptied or any(a.count != 1 for a in self.tape.allocations):
-            raise DerivationError("no closed form of reserved bytes: the cache is emptied, or tiles are counted")
         groups = [Group(((), ()), np.ones(len(self.points), dtype=bool))]
         for chunk in self.chunks():
             self._left = self.most
@@ -282,39 +271,3 @@ class Survey:
 
     def _state(self, allocator: GridAllocator, handles: Mapping[int, int]) -> State:
         return tuple(nbytes for nbytes, _ in allocator.opened), allocator.places(handles)
-
-    def small_segments(self, point: int) -> int:
-        """Return how many segments the small pool has at a size: from the replay of that pool alone."""
-        content = np.array([b[point] * (b[point] <= SMALL_BYTES) for b in self.bytes]).tobytes()
-        if content not in self._small:
-            allocator = CachingAllocator()
-            weights = {path: allocator.malloc(n) for path, n in self.weights.items() if n <= SMALL_BYTES}
-            small = replay(self.tape, self.points.values[point], weights).only(lambda n: n <= SMALL_BYTES)
-            self._small[content] = small.run(allocator).reserved_bytes.nbytes // SMALL_SEGMENT_BYTES
-        return self._small[content]
-
-    def most_small_segments(self) -> int:
-        """Return a number of segments that the small pool exceeds at no size, without its replay.
-
-        Theorem: n segments of 2 MiB that the run opened, with K live blocks of P bytes in all, have at most K + n
-        gaps; where none of r bytes is free, 2 MiB n < P + (K + n) r. So the one opened for r then is at most number
-        ceil((P + K r) / (2 MiB - r)). A block of the small pool is as large as its request.
-        """
-        live, count, most = (np.zeros(len(self.points), dtype=np.int64) for _ in range(3))
-        for event in self.tape.events:
-            size = self.bytes[abs(event) - 1]
-            is_small = size <= SMALL_BYTES
-            if event > 0:
-                needed = -(-(live + count * size) // np.maximum(SMALL_SEGMENT_BYTES - size, SMALL_BYTES))
-                most = np.maximum(most, is_small * np.maximum(needed, 1))
-            if not self.tape.allocations[abs(event) - 1].loaded:
-                live += np.sign(event) * is_small * size
-                count += np.sign(event) * is_small
-        return int(most.max()) + self.small_segments_of_weights
-
-    @cached_property
-    def small_segments_of_weights(self) -> int:
-        """How many segments the small pool has before the run."""
-        weights = CachingAllocator()
-        load_weights(weights, (n for n in self.weights.values() if n <= SMALL_BYTES))
-        return weights.reserved_bytes.current // SMALL_SEGMENT_BYTES

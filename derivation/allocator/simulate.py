@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 
 from derivation.allocator.replay import Loop, Replay
@@ -51,13 +51,16 @@ def replay(tape: Tape, values: Mapping[str, int], weights: Mapping[str, int] | N
 
 def _loop(events: Sequence[int], sizes: Sequence[int], start: int, end: int, times: int) -> Loop:
     """Pair what is alive after an iteration with what was alive before: same size, same order of birth."""
-    before, after = _alive(events[:start]), _alive(events[:end])
-    roles: dict[int, int] = {}
-    for size in {sizes[tensor] for tensor in after}:
-        now = sorted(tensor for tensor in after if sizes[tensor] == size)
-        then = sorted(tensor for tensor in before if sizes[tensor] == size)
-        roles |= dict(zip(now, then, strict=True))
-    return Loop(start, end, times, roles)
+    return Loop(start, end, times, pair_roles(sizes.__getitem__, _alive(events[:start]), _alive(events[:end])))
+
+
+def pair_roles(size_of: Callable[[int], int], before: Iterable[int], after: Iterable[int]) -> dict[int, int]:
+    """Pair tensors alive after an iteration with those before it: same size, same order of birth."""
+
+    def by_size(alive: Iterable[int]) -> list[int]:
+        return sorted(alive, key=lambda tensor: (size_of(tensor), tensor))
+
+    return dict(zip(by_size(after), by_size(before), strict=True))
 
 
 def _alive(events: Sequence[int]) -> set[int]:

@@ -3,68 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property, reduce
 from itertools import product
 from math import lcm
+from operator import and_
 
 import numpy as np
 import sympy
 
 from derivation.allocator.allocator import CachingAllocator
 from derivation.allocator.config import AllocatorConfig
-from derivation.allocator.memory import DeviceMemory, context_of, device_memory, load_pipeline
+from derivation.allocator.memory import DeviceMemory, context_of, device_memory, load_pipeline, weight_bytes
+from derivation.allocator.opened import Opened, Requests, reserved_bytes
 from derivation.allocator.regimes import Moment, Survey
-from derivation.allocator.report import MIN_LARGE_BYTES, ROUND_LARGE_BYTES, SMALL_SEGMENT_BYTES, segment_size
+from derivation.allocator.report import MIN_LARGE_BYTES, ROUND_LARGE_BYTES, segment_size
 from derivation.allocator.symbolic import Atom, Comparison, Points, Vector
 from derivation.call import Call
 from derivation.equation.derived import Derived
+from derivation.equation.device_regime import Part, Regime, piecewise
 from derivation.errors import DerivationError, unsupported
 from derivation.gpu.cards import lookup
 from derivation.tape.grid import H, W
-from derivation.tape.symbols import BLOCK_BYTES, SYMBOLS, as_poly
+from derivation.tape.symbols import BLOCK_BYTES, SYMBOLS, Size, as_poly, free_names
 
 # The image sides at which the allocator's decisions are compared.
 LEAST_SIDE, MOST_SIDE, STEP = 512, 2048, 64
 # Events that the replays of one part of the run may take in all; a size that they do not reach is told by at().
 MOST_EVENTS = 40_000
-# Segments of the small pool, of 2 MiB: a replay of that pool alone counts them at a size.
-N_SMALL = sympy.Symbol("n_small", integer=True, positive=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Terms of a sum that are equal: their bytes, and the tensors behind them."""
-
-    bytes: sympy.Expr
-    tensors: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{len(self.tensors)} x {self.bytes}: {', '.join(self.tensors)}"
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Regime:
-    """Sizes at which the allocator decides the same of what counts: bytes that do not vary, and parts that do.
-
-    ``conditions`` tell these sizes from those of the regimes behind it in a list; each is a comparison that the
-    allocator makes. ``where`` are the sizes, ``total`` the bytes at each, small segments left out; ``sums`` are the
-    numbers of the parts, each with its count, and ``comparisons`` what the conditions compare.
-    """
-
-    constant_bytes: int
-    parts: tuple[Part, ...]
-    conditions: tuple[sympy.Basic, ...]
-    where: Vector
-    total: Vector
-    sums: tuple[tuple[int, int], ...] = ()
-    comparisons: tuple[Comparison, ...] = ()
-
-    @property
-    def bytes(self) -> sympy.Expr:
-        """The sum."""
-        return sympy.Add(self.constant_bytes, *(len(part.tensors) * part.bytes for part in self.parts))
+# Regimes that are told apart by decisions of the allocator; where there are more, what they do not share is counted.
+MOST_REGIMES = 4
+# 2 MiB each: the small pool's segments, and those of the large pool that a form does not spell out, by replay.
+N = sympy.Symbol("n", integer=True, nonnegative=True)
 
 
 class DeviceForm:
@@ -89,7 +60,6 @@ class DeviceForm:
         self.points = Points([derived.sizes(call) for call in held])
         if AllocatorConfig.parse(derived.options.alloc_conf or "") != AllocatorConfig() and len(held) > 1:
             raise unsupported("alloc_conf", derived.options.alloc_conf, "none, or sides that are fixed: at()")
-        self.survey = Survey(self.variant.tape, derived.resident, self.points, MOST_EVENTS)
 
     def _calls(self, guidance: bool) -> Iterator[Call]:
         fixed, factor, unit = self.derived.given, self.derived.factor, lcm(STEP, self.derived.grid.unit)
@@ -98,6 +68,31 @@ class DeviceForm:
         length, batch = self.derived.defaults["L"], self.derived.defaults["B"]
         sizes = sorted(product(heights, widths), key=lambda size: size[0] != size[1])
         return (Call(height, width, batch, length, guidance) for height, width in sizes)
+
+    @cached_property
+    def requests(self) -> Requests:
+        """What the run asks for at each size; raises DerivationError where tiles are counted, or the cache emptied."""
+        return Requests(self.variant.tape, weight_bytes(self.derived.resident), self.points)
+
+    @cached_property
+    def small(self) -> Opened:
+        """The small pool's segments at each size."""
+        return Opened(self.requests, is_small=True)
+
+    @cached_property
+    def large(self) -> Opened:
+        """The large pool's segments at each size."""
+        return Opened(self.requests, is_small=False)
+
+    @cached_property
+    def survey(self) -> Survey:
+        """The decisions of the large pool."""
+        return Survey(self.requests, MOST_EVENTS)
+
+    @cached_property
+    def reserved_bytes(self) -> Vector:
+        """torch.cuda.max_memory_reserved() at each size, on a card that has room where there are several."""
+        return reserved_bytes(self.small, self.large) if self.replayed is None else np.array([self.replayed.reserved])
 
     @cached_property
     def replayed(self) -> DeviceMemory | None:
@@ -110,25 +105,51 @@ class DeviceForm:
 
     @cached_property
     def reserved_regimes(self) -> tuple[Regime, ...]:
-        """Segments by what they were opened for, those of the small pool left out; the most special regime first."""
-        if self.replayed is None:
-            return self._opened()
-        small = SMALL_SEGMENT_BYTES * self.survey.small_segments(0)
-        return self._as_replayed(self.replayed.reserved - small, self._opened)
+        """Segments by what they were opened for, those that are counted left out; the most special regime first."""
+        if self.replayed is not None:
+            return self._as_replayed(self.replayed.reserved, self._opened, lambda: self._small_bytes(0))
+        if len({frozenset(self._asked(point).items()) for point in self.index.values()}) <= MOST_REGIMES:
+            with suppress(DerivationError):
+                found = self._opened()
+                told = all(regime.conditions for regime in found[:-1])
+                if told and np.any([regime.where for regime in found], axis=0).all():
+                    return found
+        return (self.shared,)
+
+    def _small_bytes(self, point: int) -> int:
+        return self.small.loaded_bytes + sum(nbytes for _, nbytes in self.small.at(point))
+
+    def _asked(self, point: int) -> Counter[Size]:
+        """Return the requests that segments of their own are opened for at a size, and vary."""
+        sizes = (self.variant.tape.allocations[tensor].nbytes for tensor, _ in self.large.at(point))
+        return Counter(n for n in sizes if free_names(n))
+
+    @cached_property
+    def shared(self) -> Regime:
+        """The segments that are the same at all sizes, each for a request of 10 MiB or more."""
+        everywhere = np.ones(len(self.points), dtype=bool)
+        left = reduce(and_, (self._asked(point) for point in self.index.values()))
+        sums = list[tuple[int, int]]()
+        for tensor, _ in self.large.at(len(self.points) - 1):
+            nbytes = self.variant.tape.allocations[tensor].nbytes
+            if left[nbytes] and (self.points.plain(nbytes) >= MIN_LARGE_BYTES).all():
+                left[nbytes] -= 1
+                sums.append((self.points.number_of_atom(Atom(nbytes, is_segment=True)), tensor))
+        return self._regime(self.large.loaded_bytes, sums, (), everywhere, everywhere)
 
     @cached_property
     def allocated_regimes(self) -> tuple[Regime, ...]:
         """Blocks alive when most is allocated, the most special regime first; at sizes where that is known."""
         return self._alive() if self.replayed is None else self._as_replayed(self.replayed.allocated, self._alive)
 
-    def _as_replayed(self, nbytes: int, make: Callable[[], tuple[Regime, ...]]) -> tuple[Regime, ...]:
+    def _as_replayed(
+        self, nbytes: int, make: Callable[[], tuple[Regime, ...]], counted: Callable[[], int] = int
+    ) -> tuple[Regime, ...]:
         """Return the form at one size if it is what the replay says, else the figure alone: on a card that is full."""
-        try:
+        with suppress(DerivationError):
             found = make()
-        except DerivationError:
-            found = ()
-        if found and int(found[0].total[0]) == nbytes:
-            return found
+            if found and int(found[0].total[0]) + counted() == nbytes:
+                return found
         return (Regime(nbytes, (), (), np.ones(1, dtype=bool), np.array([nbytes])),)
 
     def _opened(self) -> tuple[Regime, ...]:
@@ -198,7 +219,7 @@ class DeviceForm:
         parts = tuple(Part(self._expression(number, where), tuple(tensors)) for number, tensors in names.items())
         conditions = tuple(self._relation(c, among) for c in comparisons)
         counts = tuple((number, len(tensors)) for number, tensors in names.items())
-        return Regime(constant, parts, conditions, where, total, counts, tuple(comparisons))
+        return Regime(constant, parts, conditions, where, total, counts)
 
     def _telling(self, own: Vector, others: Vector) -> list[Comparison]:
         """Return decisions that the allocator takes so at all sizes of ``own``, but not together at any of ``others``.
@@ -253,45 +274,40 @@ class DeviceForm:
     @cached_property
     def allocated(self) -> sympy.Expr:
         """torch.cuda.max_memory_allocated() in H and W."""
-        return _piecewise((regime.bytes, regime.conditions) for regime in self.allocated_regimes)
+        return piecewise(self.allocated_regimes)
 
     @cached_property
     def reserved(self) -> sympy.Expr:
-        """torch.cuda.max_memory_reserved() in H, W and the number of small segments, which is put in at one size."""
-        more = SMALL_SEGMENT_BYTES * self._small
-        return _piecewise((regime.bytes + more, regime.conditions) for regime in self.reserved_regimes)
+        """torch.cuda.max_memory_reserved() in H, W and ``N``, which is put in at one size."""
+        return piecewise(self.reserved_regimes, self._more)
 
     @cached_property
     def device(self) -> sympy.Expr:
         """What nvidia-smi shows: reserved bytes and the context's; raises DerivationError where that is not known."""
         if self.context_bytes is None:
             raise unsupported("gpu", self.card.name, "a card whose CUDA context is documented")
-        more = self.context_bytes + SMALL_SEGMENT_BYTES * self._small
-        return _piecewise((regime.bytes + more, regime.conditions) for regime in self.reserved_regimes)
+        return piecewise(self.reserved_regimes, self.context_bytes + self._more)
 
     @property
-    def _small(self) -> sympy.Expr | int:
-        return self.survey.small_segments(0) if self.replayed is not None else N_SMALL
+    def _more(self) -> sympy.Expr:
+        return ROUND_LARGE_BYTES * (N if self.replayed is None else sympy.Integer(int(self.counted[0])))
 
-    def small_segments(self, height: int, width: int) -> int:
-        """Return how many segments the small pool has; raises DerivationError for a size that is not covered."""
-        return self.survey.small_segments(self.index[self._covered(height, width)])
+    @cached_property
+    def counted(self) -> Vector:
+        """What ``N`` is at each size."""
+        total = np.zeros(len(self.points), dtype=np.int64)
+        for regime in self.reserved_regimes:
+            total[regime.where] = regime.total[regime.where]
+        found: Vector = (self.reserved_bytes - total) // ROUND_LARGE_BYTES
+        return found
+
+    def counted_at(self, height: int, width: int) -> int:
+        """Return what ``N`` is; raises DerivationError for a size that is not covered."""
+        return int(self.counted[self.index[self._covered(height, width)]])
 
     def reserved_at(self, height: int, width: int) -> int:
         """Return the reserved bytes of a size; raises DerivationError for one that is not covered."""
-        point = self.index[self._covered(height, width)]
-        [large] = (int(regime.total[point]) for regime in self.reserved_regimes if regime.where[point])
-        return large + SMALL_SEGMENT_BYTES * self.survey.small_segments(point)
-
-    @cached_property
-    def most_small_segments(self) -> int:
-        """More segments than this the small pool has at no size: proven, without its replay."""
-        return self.survey.most_small_segments()
-
-    @property
-    def reserved_most(self) -> sympy.Expr:
-        """More than this is reserved at no size of a regime met: the small pool at its bound."""
-        return self.reserved.subs(N_SMALL, self.most_small_segments)
+        return int(self.reserved_bytes[self.index[self._covered(height, width)]])
 
     @property
     def headline(self) -> str:
@@ -300,35 +316,21 @@ class DeviceForm:
         atoms = [(a, count) for number, count in regime.sums for a, _ in self.points.sums[number] if a is not None]
         own = [(a, n) for a, n in atoms if (self.points.plain(a.nbytes)[regime.where] >= MIN_LARGE_BYTES).all()]
         pixel = sum(count * self._plain(atom).coeff(H * W) for atom, count in own)
-        rest = regime.total - np.array([float(pixel) * height * width for height, width in self.index])
+        rest = self.reserved_bytes - np.array([float(pixel) * height * width for height, width in self.index])
         least, most = int(rest[regime.where].min()), int(rest[regime.where].max())
-        fixed = f"{least + SMALL_SEGMENT_BYTES * self.survey.small_segments_of_weights:,} weights and small blocks"
-        left_out = (
-            most - least + SMALL_SEGMENT_BYTES * (self.most_small_segments - self.survey.small_segments_of_weights)
-        )
         context = "context" if self.context_bytes is None else f"{self.context_bytes:,} context"
-        return f"{context} + {fixed} + {pixel} H W, and at most {left_out:,} more: segments are multiples of 2 MiB"
+        left_out = f"at most {most - least:,} more: segments are multiples of 2 MiB"
+        return f"{context} + {least:,} weights and small blocks + {pixel} H W, and {left_out}"
 
     def covers(self, height: int, width: int) -> bool:
-        """Return whether the forms hold for a size: its regime was met, and the card has room for it."""
+        """Return whether the forms hold for a size: it is one of theirs, and the card has room for it."""
         point = self.index.get((height, width))
-        met = [regime for regime in self.reserved_regimes if point is not None and regime.where[point]]
-        if not met or self.card.total_memory_bytes is None:
-            return bool(met)
-        room = self.card.total_memory_bytes - (self.context_bytes or 0)
-        reserved = int(met[0].total[point]) + SMALL_SEGMENT_BYTES * self.survey.small_segments(
-            self.index[height, width]
-        )
-        return self.replayed is not None or reserved <= room
+        if point is None or self.card.total_memory_bytes is None or self.replayed is not None:
+            return point is not None
+        return bool(self.reserved_bytes[point] <= self.card.total_memory_bytes - (self.context_bytes or 0))
 
     def _covered(self, height: int, width: int) -> tuple[int, int]:
         if not self.covers(height, width):
-            raise unsupported("height x width", f"{height} x {width}", "sizes of a regime met, or what at() fixes")
+            covered = "multiples of 64 from 512 to 2048 that the card has room for, or what at() fixes"
+            raise unsupported("height x width", f"{height} x {width}", covered)
         return height, width
-
-
-def _piecewise(cases: Iterable[tuple[sympy.Expr, tuple[sympy.Basic, ...]]]) -> sympy.Expr:
-    found = list(cases)
-    if len(found) == 1:
-        return found[0][0]
-    return sympy.Piecewise(*((value, sympy.And(*conditions)) for value, conditions in found))

@@ -1,0 +1,180 @@
+"""The segments that a tape opens at each of many sizes, on a card that has room for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, cached_property
+
+import numpy as np
+
+from derivation.allocator.pools import Chunk, Pool, Run, chunks
+from derivation.allocator.report import SMALL_BYTES, round_size
+from derivation.allocator.simulate import pair_roles
+from derivation.allocator.symbolic import Atom, Points, Vector
+from derivation.errors import DerivationError
+from derivation.tape.evaluate import stages
+from derivation.tape.tape import Tape
+
+# The free blocks after a chunk, the places of what it leaves, the segments that it opens, the next address.
+After = tuple[tuple[int, ...], tuple[int | None, ...], tuple[tuple[int, int], ...], int]
+# A chunk's content, the next address, the free blocks, the places of what it frees.
+Key = tuple[int, int, tuple[int, ...], tuple[int | None, ...]]
+Memory = dict[Key, After]
+
+
+class Requests:
+    """What a tape asks for at each point, in rounded bytes, and what is loaded before.
+
+    ``weights`` are the bytes of each parameter in the order of loading. Raises DerivationError for a tape that empties
+    the cache, counts storages, or loads what has no bytes among the weights.
+    """
+
+    def __init__(self, tape: Tape, weights: Mapping[str, int], points: Points) -> None:
+        if tape.emptied or any(a.count != 1 for a in tape.allocations):
+            raise DerivationError("no closed form of reserved bytes: the cache is emptied, or tiles are counted")
+        if any(a.loaded and a.path not in weights for a in tape.allocations):
+            raise DerivationError("no closed form of reserved bytes: weights are loaded during the run")
+        self.tape, self.weights, self.points = tape, weights, points
+        numbers = {nbytes: i for i, nbytes in enumerate(dict.fromkeys(a.nbytes for a in tape.allocations))}
+        self.kinds = [numbers[a.nbytes] for a in tape.allocations]
+        self.bytes = np.array([points.atom(Atom(nbytes, is_segment=False)) for nbytes in numbers])
+        self.plain = np.array([points.plain(nbytes) for nbytes in numbers])
+        self.dropped = {a.path: i for i, a in enumerate(tape.allocations) if a.loaded}
+
+    def sizes(self, point: int) -> list[int]:
+        """Return each tensor's bytes."""
+        found: list[int] = self.bytes[:, point][self.kinds].tolist()
+        return found
+
+    @property
+    def edges(self) -> list[int]:
+        """Where stages, loops and passes of the denoising loop begin and end."""
+        around = {edge for start, end, _ in self.tape.loops for edge in (start, end)}
+        begun = {start for _, start, _ in stages(self.tape)} | set(self.tape.iterations)
+        return sorted(around | begun | {0, len(self.tape.events)})
+
+    @cached_property
+    def around(self) -> dict[int, tuple[list[int], list[int]]]:
+        """The tensors alive before and after an iteration, by the end of the loop."""
+        return {end: (self._alive(start), self._alive(end)) for start, end, _ in self.tape.loops}
+
+    def _alive(self, count: int) -> list[int]:
+        alive: set[int] = set()
+        for event in self.tape.events[:count]:
+            (alive.add if event > 0 else alive.discard)(abs(event) - 1)
+        return sorted(alive)
+
+    def roles(self, end: int, point: int) -> dict[int, int]:
+        """Return which tensors take another's place in the next iteration of a loop."""
+        plain = self.plain[:, point].tolist()
+        found = pair_roles(lambda tensor: plain[self.kinds[tensor]], *self.around[end])
+        return {tensor: role for tensor, role in found.items() if tensor != role}
+
+
+class Opened:
+    """What one pool opens for some requests at each point, beyond the segments of the weights."""
+
+    def __init__(self, requests: Requests, is_small: bool) -> None:
+        self.requests, self.is_small = requests, is_small
+        self.mine = (requests.bytes <= SMALL_BYTES) == is_small
+        held, always = self.mine.any(axis=1), self.mine.all(axis=1)
+        self.mixed = frozenset(np.flatnonzero(held & ~always).tolist())
+        fixed = (requests.bytes == requests.bytes[:, :1]).all(axis=1)
+        self.fixed = frozenset(np.flatnonzero(fixed).tolist())
+        times = {end: times for _, end, times in requests.tape.loops}
+        self.chunks = list(chunks(requests.tape.events, requests.edges, times, requests.kinds, held.tolist()))
+        self._columns = requests.bytes * self.mine
+        self._needs = cache(self._needs_of)
+        self._is_mixed = cache(lambda run: any(requests.kinds[abs(e) - 1] in self.mixed for e in run.events))
+        self._known: dict[bytes, tuple[tuple[int, int], ...]] = {}
+        self._fixed_memory: Memory = {}
+
+    @cached_property
+    def loaded(self) -> Pool:
+        """The pool before the run; weights that the run drops are at their places."""
+        pool, dropped = Pool(self.is_small), self.requests.dropped
+        sizes = {path: round_size(nbytes) for path, nbytes in self.requests.weights.items()}
+        mine = [(path, size) for path, size in sizes.items() if (size <= SMALL_BYTES) == self.is_small]
+        pool.play(range(1, len(mine) + 1), [size for _, size in mine])
+        pool.places = {dropped[path]: pool.places[i] for i, (path, _) in enumerate(mine) if path in dropped}
+        return pool
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the segments that hold the weights."""
+        return sum(nbytes for _, nbytes in self.loaded.opened)
+
+    def at(self, point: int) -> tuple[tuple[int, int], ...]:
+        """Return the tensor that each segment is opened for, and its bytes, in order."""
+        asked = self._columns[:, point].tobytes()
+        if asked not in self._known:
+            self._known[asked] = self._run(point)
+        return self._known[asked]
+
+    def _run(self, point: int) -> tuple[tuple[int, int], ...]:
+        sizes, pool, memory = self.requests.sizes(point), self.loaded.copy(), Memory()
+        pool.opened.clear()
+        for chunk in (chunk for chunk in self.chunks if chunk.runs):
+            roles = self.requests.roles(chunk.last, point) if chunk.times > 1 else {}
+            known = self._fixed_memory if chunk.kinds <= self.fixed else memory
+            before = self._pass(pool, chunk, sizes, point, known)
+            for _ in range(chunk.times - 1):
+                moved = {roles[tensor]: pool.places.pop(tensor) for tensor in roles if tensor in pool.places}
+                pool.places.update(moved)
+                begun, before = before, self._pass(pool, chunk, sizes, point, known)
+                if begun == before:  # and so it goes on: lemma 1
+                    break
+        return tuple(pool.opened)
+
+    def _pass(self, pool: Pool, chunk: Chunk, sizes: Sequence[int], point: int, memory: Memory) -> Key:
+        """Play a chunk, or what is known of it; return all that it follows from."""
+        key = chunk.content, pool.top, tuple(pool.free), tuple(pool.places.get(tensor) for tensor in chunk.ins)
+        if key not in memory:
+            had = len(pool.opened)
+            self._play(pool, chunk.runs, sizes, point)
+            left = tuple(pool.places.get(tensor) for tensor in chunk.outs)
+            memory[key] = tuple(pool.free), left, tuple(pool.opened[had:]), pool.top
+            return key
+        free, left, opened, pool.top = memory[key]
+        pool.become(free)
+        for tensor in chunk.ins:
+            pool.places.pop(tensor, None)
+        pool.places.update({t: place for t, place in zip(chunk.outs, left, strict=True) if place is not None})
+        pool.opened += opened
+        return key
+
+    def _play(self, pool: Pool, runs: Iterable[Run], sizes: Sequence[int], point: int) -> None:
+        for run in runs:
+            if run.is_closed:
+                needed, largest = self._needs(run)
+                if pool.has_room(needed[point], largest[point]):
+                    continue
+            if run.parts:
+                self._play(pool, run.parts, sizes, point)
+                continue
+            events = run.events
+            if self._is_mixed(run):
+                events = [event for event in events if (sizes[abs(event) - 1] <= SMALL_BYTES) == self.is_small]
+            pool.play(events, sizes)
+
+    def _needs_of(self, run: Run) -> tuple[list[int], list[int]]:
+        """Return P + K r of lemma 2 and the largest request at each point."""
+        live, count, needed, largest = (np.zeros(len(self.requests.points), dtype=np.int64) for _ in range(4))
+        for event in run.events:
+            kind, sign = self.requests.kinds[abs(event) - 1], 1 if event > 0 else -1
+            size, is_mine = self.requests.bytes[kind], self.mine[kind]
+            if event > 0:
+                needed = np.maximum(needed, is_mine * (live + count * size))
+                largest = np.maximum(largest, is_mine * size)
+            live = live + sign * is_mine * (size + self.loaded.most_rest)
+            count = count + sign * is_mine
+        return needed.tolist(), largest.tolist()
+
+
+def reserved_bytes(small: Opened, large: Opened) -> Vector:
+    """Return torch.cuda.max_memory_reserved() at each point."""
+    loaded = small.loaded_bytes + large.loaded_bytes
+    pools = (small, large)
+    return np.array(
+        [loaded + sum(n for pool in pools for _, n in pool.at(i)) for i in range(len(small.requests.points))]
+    )

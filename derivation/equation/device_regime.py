@@ -1,0 +1,50 @@
+"""A sum of segments or blocks, and the sizes at which it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from derivation.allocator.symbolic import Vector
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Terms of a sum that are equal: their bytes, and the tensors behind them."""
+
+    bytes: sympy.Expr
+    tensors: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{len(self.tensors)} x {self.bytes}: {', '.join(self.tensors)}"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Regime:
+    """Sizes at which the allocator decides the same of what counts: bytes that do not vary, and parts that do.
+
+    ``conditions`` tell these sizes from those of the regimes behind it in a list; each is a comparison that the
+    allocator makes. ``where`` are the sizes, ``total`` the bytes at each, what is counted left out; ``sums`` are the
+    numbers of the parts, each with its count.
+    """
+
+    constant_bytes: int
+    parts: tuple[Part, ...]
+    conditions: tuple[sympy.Basic, ...]
+    where: Vector
+    total: Vector
+    sums: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def bytes(self) -> sympy.Expr:
+        """The sum."""
+        return sympy.Add(self.constant_bytes, *(len(part.tensors) * part.bytes for part in self.parts))
+
+
+def piecewise(regimes: Sequence[Regime], more: sympy.Expr | int = 0) -> sympy.Expr:
+    """Return the bytes of the first regime whose conditions hold, and ``more``."""
+    if len(regimes) == 1:
+        return regimes[0].bytes + more
+    return sympy.Piecewise(*((regime.bytes + more, sympy.And(*regime.conditions)) for regime in regimes))
