@@ -83,7 +83,7 @@ def test_the_exported_function_equals_the_stages():
 
 
 def test_fusing_nothing_is_one_line():
-    with pytest.raises(DerivationError, match=r"^lora_fused = True is not supported without a lora_rank$"):
+    with pytest.raises(DerivationError, match=r"^lora_fused = True is not supported without a lora or a lora_rank$"):
         derive(SD15, lora_fused=True)
 
 

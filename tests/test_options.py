@@ -27,7 +27,7 @@ OF_A_PIPELINE = [name for name, row in TABLE.items() if row.home == "pipeline"]
 # values that come to the same: a slice of one head is the smallest
 SAME = {("attention_slicing", 1): "max"}
 # what a pipeline cannot be seen to do, or has another name
-UNREAD = {"sdpa", "xformers", "math", "flash"}
+UNREAD = {"sdpa", "xformers", "math", "flash", *TABLE["lora"].draws("pipeline")}
 # what an option needs beside it
 BESIDE = {"lora_fused": {"lora_rank": 4}}
 

@@ -64,7 +64,8 @@ def assumptions(options: Options) -> tuple[str, ...]:
 
 def exclusions(options: Options) -> tuple[str, ...]:
     """Return what is not part of the bytes, in words: of what a pipeline may have on top, what is switched off."""
-    absent = [row.absent for name, row in TABLE.items() if row.absent and not options.chosen(name)]
+    there = {row.absent for name, row in TABLE.items() if options.chosen(name)}
+    absent = dict.fromkeys(row.absent for row in TABLE.values() if row.absent and row.absent not in there)
     return (*EXCLUSIONS, *([", ".join(absent)] if absent else []))
 
 

@@ -33,6 +33,8 @@ MAX_STEPS = 1000
 MAX_CONTROLNETS = 8
 
 SLICINGS = ("auto", "max")
+# options that headers leave out where they are None
+UNTOLD = ("alloc_conf", "lora")
 
 # Lines of Python for diffusers 0.42.1, whose pipelines no longer have enable_vae_slicing and enable_vae_tiling.
 FUSED = "pipe.unet.set_attn_processor(AttnProcessor2_0()); pipe.vae.set_attn_processor(AttnProcessor2_0())"
@@ -52,7 +54,8 @@ class Options:
     which); ``scratch`` is read where a ``gpu`` is named; ``vae_slicing``, ``vae_tiling``,
     ``attention_slicing`` ("auto", "max" or a number) and ``offload`` ("model", "sequential") are what the pipeline's
     ``enable_...`` methods set; ``tile_sample_min_size`` (None: the VAE's sample_size) and ``tile_overlap_factor`` are
-    the VAE's attributes. ``channels_last`` is the memory format of the weights of UNet and VAE. ``lora_rank`` is the
+    the VAE's attributes. ``channels_last`` is the memory format of the weights of UNet and VAE. ``lora`` names
+    LoRA files, separated by commas, whose headers alone are read. ``lora_rank`` is the
     rank of a LoRA on the UNet's attention projections, ``lora_fused`` whether ``fuse_lora`` merged it;
     ``controlnets`` counts ControlNets made from the UNet; ``ip_adapter_tokens`` is how many image tokens an
     IP-Adapter adds.
@@ -231,6 +234,14 @@ class Options:
         ),
         absent="CPU offload",
     )
+    lora: str | None = row(
+        None,
+        "LoRA files in safetensors format, separated by commas; their headers say each layer's rank.",
+        "pipeline",
+        drawn={"pipeline": ("1", "2")},
+        assumed="every LoRA file active at once, in the dtype of the layer that it is on",
+        absent="LoRA",
+    )
     lora_rank: int | None = row(
         None,
         "Rank of a LoRA on the UNet's attention projections.",
@@ -290,8 +301,10 @@ class Options:
                 f"ip_adapter_tokens = {self.ip_adapter_tokens} is not supported with attention_slicing: "
                 "its processor replaces the IP-Adapter's"
             )
-        if self.lora_fused and self.lora_rank is None:
-            raise DerivationError("lora_fused = True is not supported without a lora_rank")
+        if self.lora_fused and self.lora_rank is None and self.lora is None:
+            raise DerivationError("lora_fused = True is not supported without a lora or a lora_rank")
+        if self.lora is not None and self.lora_rank is not None:
+            raise DerivationError(f"lora_rank = {self.lora_rank} is not supported with lora, whose files have ranks")
 
     @property
     def libraries(self) -> Libraries:
@@ -307,8 +320,8 @@ class Options:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def told(self) -> dict[str, object]:
-        """Return the options by name, without one that concerns reserved bytes alone and is not chosen."""
-        return {name: value for name, value in self.as_dict().items() if name != "alloc_conf" or value is not None}
+        """Return the options by name, without those of UNTOLD that are not chosen."""
+        return {name: value for name, value in self.as_dict().items() if name not in UNTOLD or value is not None}
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Options)}

@@ -45,7 +45,8 @@ def block(forward: Callable[P, R]) -> Callable[Concatenate[str, P], R]:
             return run(name, *args, **kwargs)
         inputs = list(_tensors((args, *kwargs.values())))
         model = here.path[0] if here.path else name
-        known = (_obeyed(here.options), here.hardware, model, _dtypes(here, model), frozenset(here.kept))
+        adapted = here.adapters.inside([*here.path, name]), here.adapters.freeze([model])
+        known = (_obeyed(here.options), here.hardware, model, _dtypes(here, model), frozenset(here.kept), adapted)
         key = (forward, known, _form((args, *kwargs.items())), _aliases(inputs))
         try:
             recordings: list[Recording] = here.memory.setdefault(key, [])

@@ -15,6 +15,7 @@ from typing import Any
 from derivation.gpu.profile import Hardware
 from derivation.libraries import Libraries
 from derivation.options import Options
+from derivation.tape.adapters import NO_ADAPTERS, Adapters
 from derivation.tape.events import Allocation, Category, Guard, Mark
 from derivation.tape.symbols import DTYPE_BYTES, Size, as_whole_tile, evaluate, nonnegative_from_one, product, symbol
 from derivation.tape.tiles import Tile
@@ -57,8 +58,9 @@ class Tape:
     stands for every number of VAE tiles, and ``cut`` holds event ranges (start, end, symbols) that belong to cut
     tiles: they do not occur where a symbol is 0; ``emptied`` holds how many events precede each
     torch.cuda.empty_cache(); ``convolutions`` holds, of traced ones, the shapes of input and weight by the output's
-    allocation; ``asked`` holds the answers that decide what a module does, in order, and ``memory``
-    what modules have recorded, on this tape or others (``derivation.tape.block``), None for no memory.
+    allocation; ``asked`` holds the answers that decide what a module does, in order, ``adapters`` the LoRAs on the
+    models' layers, and ``memory`` what modules have recorded, on this tape or others (``derivation.tape.block``),
+    None for no memory.
     """
 
     options: Options
@@ -84,6 +86,7 @@ class Tape:
     emptied: list[int] = field(default_factory=list)
     convolutions: dict[int, Shapes] = field(default_factory=dict)
     asked: list[Question] = field(default_factory=list)
+    adapters: Adapters = NO_ADAPTERS
     memory: Memory | None = None
 
     def weights_dtype(self) -> str:
@@ -216,6 +219,15 @@ class Tape:
             yield
         finally:
             self.options = options
+
+    @contextmanager
+    def adapted(self, adapters: Adapters) -> Iterator[None]:
+        """Have LoRAs on the models' layers until the block's end."""
+        before, self.adapters = self.adapters, adapters
+        try:
+            yield
+        finally:
+            self.adapters = before
 
     @contextmanager
     def running(self) -> Iterator[Tape]:

@@ -80,9 +80,9 @@ def build_controlnet(
     return nets[0] if count == 1 else diffusers.MultiControlNetModel(nets)
 
 
-def build_text_encoder(config: Config, dtype: str = "float16") -> Any:
+def build_text_encoder(config: Config, dtype: str = "float16", switches: Switches = ()) -> Any:
     """Return the class that ``architectures`` names: CLIPTextModel or CLIPTextModelWithProjection."""
-    return _build(_text_encoder, config, dtype)
+    return _build(_text_encoder, config, dtype, tuple(s for s in switches if s[0] in ("lora", "lora_fused")))
 
 
 def build_safety_checker(config: Config, dtype: str = "float16") -> Any:
@@ -117,7 +117,7 @@ def build_pipeline(
     scheduler_config = _required(folder, "scheduler")
     parts = {
         "vae": build_vae(_required(folder, "vae"), dtype, attention, switches),
-        "text_encoder": _optional_text_encoder(folder, "text_encoder", dtype),
+        "text_encoder": _optional_text_encoder(folder, "text_encoder", dtype, switches),
         "tokenizer": FakeTokenizer(prompt_length),
         "unet": build_unet(_required(folder, "unet"), dtype, attention, switches),
         "scheduler": build_scheduler(scheduler_config | ({"_class_name": scheduler} if scheduler else {})),
@@ -130,7 +130,7 @@ def build_pipeline(
         kind = " ControlNet"
         parts["controlnet"] = build_controlnet(_required(folder, "unet"), dtype, attention, switches)
     if "XL" in index["_class_name"]:
-        parts |= _sdxl_parts(folder, pipeline, dtype, prompt_length, index)
+        parts |= _sdxl_parts(folder, pipeline, dtype, prompt_length, index, switches)
         pipe = CLASSES[f"SDXL{kind}"][pipeline](**parts)
     else:
         family = "LCM" if index["_class_name"].startswith("LatentConsistencyModel") else f"SD{kind}"
@@ -140,9 +140,11 @@ def build_pipeline(
     return pipe
 
 
-def _sdxl_parts(folder: Path, pipeline: str, dtype: str, prompt_length: int, index: Config) -> dict[str, Any]:
+def _sdxl_parts(
+    folder: Path, pipeline: str, dtype: str, prompt_length: int, index: Config, switches: Switches
+) -> dict[str, Any]:
     second = {
-        "text_encoder_2": _optional_text_encoder(folder, "text_encoder_2", dtype),
+        "text_encoder_2": _optional_text_encoder(folder, "text_encoder_2", dtype, switches),
         "tokenizer_2": FakeTokenizer(prompt_length),
         "force_zeros_for_empty_prompt": index.get("force_zeros_for_empty_prompt", True),
         "add_watermarker": False,
@@ -154,9 +156,9 @@ def _sdxl_parts(folder: Path, pipeline: str, dtype: str, prompt_length: int, ind
     return second
 
 
-def _optional_text_encoder(folder: Path, component: str, dtype: str) -> Any:
+def _optional_text_encoder(folder: Path, component: str, dtype: str, switches: Switches) -> Any:
     config = read_config(folder, component)
-    return None if config is None else build_text_encoder(config, dtype)
+    return None if config is None else build_text_encoder(config, dtype, switches)
 
 
 def _checker(folder: Path, dtype: str, wanted: bool) -> dict[str, Any]:
@@ -269,7 +271,7 @@ def _controlnet(config: str, dtype: str, eager: bool, switches: Switches, number
 
 
 @lru_cache(maxsize=16)
-def _text_encoder(config: str, dtype: str) -> Any:
+def _text_encoder(config: str, dtype: str, switches: Switches) -> Any:
     values = json.loads(config)
     (name,) = values.get("architectures", ["CLIPTextModel"])
     if name not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
@@ -279,6 +281,7 @@ def _text_encoder(config: str, dtype: str) -> Any:
     if name == "CLIPTextModel" and not hasattr(model, "text_model"):
         # transformers 5 dropped the wrapper through which diffusers' clip_skip finds final_layer_norm
         object.__setattr__(model, "text_model", model)
+    switch_on(model, dict(switches))
     return _frozen(model, dtype)
 
 

@@ -182,7 +182,7 @@ def _placed(model: Any, sizes: Sizes) -> Any:
 
 
 def _text_encoder(config: Config, attention: str, sizes: Sizes) -> Call:
-    module = _placed(build_text_encoder(config, sizes.dtype), sizes)
+    module = _placed(build_text_encoder(config, sizes.dtype, sizes.switches), sizes)
     shape = (sizes.batch_size, sizes.prompt_length)
     return module, {"input_ids": torch.empty(shape, dtype=torch.int64, device="meta")}, module
 

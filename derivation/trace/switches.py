@@ -7,16 +7,22 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.attention_processor import Attention, AttnProcessor, IPAdapterAttnProcessor
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from derivation.config import image_encoder
+from derivation.config.lora import lora_files
 from derivation.registry import Registry
 
 Switch = Callable[[Any, Any], None]
 
 SWITCHES: Registry[Switch] = Registry("option switch")
+TEXT_ENCODERS = (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
 # read by build_pipeline itself
 PIPELINE_SWITCHES = ("offload", "controlnets")
 
@@ -71,16 +77,50 @@ def attention_slicing(model: Any, value: str | int) -> None:
     model.set_attention_slice(value)
 
 
+@switch(diffusers.UNet2DConditionModel, *TEXT_ENCODERS)
+def lora(model: Any, value: str) -> None:
+    """``pipe.load_lora_weights`` for each file and ``pipe.set_adapters`` of all, as far as they concern ``model``.
+
+    peft leaves the second adapter of a layer on the CPU where the first is on ``meta``: it is moved there.
+    """
+    sgm = {"unet_config": model.config} if getattr(model.config, "addition_embed_type", None) else {}
+    for number, file in enumerate(lora_files(value)):
+        state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(file, **sgm)
+        _load_lora(model, state, alphas, f"default_{number}")
+    if names := list(getattr(model, "peft_config", ())):
+        set_weights_and_activate_adapters(model, names, [1.0] * len(names))
+    model.to("meta")
+
+
+def _load_lora(model: Any, state: dict[str, torch.Tensor], alphas: dict[str, float] | None, name: str) -> None:
+    loader = StableDiffusionLoraLoaderMixin
+    if isinstance(model, diffusers.UNet2DConditionModel):
+        loader.load_lora_into_unet(state, alphas, model, adapter_name=name, low_cpu_mem_usage=True)
+        return
+    # build_text_encoder gives transformers 5's CLIPTextModel an attribute by which diffusers knows older ones
+    alias = vars(model).pop("text_model", None)
+    prefix = "text_encoder_2" if isinstance(model, transformers.CLIPTextModelWithProjection) else "text_encoder"
+    try:
+        loader.load_lora_into_text_encoder(
+            state, alphas, model, prefix=prefix, adapter_name=name, low_cpu_mem_usage=True
+        )
+    finally:
+        if alias is not None:
+            object.__setattr__(model, "text_model", alias)
+
+
 @switch(diffusers.UNet2DConditionModel)
 def lora_rank(unet: Any, value: int) -> None:
     """``unet.add_adapter`` with the targets of diffusers' training scripts."""
     unet.add_adapter(LoraConfig(r=value, lora_alpha=value, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
 
 
-@switch(diffusers.UNet2DConditionModel)
-def lora_fused(unet: Any, value: bool) -> None:
-    """``unet.fuse_lora()``, which merges on ``meta`` too."""
-    unet.fuse_lora()
+@switch(diffusers.UNet2DConditionModel, *TEXT_ENCODERS)
+def lora_fused(model: Any, value: bool) -> None:
+    """``pipe.fuse_lora()``, which merges on ``meta`` too (lora_base.py: fuse_lora)."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
 
 
 @switch(diffusers.UNet2DConditionModel)

@@ -11,13 +11,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from derivation.api import Derivation
-from derivation.config import clip_text_config, clip_vision_config, load, unet_config, vae_config
+from derivation.config import Checkpoint, clip_text_config, clip_vision_config, load, unet_config, vae_config
 from derivation.options import DTYPES, PIPELINES, TABLE, Options
 from derivation.options.row import Part
 from derivation.tape.symbols import TILE_AXES
 from derivation.tape.tiles import Tiling, cuts
 from derivation.verify import random_configs
 from derivation.verify.compare import Verified, compare_component, compare_pipeline, compared
+from derivation.verify.random_lora import random_lora, write_safetensors
+from derivation.walk.components import lora_layers
 from derivation.walk.subject import WalkedSubject
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -110,7 +112,9 @@ def _impossible(drawn: Mapping[str, Any], unet: Mapping[str, Any]) -> Iterator[s
     types = (*unet.get("down_block_types", ()), *unet.get("up_block_types", ()), unet.get("mid_block_type"))
     if not any("CrossAttn" in (name or "") for name in types):
         yield from ("lora_rank", "lora_fused", "ip_adapter_tokens")
-    if "lora_rank" not in drawn:
+    if "lora" in drawn:
+        yield "lora_rank"
+    elif "lora_rank" not in drawn:
         yield "lora_fused"
     if "ip_adapter_tokens" in drawn:
         yield "attention_slicing"
@@ -146,9 +150,21 @@ def _compare_pipeline(case: Case) -> list[Verified]:
             path = Path(folder, name)
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(content))
-        derivation = Derivation(WalkedSubject(load(folder), case.options))
+        checkpoint = load(folder)
+        derivation = Derivation(WalkedSubject(checkpoint, _with_files(case, checkpoint, folder)))
         s, factor = case.sizes, derivation.grid.vae_scale_factor
         return compare_pipeline(derivation, factor * s["h0"], factor * s["w0"], s["B"], s["L"], case.guidance)
+
+
+def _with_files(case: Case, checkpoint: Checkpoint, folder: str) -> Options:
+    """Return the case's options, random LoRA files in the place of their number."""
+    if case.options.lora is None:
+        return case.options
+    rng, layers = random.Random(case.seed), lora_layers(checkpoint, case.options)
+    files = [Path(folder, f"{number}.safetensors") for number in range(int(case.options.lora))]
+    for file in files:
+        write_safetensors(file, random_lora(rng, layers))
+    return replace(case.options, lora=",".join(map(str, files)))
 
 
 def run_fuzz(count: int, seed: int = 0) -> Iterator[tuple[Case, list[Verified]]]:

@@ -20,14 +20,18 @@ from derivation.config import (
     image_encoder,
 )
 from derivation.options import Options
+from derivation.tape.adapters import NO_ADAPTERS, Adapters
 from derivation.tape.symbols import Size
 from derivation.tape.tape import Tape, tape
 from derivation.tape.tensor import SymTensor
 from derivation.walk import models
+from derivation.walk.adapters import adapters
 from derivation.walk.ops import given
 
 # SDXL's added time ids: original size, crop, target size (pipeline_stable_diffusion_xl.py)
 TIME_IDS = 6
+# The models that load_lora_weights loads into.
+LORA_MODELS = ("unet", "text_encoder", "text_encoder_2")
 # The calls that take two rows an image under guidance.
 GUIDED = ("controlnet", "unet")
 
@@ -164,6 +168,27 @@ def _check(config: CLIPVisionConfig, options: Options) -> object:
     return models.StableDiffusionSafetyChecker("safety_checker", clip_input, clip_input, config=config)
 
 
+def lora(checkpoint: Checkpoint, options: Options) -> Adapters:
+    """Return the LoRAs on the layers of a checkpoint's models; raises DerivationError for one that does not fit."""
+    if options.lora is None and options.lora_rank is None:
+        return NO_ADAPTERS
+    return _lora(checkpoint, options)
+
+
+@lru_cache(maxsize=64)
+def _lora(checkpoint: Checkpoint, options: Options) -> Adapters:
+    return adapters(lora_layers(checkpoint, options), checkpoint, options)
+
+
+def lora_layers(checkpoint: Checkpoint, options: Options) -> dict[str, tuple[int, ...]]:
+    """Return the layers that a LoRA may be on: path -> shape of the weight."""
+    plain = replace(options, lora=None, lora_rank=None, lora_fused=False, ip_adapter_tokens=None, controlnets=0)
+    without = parameters(checkpoint, plain)
+    entries = [entry for model in LORA_MODELS for entry in without.get(model, {}).items()]
+    many = {path: shape for path, (shape, _) in entries if path.endswith(".weight") and len(shape) > 1}
+    return {p.removesuffix(".weight"): shape for p, shape in many.items() if not p.endswith("_embedding.weight")}
+
+
 # What neither adds nor changes a parameter.
 UNREAD = ("pipeline", "attention", "gpu", "attention_slicing", "vae_slicing", "vae_tiling", "offload")
 
@@ -179,7 +204,7 @@ def _parameters(checkpoint: Checkpoint, options: Options) -> dict[str, dict[str,
     found: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {}
     for component in components(checkpoint, options).values():
         recorded = Tape(options)
-        with recorded.running():
+        with recorded.running(), recorded.adapted(lora(checkpoint, options)):
             component.call(options, False)
         found.setdefault(component.model, {}).update(recorded.parameters)
     return found

@@ -155,7 +155,7 @@ def controlnet(
 
     What is set on the UNet alone does not reach it; set_attention_slice, which MultiControlNetModel lacks, reaches one.
     """
-    off = {"channels_last": False, "lora_rank": None, "ip_adapter_tokens": None}
+    off = {"channels_last": False, "ip_adapter_tokens": None}
     if len(controlnet_cond) == 1:
         with tape().choosing(**off):
             return ControlNetModel(

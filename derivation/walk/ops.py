@@ -7,7 +7,7 @@ torch/_meta_registrations.py. What CUDA allocates inside an operator is in ``scr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from derivation.errors import DerivationError
 from derivation.tape.block import leaf
@@ -19,6 +19,8 @@ from derivation.walk import scratch as kernels
 
 # the models that the option channels_last converts
 CHANNELS_LAST_MODELS = ("unet", "vae")
+# the modules of a peft layer that hold A and B
+LORA_FACTORS = ("lora_A", "lora_B")
 
 
 def empty(
@@ -242,7 +244,17 @@ def pad_last(x: SymTensor, right: int) -> SymTensor:
 def Conv2d(
     x: SymTensor, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0, bias: bool = True
 ) -> SymTensor:
-    """``torch.nn.Conv2d``: [N, C, H, W] -> [N, out_channels, H', W']."""
+    """``torch.nn.Conv2d``: [N, C, H, W] -> [N, out_channels, H', W'], and the LoRAs that are on it."""
+    return _adapted(
+        x,
+        (out_channels, x.shape[1], kernel, kernel),
+        lambda x: _conv2d(x, out_channels, kernel, stride, padding, bias),
+        lambda x, rank: _conv2d(x, rank, kernel, stride, padding, bias=False),
+        lambda x: _conv2d(x, out_channels, 1, 1, 0, bias=False),
+    )
+
+
+def _conv2d(x: SymTensor, out_channels: int, kernel: int, stride: int, padding: int, bias: bool) -> SymTensor:
     batch, in_channels, height, width = x.shape
     assert isinstance(in_channels, int)
     weight = parameter("weight", (out_channels, in_channels, kernel, kernel))
@@ -284,11 +296,22 @@ def _in_format(x: SymTensor, channels_last: bool) -> SymTensor:
 
 
 @leaf
-def Linear(x: SymTensor, out_features: int, *, bias: bool = True, frozen: bool = False) -> SymTensor:
-    """``torch.nn.Linear``: [*, C] -> [*, out_features].
+def Linear(x: SymTensor, out_features: int, *, bias: bool = True) -> SymTensor:
+    """``torch.nn.Linear``: [*, C] -> [*, out_features], and the LoRAs that are on it."""
+    return _adapted(
+        x,
+        (out_features, x.shape[-1]),
+        lambda x: _linear(x, out_features, bias),
+        lambda x, rank: _linear(x, rank, bias=False),
+        lambda x: _linear(x, out_features, bias=False),
+    )
+
+
+def _linear(x: SymTensor, out_features: int, bias: bool) -> SymTensor:
+    """``torch.nn.functional.linear`` on new parameters.
 
     A biased call on a row-major input is one addmm. Otherwise the input is folded to 2-D, a copy where no
-    view exists, unless the weight is ``frozen`` (requires no grad) and a fold would copy: then it is one bmm
+    view exists, unless the weight is frozen (requires no grad) and a fold would copy: then it is one bmm
     (LinearAlgebra.cpp: should_fold). The bias is added in place on CUDA, out of place under any dispatch mode
     (Linear.cpp, TensorSubclassLikeUtils.h).
     """
@@ -304,7 +327,7 @@ def Linear(x: SymTensor, out_features: int, *, bias: bool = True, frozen: bool =
         out = _matrix(x, rows, out_features, "addmm").view(*lead, out_features)
         kernels.cublaslt_workspace()
         return out
-    if frozen and not _folds(x):
+    if _frozen() and not _folds(x):
         out = empty((*lead, out_features), x.dtype, "bmm")
         kernels.cublas_workspace()
     else:
@@ -317,24 +340,54 @@ def _folds(x: SymTensor) -> bool:
     return all(x.strides[i] == x.strides[i + 1] * x.shape[i + 1] for i in range(x.ndim - 2))
 
 
-@leaf
-def LoraLinear(x: SymTensor, out_features: int, *, bias: bool, rank: int) -> SymTensor:
-    """peft's ``lora.Linear`` (tuners/lora/layer.py): base_layer(x) + lora_B(lora_A(x)) * scaling, no dropout.
+def _frozen() -> bool:
+    """Return whether the current layer's weight requires no grad: in a model with LoRAs theirs alone do.
+
+    lora/model.py: _mark_only_adapters_as_trainable.
+    """
+    path = tape().path
+    return tape().adapters.freeze(path) and not path[-1].startswith(LORA_FACTORS)
+
+
+def _adapted(
+    x: SymTensor,
+    shape: tuple[Size, ...],
+    base: Callable[[SymTensor], SymTensor],
+    down: Callable[[SymTensor, int], SymTensor],
+    up: Callable[[SymTensor], SymTensor],
+) -> SymTensor:
+    """peft's ``lora.Linear`` and ``lora.Conv2d`` (tuners/lora/layer.py): base_layer(x), + lora_B(lora_A(x)) * scaling.
 
     A and B have the base layer's dtype (tuners_utils.py: _move_adapter_to_device_of_base_layer). ``fuse_lora``
     merges them into the base layer, which then runs alone, and keeps them until ``unload_lora_weights``.
-    Every other weight of the model is frozen (lora/model.py: _mark_only_adapters_as_trainable).
+    ``shape`` is the base layer's weight's.
     """
-    result = Linear("base_layer", x, out_features, bias=bias, frozen=True)
-    if tape().options.lora_fused:
-        in_features = x.shape[-1]
-        assert isinstance(in_features, int)
-        parameter("lora_A.default.weight", (rank, in_features), runs=False)
-        parameter("lora_B.default.weight", (out_features, rank), runs=False)
-        return result
-    return add(
-        result, mul(Linear("lora_B.default", Linear("lora_A.default", x, rank, bias=False), out_features, bias=False))
-    )
+    ranks = tape().adapters.of(tape().path)
+    if not ranks:
+        return base(x)
+    result = _submodule("base_layer", base, x)
+    for name, rank in ranks:
+        if tape().options.lora_fused:
+            for factor, factor_shape in zip(LORA_FACTORS, lora_shapes(shape, rank), strict=True):
+                parameter(f"{factor}.{name}.weight", factor_shape, runs=False)
+        else:
+            result = add(result, mul(_submodule(f"lora_B.{name}", up, _submodule(f"lora_A.{name}", down, x, rank))))
+    return result
+
+
+def lora_shapes(shape: Sequence[Size], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of A [r, in, *kernel] and B [out, r, *ones] beside a weight [out, in, *kernel].
+
+    >>> lora_shapes((320, 4, 3, 3), 8)
+    ((8, 4, 3, 3), (320, 8, 1, 1))
+    """
+    rows, columns, *kernel = (side for side in shape if isinstance(side, int))
+    return (rank, columns, *kernel), (rows, rank, *(1 for _ in kernel))
+
+
+@leaf
+def _submodule(run: Callable[..., SymTensor], *inputs: SymTensor | int) -> SymTensor:
+    return run(*inputs)
 
 
 def _matrix(x: SymTensor, rows: Size, columns: int, op: str) -> SymTensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -16,18 +16,19 @@ from derivation.gpu.profile import Hardware, UnfusedAttention, hardware, lacks_f
 from derivation.libraries import LIBRARIES, tell_unverified
 from derivation.options import EAGER, Options, options_of
 from derivation.options.live import live_options, refuse_other_weights
+from derivation.tape.adapters import Adapters
 from derivation.tape.grid import Grid, Range, Sides
 from derivation.tape.program import Program
 from derivation.tape.subject import Parameters
 from derivation.tape.tape import Memory, tape
 from derivation.tape.tiles import Tiling
-from derivation.walk.components import GUIDED, Component, components, parameter_count, parameters
+from derivation.walk.components import GUIDED, Component, components, lora, parameter_count, parameters
 from derivation.walk.pipelines import Pipeline
 from derivation.walk.pipelines.offload import resident
 
 
 class WalkedSubject:
-    """A checkpoint under options; raises DerivationError for a GPU or a version that is not known."""
+    """A checkpoint under options; raises DerivationError for an unknown GPU or version, or a LoRA that does not fit."""
 
     method = "walk"
     guided = GUIDED
@@ -40,6 +41,8 @@ class WalkedSubject:
         self.options = options
         self.hardware = _hardware(options)
         self._memory: Memory = {}
+        if options.lora is not None:
+            lora(checkpoint, options)
 
     @classmethod
     def live(cls, pipe: object, **given: Any) -> WalkedSubject:
@@ -99,7 +102,7 @@ class WalkedSubject:
         """Return the pipeline as a recordable run; of a component alone, its calls, each a stage."""
         pipeline = Pipeline(self.checkpoint, self.options, guidance)
         run = pipeline.__call__ if self.whole else lambda: self._call_each(guidance)
-        return Program(run, self.options, fixed, self._memory, self.hardware)
+        return self._recordable(run, fixed)
 
     def _call_each(self, guidance: bool) -> None:
         """Run every component call on the active tape, each on inputs that exist before it."""
@@ -115,7 +118,21 @@ class WalkedSubject:
         if name not in self.components:
             raise DerivationError(f"component {name!r} is not part of this checkpoint ({', '.join(self.calls)})")
         call = self.components[name].call
-        return Program(lambda: call(self.options, guidance), self.options, fixed, self._memory, self.hardware)
+        return self._recordable(lambda: call(self.options, guidance), fixed)
+
+    def _recordable(self, run: Callable[[], object], fixed: Mapping[str, int]) -> Program:
+        """Return ``run`` with the LoRAs on the models' layers as a recordable run."""
+
+        def adapted() -> object:
+            with tape().adapted(self.adapters):
+                return run()
+
+        return Program(adapted, self.options, fixed, self._memory, self.hardware)
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        """The LoRAs on the models' layers."""
+        return lora(self.checkpoint, self.options)
 
     @property
     def sides(self) -> Sides:

@@ -21,6 +21,11 @@ CONTROLNET = {"conditioning_embedding_out_channels": (16, 32, 96, 256), "control
 
 
 @option
+def lora(pipe: Any, models: Models) -> None:
+    """No file: what one left in the models is read off their layers."""
+
+
+@option
 def lora_rank(pipe: Any, models: Models) -> int | None:
     """The rank of the one LoRA on every attention projection of the UNet."""
     layers = _lora(models)

@@ -42,7 +42,6 @@ def BasicTransformerBlock(
     *,
     heads: int,
     upcast_attention: bool,
-    lora_rank: int | None = None,
 ) -> SymTensor:
     """[N, S, C] -> [N, S, C]: self-attention, cross-attention to [N, L, K], feed-forward."""
     dim = hidden_states.shape[-1]
@@ -53,7 +52,6 @@ def BasicTransformerBlock(
         dim // heads,
         upcast_attention=upcast_attention,
         slice_size=attention_slice(heads),
-        lora_rank=lora_rank,
     )
 
     norm_hidden_states = LayerNorm("norm1", hidden_states)

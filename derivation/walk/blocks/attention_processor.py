@@ -10,7 +10,7 @@ from derivation.tape.symbols import Size, floor_div
 from derivation.tape.tape import tape
 from derivation.tape.tensor import SymTensor
 from derivation.walk.attention import attention_scores, scaled_dot_product_attention
-from derivation.walk.ops import GroupNorm, Linear, LoraLinear, add, bmm, div, empty, mul, reshape
+from derivation.walk.ops import GroupNorm, Linear, add, bmm, div, empty, mul, reshape
 
 # What cross-attention reads: text [N, L, K], and with an IP-Adapter the image's tokens too, [N, 1, T, K]
 Conditions = SymTensor | tuple[SymTensor, SymTensor]
@@ -29,7 +29,6 @@ class AttentionSpec:
     norm_num_groups: int | None = None
     slice_size: int | None = None
     residual_connection: bool = False
-    lora_rank: int | None = None
 
     @property
     def inner_dim(self) -> int:
@@ -57,11 +56,11 @@ def Attention(
     if spec.norm_num_groups is not None:
         hidden_states = GroupNorm("group_norm", hidden_states.transpose(1, 2), spec.norm_num_groups).transpose(1, 2)
 
-    query = project("to_q", hidden_states, spec.inner_dim, spec, bias=spec.bias)
+    query = Linear("to_q", hidden_states, spec.inner_dim, bias=spec.bias)
     if encoder_hidden_states is None:
         encoder_hidden_states = hidden_states
-    key = project("to_k", encoder_hidden_states, spec.inner_dim, spec, bias=spec.bias)
-    value = project("to_v", encoder_hidden_states, spec.inner_dim, spec, bias=spec.bias)
+    key = Linear("to_k", encoder_hidden_states, spec.inner_dim, bias=spec.bias)
+    value = Linear("to_v", encoder_hidden_states, spec.inner_dim, bias=spec.bias)
 
     if spec.slice_size is not None:
         query = head_to_batch_dim(query, spec)
@@ -92,7 +91,7 @@ def Attention(
         image_attention = attend_to_image(query, ip_hidden_states, spec)
         hidden_states = add(hidden_states, mul(image_attention[0]))
 
-    hidden_states = project("to_out.0", hidden_states, spec.query_dim, spec)
+    hidden_states = Linear("to_out.0", hidden_states, spec.query_dim)
     if len(input_shape) == 4:
         hidden_states = reshape(hidden_states.transpose(1, 2), *input_shape)
     if spec.residual_connection:
@@ -128,13 +127,6 @@ def attend_to_image(query: SymTensor, ip_hidden_states: SymTensor, spec: Attenti
     current_ip_hidden_states = current_ip_hidden_states.transpose(1, 2)
     current_ip_hidden_states = reshape(current_ip_hidden_states, *current_ip_hidden_states.shape[:2], spec.inner_dim)
     return current_ip_hidden_states, ip_key, ip_value
-
-
-def project(name: str, x: SymTensor, out_features: int, spec: AttentionSpec, *, bias: bool = True) -> SymTensor:
-    """One of the four projections, which diffusers' training scripts give a LoRA: [N, S, C] -> [N, S, out_features]."""
-    if spec.lora_rank is None:
-        return Linear(name, x, out_features, bias=bias)
-    return LoraLinear(name, x, out_features, bias=bias, rank=spec.lora_rank)
 
 
 def split_heads(x: SymTensor, spec: AttentionSpec) -> SymTensor:

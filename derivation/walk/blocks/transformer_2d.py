@@ -21,7 +21,6 @@ class TransformerSpec:
     groups: int
     use_linear_projection: bool
     upcast_attention: bool
-    lora_rank: int | None = None
 
 
 @block
@@ -41,7 +40,6 @@ def Transformer2DModel(
             encoder_hidden_states,
             heads=spec.heads,
             upcast_attention=spec.upcast_attention,
-            lora_rank=spec.lora_rank,
         )
     output = _project_out(hidden_states, residual, (batch, height, width, inner_dim), channels, spec)
     return output
@@ -57,7 +55,7 @@ def _project_in(hidden_states: SymTensor, inner_dim: int, spec: TransformerSpec)
     else:
         channels = hidden_states.shape[1]
         hidden_states = reshape(hidden_states.permute(0, 2, 3, 1), batch, height * width, channels)
-        hidden_states = Linear("proj_in", hidden_states, inner_dim, frozen=spec.lora_rank is not None)
+        hidden_states = Linear("proj_in", hidden_states, inner_dim)
     return hidden_states
 
 

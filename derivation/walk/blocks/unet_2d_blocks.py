@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from derivation.config import UNet2DConditionConfig
 from derivation.tape.block import block
 from derivation.tape.symbols import Size
-from derivation.tape.tape import tape
 from derivation.tape.tensor import SymTensor
 from derivation.walk.blocks.attention_processor import Attention, AttentionSpec, Conditions
 from derivation.walk.blocks.downsampling import Downsample2D
@@ -167,7 +166,6 @@ def _transformers(config: UNet2DConditionConfig, level: int, depths: tuple[int, 
             groups=config.norm_num_groups,
             use_linear_projection=config.use_linear_projection,
             upcast_attention=config.upcast_attention,
-            lora_rank=tape().options.lora_rank,
         )
         for depth in depths
     )

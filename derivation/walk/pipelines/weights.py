@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
+from derivation.config.lora import MAX_FILES
 from derivation.tape.tape import Storage, tape
 
 # The order in which the models and their submodules register what they contain; Module._apply follows it.
@@ -21,6 +22,7 @@ REGISTRATION = (
     *("norm1", "conv1", "attn1", "time_emb_proj", "norm2", "conv2", "attn2", "conv_shortcut", "norm3", "ff", "net"),
     *("proj", "proj_out", "to_q", "to_k", "to_v", "to_out", "processor", "to_k_ip", "to_v_ip"),
     *("conv_norm_out", "conv_out", "encoder_hid_proj", "conv", "base_layer", "lora_A", "lora_B", "default"),
+    *(f"default_{number}" for number in range(MAX_FILES)),
     *("weight", "bias"),
 )
 PLACES = {name: i for i, name in enumerate(REGISTRATION)}
