@@ -147,6 +147,15 @@ def test_weights_are_what_the_ranks_say(tmp_path):
     assert grown == added
 
 
+def test_a_file_that_changes_is_read_again(tmp_path):
+    layers = {"unet.conv_in": (320, 4, 3, 3)}
+    counts = []
+    for rank in (1, 2):
+        file = write(tmp_path / "a.safetensors", "peft", layers, rank)
+        counts.append(derive(SD15, lora=str(file)).parameter_counts["unet"])
+    assert counts[1] - counts[0] == 4 * 9 + 320
+
+
 DOWN, UP = "unet.conv_in.lora_A.weight", "unet.conv_in.lora_B.weight"
 GOOD = {DOWN: (4, 4, 3, 3), UP: (320, 4, 1, 1)}
 

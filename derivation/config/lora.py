@@ -51,14 +51,19 @@ def lora_files(option: str) -> tuple[str, ...]:
     return files
 
 
-def read_lora(file: str) -> tuple[Factor, ...]:
-    """Return the matrices of a LoRA file by its header alone; raises DerivationError naming the file and the key."""
+def stamp(file: str) -> tuple[int, int]:
+    """Return when a file was written, in ns, and its bytes; raises DerivationError naming it."""
     try:
         state = Path(file).stat()
     except (OSError, ValueError) as error:
         said = getattr(error, "strerror", None) or error
         raise DerivationError(f"{file}: cannot be read ({said})") from None
-    return _read(file, state.st_mtime_ns, state.st_size)
+    return state.st_mtime_ns, state.st_size
+
+
+def read_lora(file: str) -> tuple[Factor, ...]:
+    """Return the matrices of a LoRA file by its header alone; raises DerivationError naming the file and the key."""
+    return _read(file, *stamp(file))
 
 
 @lru_cache(maxsize=32)

@@ -343,18 +343,6 @@ def options_of(given: Mapping[str, Any]) -> Options:
         raise DerivationError(str(error).replace("Options.__init__() ", "")) from None
 
 
-def flag(name: str, value: object) -> str:
-    """Return the command line argument that sets an option.
-
-    >>> flag("vae_tiling", True), flag("lora_rank", 4)
-    ('--vae-tiling', '--lora-rank 4')
-    """
-    key = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{key}" if value else f"--no-{key}"
-    return f"--{key} {value}"
-
-
 @cache
 def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)

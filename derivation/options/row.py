@@ -67,3 +67,15 @@ class Row:
 def row(default: Any, help: str, home: Home, **columns: Any) -> Any:
     """Declare an option: a dataclass field with its default and its row."""
     return dataclasses.field(default=default, metadata={"row": Row(help, home, **columns)})
+
+
+def flag(name: str, value: object) -> str:
+    """Return the command line argument that sets an option.
+
+    >>> flag("vae_tiling", True), flag("lora_rank", 4)
+    ('--vae-tiling', '--lora-rank 4')
+    """
+    key = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{key}" if value else f"--no-{key}"
+    return f"--{key} {value}"

@@ -17,7 +17,8 @@ from derivation.config import Checkpoint
 from derivation.equation.crossover import Crossover
 from derivation.export import export
 from derivation.gpu.cards import known, lookup, on_pages
-from derivation.options import DTYPES, EAGER, TABLE, Options, flag
+from derivation.options import DTYPES, EAGER, TABLE, Options
+from derivation.options.row import flag
 from derivation.report.answer import PROMPT_LENGTH, STAGE_TITLES, square_peaks, stage_title
 from derivation.tape.grid import Domain, Range, Sides
 from derivation.text import GIB, NARROW_SPACE

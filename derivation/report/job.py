@@ -13,7 +13,7 @@ from typing import Any
 from derivation.config import load
 from derivation.errors import DerivationError
 from derivation.export import generate, write_formulas
-from derivation.options import flag
+from derivation.options.row import flag
 from derivation.report.files import build
 
 ROOT = Path(__file__).parent.parent.parent

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from derivation.config import Checkpoint, UNet2DConditionConfig
-from derivation.config.lora import Factor, lora_files, read_lora
+from derivation.config.lora import Factor, lora_files, read_lora, stamp
 from derivation.errors import DerivationError
 from derivation.options import Options
-from derivation.tape.adapters import NO_ADAPTERS, Adapters, Ranks
+from derivation.tape.adapters import Adapters, Ranks
 from derivation.walk.ops import lora_shapes
 
+# When each file was written, and its size.
+Stamps = tuple[tuple[int, int], ...]
 # path -> shape of its weight
 Layers = Mapping[str, tuple[int, ...]]
 # What diffusers' training scripts give a LoRA.
@@ -43,15 +45,13 @@ class Target:
     shape: tuple[int, ...]
 
 
-def plain(options: Options) -> bool:
-    """Return whether no LoRA is asked for."""
-    return options.lora is None and options.lora_rank is None
+def stamps(options: Options) -> Stamps:
+    """Return what tells the option's files from earlier ones of their names; raises DerivationError for one missing."""
+    return () if options.lora is None else tuple(stamp(file) for file in lora_files(options.lora))
 
 
 def adapters(layers: Layers, checkpoint: Checkpoint, options: Options) -> Adapters:
     """Return the LoRAs on the ``layers`` of a checkpoint; raises DerivationError for a key that fits none."""
-    if plain(options):
-        return NO_ADAPTERS
     if (rank := options.lora_rank) is not None:
         own = (path for path in layers if path.startswith("unet.") and path.endswith(PROJECTIONS))
         return Adapters(dict.fromkeys(own, (("default", rank),)))

@@ -25,7 +25,7 @@ from derivation.tape.symbols import Size
 from derivation.tape.tape import Tape, tape
 from derivation.tape.tensor import SymTensor
 from derivation.walk import models
-from derivation.walk.adapters import adapters
+from derivation.walk.adapters import Stamps, adapters, stamps
 from derivation.walk.ops import given
 
 # SDXL's added time ids: original size, crop, target size (pipeline_stable_diffusion_xl.py)
@@ -172,11 +172,11 @@ def lora(checkpoint: Checkpoint, options: Options) -> Adapters:
     """Return the LoRAs on the layers of a checkpoint's models; raises DerivationError for one that does not fit."""
     if options.lora is None and options.lora_rank is None:
         return NO_ADAPTERS
-    return _lora(checkpoint, options)
+    return _lora(checkpoint, options, stamps(options))
 
 
 @lru_cache(maxsize=64)
-def _lora(checkpoint: Checkpoint, options: Options) -> Adapters:
+def _lora(checkpoint: Checkpoint, options: Options, _: Stamps) -> Adapters:
     return adapters(lora_layers(checkpoint, options), checkpoint, options)
 
 
@@ -196,11 +196,14 @@ UNREAD = ("pipeline", "attention", "gpu", "attention_slicing", "vae_slicing", "v
 def parameters(checkpoint: Checkpoint, options: Options) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
     """Return the parameters and buffers of each model: path -> (shape, dtype)."""
     defaults = Options()
-    return _parameters(checkpoint, replace(options, **{name: getattr(defaults, name) for name in UNREAD}))
+    read = replace(options, **{name: getattr(defaults, name) for name in UNREAD})
+    return _parameters(checkpoint, read, stamps(options))
 
 
 @lru_cache(maxsize=64)
-def _parameters(checkpoint: Checkpoint, options: Options) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
+def _parameters(
+    checkpoint: Checkpoint, options: Options, _: Stamps
+) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
     found: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {}
     for component in components(checkpoint, options).values():
         recorded = Tape(options)
