@@ -33,12 +33,14 @@ from derivation.trace.build import Description, build
 from derivation.trace.interpolate import Parted, fit, normalised, parting, points
 from derivation.trace.modules import modules_of
 from derivation.trace.offloaded import with_model_offload
-from derivation.trace.pipeline import TracedPipeline, entries, record
+from derivation.trace.pipeline import TracedPipeline
+from derivation.trace.regimes import entries, record
 from derivation.trace.scratch import with_scratch
 from derivation.trace.shadows import ShadowTracer
 from derivation.trace.standins import word_tokenizer
 from derivation.verify.pipelines import SIDES, arguments, checked, description, read
 from derivation.verify.streams import naive_peak, naive_peaks
+from derivation.verify.traced import equal
 
 DOCUMENTS = {document["class"]: document for document in read(Path(__file__).parent / "tiny_pipelines.jsonl")}
 ROOT, FLUX = Path(__file__).resolve().parents[1], "black-forest-labs/FLUX.1-dev"
@@ -73,6 +75,17 @@ def test_a_closed_form_equals_plain_traces_at_held_out_sizes(flux) -> None:
         values = derivation.sizes(call)
         stages = derivation.program(True).at(values).evaluator.peaks(values)
         assert max(bytes_ for bytes_, _ in stages.values()) + derivation.weights_bytes == peak
+
+
+def test_the_comparison_of_records_sees_one_byte(flux) -> None:
+    plain, recorded = flux
+    regime = recorded.regimes[-1]
+    values = {name: next(v for v in each if each.is_one or v // each.step % 2) for name, each in regime.ranges.items()}
+    traced = plain.at(regime.guidance, values)
+    assert equal(regime.tape, traced, values)
+    last = replace(traced.allocations[-1], nbytes=traced.allocations[-1].nbytes + 1)
+    assert not equal(regime.tape, replace(traced, allocations=[*traced.allocations[:-1], last]), values)
+    assert not equal(regime.tape, replace(traced, events=traced.events[:-1]), values)
 
 
 def test_every_export_of_a_traced_pipeline_is_made(flux) -> None:
@@ -141,6 +154,12 @@ def test_several_images_of_a_pipeline_that_makes_one_are_refused() -> None:
     alone = replace(traced.arguments, pipe=type("Alone", (), {"__call__": lambda self, height, width: None})())
     with pytest.raises(DerivationError, match="batch_size = 2"):
         alone.at(Call(64, 64, 2))
+
+
+def test_what_a_pipeline_rejects_bounds_its_ranges() -> None:
+    """CogView3+ has a table of 8 x 8 positions, so 32 pixels; CogVideoX image to video one size."""
+    assert checked(DOCUMENTS["CogView3PlusPipeline"]).covered.startswith("h3 2, w3 2, L 8 to 16")
+    assert checked(DOCUMENTS["CogVideoXImageToVideoPipeline"]).covered == "h1 1, w1 1, L 16, F 8, B 1"
 
 
 def test_an_unknown_class_and_a_broken_config_are_one_line(tmp_path: Path) -> None:

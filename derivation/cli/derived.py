@@ -158,6 +158,9 @@ def verify(
     versions: Annotated[
         Path | None, typer.Option(help="Compare under every verified pair of versions; keep their environments here.")
     ] = None,
+    pipelines: Annotated[
+        Path | None, typer.Option(help="Trace and interpolate every small pipeline of this file (JSON lines) instead.")
+    ] = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -176,6 +179,9 @@ def verify(
         raise DerivationError(f"verify needs {error.name or error}: {VERIFY_EXTRA}") from None
     if versions is not None:
         _verify_versions(versions, json)
+        return
+    if pipelines is not None:
+        _survey(pipelines, json)
         return
     if fuzz or everything:
         found = run_fuzz(fuzz, seed) if fuzz else run_matrix()
@@ -213,6 +219,25 @@ def _show_versions(result: Mapping[str, Any]) -> None:
     ]
     columns = ("torch", "diffusers", "transformers", ">calls", ">mismatches", ">not traced")
     output.table("Whole calls under each pair of versions", columns, rows)
+
+
+def _survey(path: Path, json: bool) -> None:
+    """Say of every small pipeline whether its call runs on meta and has a closed form."""
+    from derivation.evidence.survey import counts
+    from derivation.verify.pipelines import read, survey
+    from derivation.verify.verification import circumstances
+
+    documents = read(path)
+    with output.progress() as bar:
+        found = list(bar.track(survey(documents), total=len(documents), description="tracing"))
+    rows = [row.as_dict() for row in found]
+    output.emit({**circumstances(), **counts(rows), "pipelines": rows}, json, _show_survey)
+
+
+def _show_survey(result: Mapping[str, Any]) -> None:
+    rows = [(row["pipeline"], row["runs"], row["covered"] or row["reason"]) for row in result["pipelines"]]
+    output.table("Small pipelines on meta", ("pipeline", "runs", "closed form, or why there is none"), rows)
+    output.line(f"{result['classes']} classes: {result['run']} run, {result['exact']} have a closed form")
 
 
 def _compared(cases: Iterable[tuple[object, Sequence[Any]]], count: int) -> tuple[list[dict[str, Any]], dict[str, int]]:

@@ -69,6 +69,19 @@ class Arguments:
         default = next((n for n in candidates if isinstance(n, int)), 16)
         return Frames(1 if ratio is None or (default - 1) % ratio else ratio, default)
 
+    @cached_property
+    def usual_sides(self) -> tuple[int, int] | None:
+        """The height and width of a call that says none, in pixels; None where nothing says them."""
+        own = (self._side("height"), self._side("width"))
+        return None if None in own else own  # type: ignore[return-value]
+
+    def _side(self, name: str) -> int | None:
+        factor = self.grid.vae_scale_factor
+        models = [model for n in ("transformer", "unet") if (model := getattr(self.pipe, n, None)) is not None]
+        sizes = [dict(model.config).get(key) for model in models for key in (f"sample_{name}", "sample_size")]
+        known = [self.given.get(name), self.names[name].default if name in self.names else None]
+        return next((side for side in (*known, *(s * factor for s in sizes if isinstance(s, int))) if side), None)
+
     @property
     def _frames_name(self) -> str | None:
         return next((name for name in ("num_frames", "video_length") if name in self.names), None)

@@ -25,8 +25,8 @@ from derivation.tape.tape import Shapes, Tape
 
 Values = Mapping[str, int]
 Run = Callable[[Values], Tape]
-# Points beside the base and one a symbol, and points that are held out.
-EXTRA, HELD_OUT = 3, 3
+# Points beside the base and one a symbol.
+EXTRA = 3
 # Most terms of a dimension's polynomial, and most candidates that are solved at a time.
 MOST_TERMS, CHUNK = 4, 20_000
 
@@ -74,7 +74,10 @@ def _kind(a: Allocation) -> tuple[str, str, str, int]:
 
 
 def points(ranges: Mapping[str, Range], seed: int) -> tuple[list[Values], list[Values]]:
-    """Return (the points to go through, those that are held out), with both ends of every range among them."""
+    """Return (the points to go through, those that are held out).
+
+    Held out are both ends of every range, odd multiples of every step, which no larger step would cover, and one more.
+    """
     rng = random.Random(seed)
     # sides last: what another symbol decides shows first
     order = sorted(ranges, key=lambda name: (name[0] in "hw", name))
@@ -87,7 +90,8 @@ def points(ranges: Mapping[str, Range], seed: int) -> tuple[list[Values], list[V
         through.append({**base, name: rng.choice([v for v in values if v != base[name]])})
     through += [{name: rng.choice(values) for name, values in free.items()} for _ in range(EXTRA if free else 0)]
     ends = [{name: values[i] for name, values in free.items()} for i in (0, -1)]
-    held = [*ends, *({n: rng.choice(v) for n, v in free.items()} for _ in range(HELD_OUT - len(ends)))]
+    odd = {n: [v for v in values if v // ranges[n].step % 2] for n, values in free.items()}
+    held = [*ends, *({n: rng.choice(v or free[n]) for n, v in each.items()} for each in (free, odd))]
     return [only | p for p in through], [only | p for p in held if free]
 
 

@@ -44,8 +44,8 @@ class Tracing:
 
     @cached_property
     def _pipeline(self) -> Any:
-        module = _module()
-        return module.TracedPipeline(module.Description.of(self.folder.path), self.options)
+        module = _module("regimes")
+        return module.prepared(module.Description.of(self.folder.path), self.options)
 
     def __call__(self, guidance: bool, values: Mapping[str, int]) -> Tape:
         """Return the tape of a call at integers."""
@@ -88,7 +88,7 @@ def _recorded(folder: TracedFolder, options: Options, progress: Progress) -> Rec
             found = read(path, retrace)
             if found is not None and found.options == options:
                 return found
-    module = _module()
+    module = _module("regimes")
     made: RecordedSubject = module.record(
         module.Description.of(folder.path), options, str(folder.source), folder.name, progress=progress
     )
@@ -96,7 +96,7 @@ def _recorded(folder: TracedFolder, options: Options, progress: Progress) -> Rec
     return replace(made, retrace=retrace)
 
 
-def _module(name: str = "pipeline") -> Any:
+def _module(name: str) -> Any:
     """Return a module that traces; raises DerivationError where torch is not installed."""
     try:
         return import_module(f"derivation.trace.{name}")

@@ -1,7 +1,8 @@
 """Every pipeline class on small configs: does its call run on ``meta``, and is its closed form exact at other sizes?
 
 The configs are one JSON object a line: "class", "parts" (name -> [library, class, config]) and the "call" with tensors
-as {"tensor": shape, "dtype"}, images as {"image": [width, height]}.
+as {"tensor": shape, "dtype"}, images as {"image": [width, height]}; "arguments" of the pipeline's class and "sides" of
+images in pixels where they are not the usual.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from derivation.errors import DerivationError
 from derivation.options import Options
 from derivation.trace.build import Description, Part
 from derivation.trace.interpolate import Parted
-from derivation.trace.pipeline import TracedPipeline, lengths, regimes
+from derivation.trace.pipeline import TracedPipeline
+from derivation.trace.regimes import lengths, regimes
 
-SECONDS = 90
+SECONDS = 120
 # Image sides of small configs, in pixels.
 SIDES = (64, 512)
 # What the sizes of a call give.
-SIZED = ("height", "width", "generator", "prompt", "negative_prompt")
+SIZED = ("generator", "prompt", "negative_prompt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,8 @@ def _too_long(_signal: int, _frame: object) -> None:
 def _checked(document: Mapping[str, Any]) -> Row:
     name = document["class"]
     try:
-        traced = TracedPipeline(description(document), Options(dtype="float32"), arguments(document), SIDES)
+        sides = document.get("sides", SIDES)
+        traced = TracedPipeline(description(document), Options(dtype="float32"), arguments(document), sides)
         tokens = lengths(traced)
     except TimeoutError:
         raise
@@ -120,5 +123,5 @@ def _line(error: Exception) -> str:
 
 def survey(documents: Iterable[Mapping[str, Any]], workers: int | None = None) -> Iterator[Row]:
     """Yield the row of each document, in order, on all processors."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=32) as pool:
         yield from pool.map(checked, documents)

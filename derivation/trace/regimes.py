@@ -1,0 +1,194 @@
+"""Which sizes one tape covers: where it is traced, and what is fixed or coarser where the structure depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from derivation.errors import DerivationError
+from derivation.options import Options
+from derivation.tape.grid import Range, Sides
+from derivation.tape.recorded import RecordedSubject
+from derivation.tape.regime import Regime
+from derivation.tape.tape import Tape
+from derivation.trace.build import Description
+from derivation.trace.interpolate import Parted, Values, fit, points
+from derivation.trace.modules import modules_of
+from derivation.trace.pipeline import TracedPipeline, same
+
+Ranges = Mapping[str, Range]
+Progress = Callable[[str], None]
+BATCH = Range(2, 9)
+# PyTorch pads an attention mask to multiples of 8 (attention.cpp: pad_bias).
+LENGTH_STEP = 8
+# Shorter prompts fill a chat template's room, and no padding follows.
+LONG_PROMPT = 64
+# The largest step of sides, in units; where the structure still depends on them the pipeline's own size is taken.
+COARSEST = 8
+SEED = 0
+
+
+def record(
+    description: Description,
+    options: Options,
+    source: str,
+    name: str,
+    given: Mapping[str, Any] | None = None,
+    progress: Progress = lambda _: None,
+    sides: tuple[int, int] | None = None,
+) -> RecordedSubject:
+    """Trace a pipeline at a few sizes and return it as a subject; raises DerivationError for one that does not run."""
+    progress(f"building {description.class_name}")
+    traced = TracedPipeline(description, options, given, sides)
+    tokens = lengths(traced)
+    found = [r for guidance in _guidances(traced, tokens) for r in regimes(traced, guidance, tokens, progress)]
+    modules = modules_of(traced.pipe)
+    return RecordedSubject(
+        name,
+        description.class_name,
+        source,
+        options,
+        traced.grid,
+        _sides(traced, found),
+        tokens.last,
+        {n: entries(n, module) for n, module in modules.items()},
+        {n: sum(p.numel() for p in module.parameters()) for n, module in modules.items()},
+        tuple(found),
+        traced.arguments.steps,
+        tuple((traced.pipe.model_cpu_offload_seq or "").split("->")),
+        {library: version(library) for library in ("torch", "diffusers", "transformers")},
+        traced.at,
+    )
+
+
+def _sides(traced: TracedPipeline, found: list[Regime]) -> Sides:
+    """Return the image sides that every regime covers: steps are powers of 2, of which the largest is a multiple."""
+    unit, deepest = traced.grid.unit, traced.grid.levels - 1
+    heights, widths = ([regime.ranges[f"{side}{deepest}"] for regime in found] for side in "hw")
+    if all(r.is_one for r in (*heights, *widths)):
+        several = [r.first * unit for r in (*heights, *widths)]
+        return Sides(min(several), unit, max(several))
+    first, last = max(r.first for r in heights), min(r.last for r in heights)
+    step = max(r.step for r in heights)
+    return Sides(-(-first // step) * step * unit, step * unit, last * unit)
+
+
+def entries(root: str, module: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return a component's parameters and buffers: path, the component's name before it -> (shape, dtype)."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {f"{root}.{name}": (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors}
+
+
+def prepared(description: Description, options: Options) -> TracedPipeline:
+    """Return a pipeline that knows how its prompt's length is passed; raises DerivationError for one that fails."""
+    traced = TracedPipeline(description, options)
+    lengths(traced)
+    return traced
+
+
+def lengths(traced: TracedPipeline) -> Range:
+    """Return the prompt lengths that are traced: one where the tape does not depend on it."""
+    most = traced.arguments.prompt_length
+    if most < 2 or not traced.use_prompt(traced.base(most)):
+        return Range(most, most)
+    return Range(most % LENGTH_STEP or LENGTH_STEP, most, LENGTH_STEP)
+
+
+def _guidances(traced: TracedPipeline, tokens: Range) -> tuple[bool, ...]:
+    with_it, without = (traced.trace(traced.base(tokens.last, guidance)) for guidance in (True, False))
+    return (True,) if same(with_it, without) else (True, False)
+
+
+def regimes(
+    traced: TracedPipeline, guidance: bool, tokens: Range, progress: Progress = lambda _: None
+) -> Iterator[Regime]:
+    """Yield what covers several images a call, where one structure does, and one image."""
+    ranges = {**_side_ranges(traced, *(traced.sides or (0, 0))), "L": tokens}
+    if traced.grid.frames is not None:
+        usual = traced.grid.frames.latent(None)
+        ranges["F"] = Range(2, usual + usual // 2) if usual > 2 else Range(usual, usual)
+    for count in (BATCH, Range(1, 1)) if traced.arguments.batched else (Range(1, 1),):
+        try:
+            yield _regime(traced, guidance, {**ranges, "B": count}, progress)
+        except Parted as error:
+            if count.is_one:
+                raise
+            progress(f"batch: {error}")
+
+
+def _side_ranges(traced: TracedPipeline, least: int, most: int) -> dict[str, Range]:
+    """Return the ranges of the deepest sides, from ``least`` to ``most`` pixels; (0, 0) is the pipeline's own size."""
+    unit, deepest = traced.grid.unit, traced.grid.levels - 1
+    usual = [side // unit for side in traced.usual]
+    last = max(most // unit, 3)
+    ranges = [Range(max(least // unit, 2), last) if most else Range(side, side) for side in usual]
+    return {f"{side}{deepest}": each for side, each in zip("hw", ranges, strict=True)}
+
+
+def _regime(traced: TracedPipeline, guidance: bool, ranges: Ranges, progress: Progress) -> Regime:
+    """Return one tape for ``ranges``, made coarser where the structure depends on a symbol; raises Parted."""
+    while True:
+        through, held = points(ranges, SEED)
+        traced.unknown.clear()
+        rejected: list[Values] = []
+
+        def run(values: Values, rejected: list[Values] = rejected) -> Tape:
+            progress(", ".join(f"{name} = {value}" for name, value in values.items()))
+            try:
+                return traced.at(guidance, values)
+            except DerivationError as error:
+                rejected.append(values)
+                raise Parted(traced.blamed(guidance, values), str(error)) from error
+
+        try:
+            tape = fit(run, through, held)
+        except Parted as error:
+            coarser = _coarser(traced, ranges, error.symbols, bool(rejected))
+            if coarser is None:
+                raise
+            progress(f"coarser: {error}")
+            ranges = coarser
+            continue
+        return Regime(guidance, ranges, tape, tuple(through), tuple(held), tuple(traced.unknown)).decided()
+
+
+def _coarser(traced: TracedPipeline, ranges: Ranges, symbols: frozenset[str], rejected: bool) -> Ranges | None:
+    """Return ranges in which what parts has one value or larger steps, None where it cannot: the batch does."""
+    frames, length = traced.grid.frames, ranges["L"]
+    if "F" in symbols and frames is not None and not ranges["F"].is_one:
+        return {**ranges, "F": Range(frames.latent(None), frames.latent(None))}
+    if "L" in symbols and not length.is_one:
+        first = LONG_PROMPT + length.last % LENGTH_STEP
+        first = first if length.first < first < length.last else length.last
+        return {**ranges, "L": Range(first, length.last, length.step)}
+    sides = [name for name in ranges if name[0] in "hw"]
+    if not symbols.intersection(sides) or all(ranges[name].is_one for name in sides):
+        return None
+    found = _smaller(traced, ranges, sides) if rejected else None
+    return {**ranges, **(found or _stepped(ranges, sides) or _side_ranges(traced, 0, 0))}
+
+
+def _smaller(traced: TracedPipeline, ranges: Ranges, sides: list[str]) -> Ranges | None:
+    """Return sides up to the middling ones, None where the pipeline takes the largest, or they are as small already."""
+    unit = traced.grid.unit
+    most, middle = max(ranges[name].last for name in sides), max(traced.middle) // unit
+    largest = replace(traced.base(ranges["L"].last), height=most * unit, width=most * unit)
+    if middle >= most or traced.accepts(largest):
+        return None
+    return {name: replace(ranges[name], first=min(ranges[name].first, middle), last=middle) for name in sides}
+
+
+def _stepped(ranges: Ranges, sides: list[str]) -> Ranges | None:
+    """Return sides with steps that are twice as large, None where they cannot be."""
+    found = {}
+    for name in sides:
+        step = 2 * ranges[name].step
+        first, last = -(-ranges[name].first // step) * step, ranges[name].last // step * step
+        if step > COARSEST or first >= last:
+            return None
+        found[name] = Range(first, last, step)
+    return found
