@@ -160,7 +160,8 @@ def _coarser(traced: TracedPipeline, ranges: Ranges, symbols: frozenset[str], re
     """Return ranges in which what parts has one value or larger steps, None where it cannot: the batch does."""
     frames, length = traced.grid.frames, ranges["L"]
     if "F" in symbols and frames is not None and not ranges["F"].is_one:
-        return {**ranges, "F": Range(frames.latent(None), frames.latent(None))}
+        usual, longest = frames.latent(None), ranges["F"].last
+        return {**ranges, "F": Range(ranges["F"].first if rejected and longest > usual else usual, usual)}
     if "L" in symbols and not length.is_one:
         first = LONG_PROMPT + length.last % LENGTH_STEP
         first = first if length.first < first < length.last else length.last
