@@ -229,7 +229,7 @@ FLUX_DEV_TRANSFORMER = (22.61, 22.64)
 def test_a_shipped_pipeline_answers_for_a_card_without_torch() -> None:
     code = (
         f"from derivation import derive; import sys; d = derive({FLUX!r}, gpu='h100'); e = d.estimate(1024, 1024); "
-        "print(e['verdict'], e['reserved'] >= e['allocated'] >= e['weights_bytes'], 'torch' in sys.modules)"
+        "print(e['verdict'], e['reserved_bytes'] >= e['allocated_bytes'] >= e['weights_bytes'], 'torch' in sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert said.stdout.split() == ["fits", "True", "False"]
