@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import test_guard as fakes
 from conftest import SD15
 
 from derivation import derive
+from derivation.allocator.memory import DeviceMemory
 from derivation.ask.compare import compare
 from derivation.ask.fit import Request
 from derivation.ask.recommend import recommend
@@ -198,3 +200,10 @@ def test_everything_gives_one_verdict(seed: int, monkeypatch: pytest.MonkeyPatch
 def test_the_draws_had_every_kind_of_verdict() -> None:
     if len(SEEN) == GROUPS * CALLS:
         assert {FITS, NO_FIT} < set(SEEN), SEEN
+
+
+def test_the_allocator_says_no_verdict_of_its_own() -> None:
+    estimate = derive(SD15, gpu="rtx-3060").estimate(2520, 2520)
+    assert estimate["verdict"] == NO_FIT and estimate["left_bytes"] is None
+    assert not [key for key in estimate if "headroom" in key]
+    assert {"verdict", "fits", "headroom"}.isdisjoint(field.name for field in fields(DeviceMemory))

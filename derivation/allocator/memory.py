@@ -1,4 +1,4 @@
-"""From a tape to what torch.cuda and nvidia-smi show on one card: weights, allocator replay, context, verdict."""
+"""From a tape to what torch.cuda and nvidia-smi show on one card: weights, allocator replay, context."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from derivation.allocator.allocator import CachingAllocator
 from derivation.allocator.config import AllocatorConfig
-from derivation.allocator.replay import OutOfMemoryEvent, ReplayResult, load_weights
-from derivation.allocator.report import OutOfMemory, OutOfMemoryError, format_size
+from derivation.allocator.replay import OutOfMemoryEvent, load_weights
+from derivation.allocator.report import OutOfMemory, OutOfMemoryError
 from derivation.allocator.simulate import replay
 from derivation.gpu.cards import Gpu, lookup
 from derivation.options import Options
@@ -20,7 +20,7 @@ from derivation.tape.tape import Tape
 from derivation.walk.pipelines.weights import registered
 
 A = TypeVar("A", bound=CachingAllocator)
-IN_BYTES = ("requested", "allocated", "reserved", "device", "device_before_run", "total", "headroom", "context")
+IN_BYTES = ("requested", "allocated", "reserved", "device", "device_before_run", "total", "context")
 Parameters = Mapping[str, Mapping[str, tuple[tuple[int, ...], str]]]
 
 
@@ -29,9 +29,9 @@ class DeviceMemory:
     """Peaks in bytes over loading and one call, named as torch.cuda.memory_stats names them.
 
     ``device`` is nvidia-smi's used memory: reserved plus the CUDA context; ``device_before_run`` the same
-    with weights only; ``headroom`` what is left of the card at the peak. Unknown figures are None. Where the call
-    runs out of memory the peaks are those reached until then, ``failed`` is the request that failed, and nothing is
-    left. ``slower_convolutions`` counts convolutions whose workspace did not fit, so that cuDNN's next plan runs.
+    with weights only. Unknown figures are None. Where the call runs out of memory the peaks are those reached until
+    then, and ``failed`` is the request that failed. ``slower_convolutions`` counts convolutions whose workspace did
+    not fit, so that cuDNN's next plan runs.
     """
 
     requested: int
@@ -40,19 +40,12 @@ class DeviceMemory:
     device: int | None
     device_before_run: int | None
     total: int | None
-    headroom: int | None
     context: int | None
     context_source: str
     num_alloc_retries: int
     fragmentation: float
     slower_convolutions: int
     failed: dict[str, Any] | None
-    verdict: str
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether the call runs on the card, None where the card is not known."""
-        return None if self.total is None else self.failed is None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name, ready for JSON; those in bytes end so."""
@@ -80,7 +73,7 @@ def device_memory(
         loaded = allocator.reserved_bytes.current
         result = replay(tape, values, weights).run(allocator)
         failed = None if result.out_of_memory is None else _failed_at(result.out_of_memory, tape, values)
-    reserved, total = result.reserved_bytes.nbytes, card.total_memory_bytes
+    reserved = result.reserved_bytes.nbytes
     device = None if context is None else reserved + context
     return DeviceMemory(
         requested=result.requested_bytes.nbytes,
@@ -88,15 +81,13 @@ def device_memory(
         reserved=reserved,
         device=device,
         device_before_run=None if context is None or not weights else loaded + context,
-        total=total,
-        headroom=None if total is None or device is None or failed else total - device,
+        total=card.total_memory_bytes,
         context=context,
         context_source=source,
         num_alloc_retries=result.num_alloc_retries,
         fragmentation=result.fragmentation.ratio,
         slower_convolutions=result.left_out,
         failed=failed,
-        verdict=_verdict(result, failed, total),
     )
 
 
@@ -129,18 +120,6 @@ def context_of(card: Gpu) -> tuple[int | None, str]:
         return card.context_bytes, card.name
     nearest = card.nearest_context()
     return (None, "unknown") if nearest is None else (nearest[0], f"nearest documented card: {nearest[1].name}")
-
-
-def _verdict(result: ReplayResult, failed: Mapping[str, Any] | None, total: int | None) -> str:
-    if total is None:
-        return "no verdict: the architecture names no card"
-    if failed is not None:
-        asked = format_size(failed["requested_bytes"]) + (f" for {failed['shape']}" if failed["shape"] else "")
-        room = f"{format_size(failed['free_bytes'])} free, {format_size(failed['short_bytes'])} short"
-        return f"out of memory at {failed['module']}: {asked}, {room}"
-    if result.left_out:
-        return "fits with slower convolutions"
-    return "fits after cached blocks are released" if result.num_alloc_retries else "fits"
 
 
 def _failed_at(event: OutOfMemoryEvent, tape: Tape, values: Mapping[str, int]) -> dict[str, Any]:
