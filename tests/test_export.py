@@ -581,6 +581,24 @@ def test_the_numbers_of_the_latex_are_the_exact_peak_but_for_rounding(d, module,
         assert 0 <= module.peak_vram(height, width, length, batch, guidance) - weights - max(values) <= largest * batch
 
 
+@pytest.mark.parametrize("entry", CHECKED_IN, ids=lambda entry: entry.folder)
+def test_the_table_of_terms_says_the_exact_peak_but_for_rounding_and_fits(entry, tmp_path):
+    d = derive(entry.model, pipeline=entry.pipeline)
+    table = d.latex("terms")
+    last = next(line for line in table.splitlines() if line.strip().startswith("$M$ &"))
+    for side, said in zip((512, 768, 1024), re.findall(r"[\d{},]{9,}", last)):
+        exact = d.weights_bytes + max(d.stage_peaks(side, side, 1, d.prompt_length).values())
+        over = exact - int(re.sub("[{},]", "", said))
+        # SDXL frees the VAE's weights of half precision, each less than a block more than its bytes
+        assert -512 * len(d.parameters["vae"]) < over <= max(t.rounding_bytes for t in d.equation.pipeline_stage().terms)
+    if shutil.which("pdflatex") is None:
+        pytest.skip("pdflatex is not installed")
+    head = "\\documentclass{article}\\usepackage{amsmath,booktabs}\\begin{document}"
+    (tmp_path / "main.tex").write_text(f"{head}{table}\\end{{document}}")
+    run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"], cwd=tmp_path)
+    assert "Overfull" not in (tmp_path / "main.log").read_text(errors="replace")
+
+
 def test_latex_of_one_stage_and_of_none(d):
     decode = d.latex("vae_decode")
     assert r"M_{\text{vae\_decode}} =" in decode and r"\label{eq:stable-diffusion-v1-5:vae-decode}" in decode

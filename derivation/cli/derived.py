@@ -20,6 +20,8 @@ from derivation.options import Options
 from derivation.text import human
 from derivation.verdict import Verdict
 
+# What the LaTeX is of.
+PEAK = "peak"
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 KNOWN = {
     "model",
@@ -128,6 +130,7 @@ def export(
     options: Options,
     to: Annotated[str, To] = "python",
     notes: Annotated[bool, typer.Option("--notes", help="With LaTeX: assumptions, every stage, crossovers.")] = False,
+    which: Annotated[str, typer.Option(help="With LaTeX: peak, a stage's name, or terms for a table of them.")] = PEAK,
     output_path: Annotated[Path | None, typer.Option("--output", help="Folder to write into, else stdout.")] = None,
     revision: Revision = None,
 ) -> None:
@@ -138,11 +141,11 @@ def export(
     from derivation.export import export as exported
     from derivation.export import write
 
-    derivation = derivation_of(model, options, revision)
+    equation = derivation_of(model, options, revision).equation
     if output_path is None:
-        print(exported(derivation.equation, to, notes), end="")
+        print(exported(equation, to, notes, which=which), end="")
         return
-    for path in write(derivation.equation, [to], output_path, notes):
+    for path in write(equation, [to], output_path, notes, which):
         output.line(f"wrote {path}")
 
 

@@ -16,7 +16,7 @@ from derivation.export.arrays import arrays
 from derivation.export.c import c
 from derivation.export.document import document
 from derivation.export.javascript import javascript
-from derivation.export.latex import latex
+from derivation.export.latex import PEAK, latex
 from derivation.export.python import python
 from derivation.files import write_files
 from derivation.options import Options
@@ -95,21 +95,22 @@ class Compiled:
         return Compiled, (self._source, self._target)
 
 
-def export(equation: Equation, target: str, notes: bool = False, device: bool = True) -> str:
-    """Return the peak as the text of ``target``, LaTeX with its ``notes`` if asked for; raises DerivationError.
+def export(equation: Equation, target: str, notes: bool = False, device: bool = True, which: str = PEAK) -> str:
+    """Return the peak as the text of ``target``; raises DerivationError.
 
-    With a GPU, code and data hold what the ``device`` shows, too, where its form covers its whole grid.
+    LaTeX is of ``which`` ("peak", "terms" or a stage), with its ``notes`` if asked for. With a GPU, code and data hold
+    what the ``device`` shows, too, where its form covers its whole grid.
     """
-    return _written(_target(target), equation, notes, device)
+    return _written(_target(target), equation, notes, device, which)
 
 
-def _written(target: Target, equation: Equation, notes: bool, device: bool) -> str:
-    code = equation.device_code if device and target.write is not latex else None
-    if not notes:
-        return target.write(equation) if code is None else target.write(equation, device=code)
-    if target.write is not latex:
-        raise unsupported("notes", True, "LaTeX alone")
-    return latex(equation, notes=True)
+def _written(target: Target, equation: Equation, notes: bool, device: bool, which: str) -> str:
+    if target.write is latex:
+        return latex(equation, which, notes)
+    if notes or which != PEAK:
+        raise unsupported("notes" if notes else "which", notes or which, "LaTeX alone")
+    code = equation.device_code if device else None
+    return target.write(equation) if code is None else target.write(equation, device=code)
 
 
 def _target(name: str) -> Target:
@@ -124,14 +125,18 @@ def compiled(equation: Equation, target: str = "math") -> Compiled:
 
 
 def write(
-    equation: Equation, targets: Iterable[str], directory: str | os.PathLike[str], notes: bool = False
+    equation: Equation,
+    targets: Iterable[str],
+    directory: str | os.PathLike[str],
+    notes: bool = False,
+    which: str = PEAK,
 ) -> list[Path]:
     """Write each target's file into ``directory``, whole or not at all, and return their paths.
 
     Raises DerivationError for an unknown target or a directory that cannot be written.
     """
     found = [_target(target) for target in targets]
-    texts = {target.file: _written(target, equation, notes, device=True) for target in found}
+    texts = {target.file: _written(target, equation, notes, device=True, which=which) for target in found}
     return write_files(Path(directory), texts)
 
 

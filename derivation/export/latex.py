@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import sympy
@@ -30,16 +31,20 @@ POINTS = {
     r"([0-9])": 5.0,
     r"([A-Z])": 8.8,
 }
-PEAK = "peak"
+PEAK, TERMS = "peak", "terms"
+# Squares of the table, in pixels: multiples of every walked pipeline's unit.
+SIDES = (512, 768, 1024)
 
 
 def latex(equation: Equation, which: str = PEAK, notes: bool = False) -> str:
     """Return the peak, or one stage's bytes, as labelled equations that fit a column of 229 pt, with definitions.
 
-    ``which`` is "peak" or the name of a stage; with ``notes`` follow assumptions, every stage, crossovers and what does
-    not matter. Raises DerivationError for an unknown stage.
+    ``which`` is "peak", the name of a stage, or "terms" for a table of the peak's; with ``notes`` follow assumptions,
+    every stage, crossovers and what does not matter. Raises DerivationError for an unknown stage.
     """
-    one_of("which", which, (PEAK, *equation.stages(True)))
+    one_of("which", which, (PEAK, TERMS, *equation.stages(True)))
+    if which == TERMS:
+        return _terms(equation)
     chosen = _peak if which == PEAK else _stage
     return render(
         "peak_vram.tex.j2",
@@ -70,6 +75,34 @@ def _peak(equation: Equation, which: str, guidance: bool) -> dict[str, Any]:
 def _stage(equation: Equation, name: str, guidance: bool) -> dict[str, Any]:
     left, terms = f"M_{{\\text{{{text(name)}}}}} =", equation.stages(guidance)[name].terms
     return {"label": _label(equation, guidance, name), "left": left, "terms": terms, "stages": []}
+
+
+def _terms(equation: Equation) -> str:
+    """Return a ``table`` of weights, terms and peak under guidance, for one prompt of usual length.
+
+    345 pt wide at most, the text of article.
+    """
+    stage, length = equation.pipeline_stage(True), equation.defaults["L"]
+    rows = [
+        {
+            "meaning": f"{term.point.stage}: {witness.op} of {witness.module or 'the pipeline'}",
+            "lines": lines(term),
+            "bytes": [int(term.expression.subs({H: side, W: side, L: length, B: 1})) for side in SIDES],
+        }
+        for term, witness in zip(stage.terms, stage.witnesses, strict=True)
+    ]
+    return render(
+        "terms.tex.j2",
+        equation,
+        label=_label(equation, True, TERMS),
+        guidance=GUIDANCE[True],
+        length=length,
+        sides=SIDES,
+        rows=rows,
+        peaks=[equation.weights_bytes + max(column) for column in zip(*(row["bytes"] for row in rows), strict=True)],
+        text=text,
+        grouped=partial(grouped, space="{,}"),
+    )
 
 
 def _notes(equation: Equation, guidance: bool) -> dict[str, Any]:
