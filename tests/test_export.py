@@ -590,7 +590,8 @@ def test_the_table_of_terms_says_the_exact_peak_but_for_rounding_and_fits(entry,
         exact = d.weights_bytes + max(d.stage_peaks(side, side, 1, d.prompt_length).values())
         over = exact - int(re.sub("[{},]", "", said))
         # SDXL frees the VAE's weights of half precision, each less than a block more than its bytes
-        assert -512 * len(d.parameters["vae"]) < over <= max(t.rounding_bytes for t in d.equation.pipeline_stage().terms)
+        most = max(term.rounding_bytes for term in d.equation.pipeline_stage().terms)
+        assert -512 * len(d.parameters["vae"]) < over <= most
     if shutil.which("pdflatex") is None:
         pytest.skip("pdflatex is not installed")
     head = "\\documentclass{article}\\usepackage{amsmath,booktabs}\\begin{document}"

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from derivation.call import NAMES
 from derivation.config.checks import MAX_SIZE
 from derivation.config.schedulers import DEFAULTS
-from derivation.errors import DerivationError, meant, shown, typed
+from derivation.errors import DerivationError, meant, typed
 from derivation.gpu.cards import with_memory
 from derivation.gpu.profile import SCRATCH
 from derivation.libraries import Libraries, libraries
@@ -36,7 +36,6 @@ MAX_CONTROLNETS = 8
 SLICINGS = ("auto", "max")
 # options that headers leave out where they are None
 UNTOLD = ("alloc_conf", "lora")
-CALL_ARGUMENTS = (*NAMES, "guidance_scale")
 
 # Lines of Python for diffusers 0.42.1, whose pipelines no longer have enable_vae_slicing and enable_vae_tiling.
 FUSED = "pipe.unet.set_attn_processor(AttnProcessor2_0()); pipe.vae.set_attn_processor(AttnProcessor2_0())"
@@ -340,9 +339,8 @@ def options_of(given: Mapping[str, Any]) -> Options:
     if (memory := given.get("memory")) is not None:
         own["gpu"] = with_memory(given.get("gpu"), memory)
     for name in own.keys() - TABLE.keys():
-        if name in CALL_ARGUMENTS:
-            said = "an argument of a call, not of the derivation: derive(...).at(batch_size=2) or .estimate(512, 768)"
-            raise DerivationError(f"{name} = {shown(own[name])} is {said}")
+        if name in (*NAMES, "guidance_scale"):
+            raise DerivationError(f"{name} is an argument of a call: derive(...).at(batch_size=2), .estimate(512, 768)")
         raise DerivationError(f"{name} is no option (supported: {', '.join(TABLE)}{meant(name, TABLE)})")
     return Options(**own)
 
