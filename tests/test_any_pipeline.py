@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from derivation.trace.interpolate import Parted, fit, normalised, parting, point
 from derivation.trace.modules import modules_of
 from derivation.trace.offloaded import with_model_offload
 from derivation.trace.pipeline import TracedPipeline
+from derivation.trace.quantized import Linear4bit
 from derivation.trace.regimes import entries, record
 from derivation.trace.scratch import with_scratch
 from derivation.trace.shadows import ShadowTracer
@@ -241,6 +243,50 @@ def test_flux_dev_takes_what_was_measured() -> None:
     transformer = found["model_weights_bytes"]["transformer"] + found["stages_bytes"]["transformer"]
     low, high = FLUX_DEV_TRANSFORMER
     assert low <= round(transformer / 2**30, 2) <= high
+
+
+# weights in four bits
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+
+
+def quantised(description: Description, names: Sequence[str], **config: object) -> Description:
+    parts = {
+        name: replace(part, config={**part.config, "quantization_config": {**NF4, **config}}) if name in names else part
+        for name, part in description.parts.items()
+    }
+    return replace(description, parts=parts)
+
+
+def test_flux_in_four_bits_weighs_what_was_measured() -> None:
+    """31.447 and 12.584 GiB were reserved once it was loaded (HF's quantization-backends post); T5's wo in float32."""
+    plain = Description.of(TRACED / FLUX)
+    weights = {}
+    for pipe in (build(plain, "bfloat16"), build(quantised(plain, ("transformer", "text_encoder_2")), "bfloat16")):
+        modules = modules_of(pipe)
+        tensors = [t for module in modules.values() for t in (*module.parameters(), *module.buffers())]
+        wide = sum(t.numel() * 2 for n, t in modules["text_encoder_2"].named_parameters() if n.endswith("wo.weight"))
+        weights[pipe] = (sum(ceil512(t.nbytes) for t in tensors), wide)
+    (all_16, _), (four, wide) = weights.values()
+    assert 0 <= 31.447 - all_16 / 2**30 < 0.1 and 0 <= 12.584 - (four + wide) / 2**30 < 0.1
+
+
+@pytest.mark.parametrize(("double", "scales"), [(False, []), (True, [("empty_like", 2048), ("add", 2048)])])
+def test_a_product_of_many_rows_holds_the_weight_dequantised(double: bool, scales: list[tuple[str, int]]) -> None:
+    """bitsandbytes 0.50, backends/cuda/ops.py: gemm_4bit and _dequant_linear_fallback."""
+    layer = Linear4bit(torch.nn.Linear(128, 256, device="meta", dtype=torch.bfloat16), double, torch.bfloat16)
+    for rows, expected in ((4, [("new_empty", 2048)]), (5, [*scales, ("empty", 65536), ("addmm", 2560)])):
+        x = torch.empty(rows, 128, dtype=torch.bfloat16, device="meta")
+        with torch.no_grad(), ShadowTracer({"": layer}, [x]) as tracer:
+            layer(x)
+        assert [(a.op, a.nbytes) for a in tracer.tape.allocations] == expected
+        assert naive_peak(tracer.tape) == sum(nbytes for _, nbytes in expected)
+
+
+def test_another_quantisation_is_one_line() -> None:
+    tiny = quantised(description(DOCUMENTS["FluxPipeline"]), ("transformer",), load_in_4bit=False, load_in_8bit=True)
+    with pytest.raises(DerivationError, match="quantization_config"):
+        build(tiny, "bfloat16")
 
 
 # shadows

@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 
 from derivation.errors import DerivationError, UnsupportedConfig, shown
 from derivation.trace.modules import modules_of, quiet
+from derivation.trace.quantized import quantize
 from derivation.trace.standins import MARKS, processor, stand_in, word_tokenizer
 
 INDEX = "model_index.json"
@@ -169,14 +170,16 @@ def _class(name: str, part: Part, pipeline: type) -> Any:
 
 
 def model(cls: Any, config: Mapping[str, Any], dtype: str) -> Any:
-    """Return a model of diffusers or transformers on ``meta``, evaluated, without gradients."""
+    """Return a model of diffusers or transformers on ``meta``, evaluated, quantised, without gradients."""
     try:
         with no_init_weights(), torch.device("meta"):
             made = _constructed(cls, config)
     except (RuntimeError, NotImplementedError):  # a model that copies weights while it is built
         made = _constructed(cls, config)
     made.requires_grad_(False).eval()
-    return _cast(made, getattr(torch, dtype))
+    made = _cast(made, getattr(torch, dtype))
+    quantize(made, config)
+    return made
 
 
 def _constructed(cls: Any, config: Mapping[str, Any]) -> Any:

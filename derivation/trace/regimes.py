@@ -19,6 +19,7 @@ from derivation.trace.build import Description
 from derivation.trace.interpolate import Parted, Values, fit, points
 from derivation.trace.modules import modules_of
 from derivation.trace.pipeline import TracedPipeline, same
+from derivation.trace.quantized import parameter_count
 
 Ranges = Mapping[str, Range]
 Progress = Callable[[str], None]
@@ -56,7 +57,7 @@ def record(
         _sides(traced, found),
         tokens.last,
         {n: entries(n, module) for n, module in modules.items()},
-        {n: sum(p.numel() for p in module.parameters()) for n, module in modules.items()},
+        {n: parameter_count(module) for n, module in modules.items()},
         tuple(found),
         traced.arguments.steps,
         tuple((traced.pipe.model_cpu_offload_seq or "").split("->")),

@@ -1,0 +1,101 @@
+"""Models that are kept in four bits, as ``quantization_config`` says: bitsandbytes' layers without its kernels.
+
+Sizes are those of bitsandbytes 0.50: functional.py (quantize_4bit: blocks of 64 weights with a float32 scale each, or
+an 8-bit one and a float32 for 256 of them), nn/modules.py (Linear4bit), backends/cuda/ops.py (gemm_4bit: a product of
+more than 1,536 rows dequantises the weight, one of at most 4 does not; what is between depends on the card and is
+dequantised here, as before 0.50).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch.nn import functional as F
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from derivation.errors import UnsupportedConfig
+
+KEY = "quantization_config"
+BLOCK, SCALES = 64, 256
+FEW_ROWS = 4
+
+
+class Linear4bit(torch.nn.Module):
+    """``bitsandbytes.nn.Linear4bit`` on ``meta``: the packed weight [(n + 1) // 2, 1], its scales and tables."""
+
+    def __init__(self, linear: torch.nn.Linear, double: bool, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape, self.compute_dtype = linear.weight.shape, compute_dtype
+        count = linear.weight.numel()
+        blocks = -(-count // BLOCK)
+        self.weight = torch.nn.Parameter(_empty((count + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
+        self.bias = linear.bias
+        self.register_buffer("absmax", _empty(blocks, dtype=torch.uint8 if double else torch.float32))
+        self.register_buffer("code", _empty(16, dtype=torch.float32))
+        if double:
+            self.register_buffer("nested_absmax", _empty(-(-blocks // SCALES), dtype=torch.float32))
+            self.register_buffer("nested_code", _empty(SCALES, dtype=torch.float32))
+            self.register_buffer("offset", _empty(dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W^T + b, in x's dtype, computed in bfloat16 or float32, or as the config says for float16."""
+        given = x.dtype
+        x = x.to(self.compute_dtype if given is torch.float16 else given)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        features_out, features_in = self.shape
+        if x.numel() // features_in <= FEW_ROWS and features_in % BLOCK == 0:
+            return x.new_empty(*x.shape[:-1], features_out).to(given)
+        _scales = self._scales()  # alive through the product, as gemm_4bit's fallback holds them
+        return F.linear(x, _empty(*self.shape, dtype=x.dtype), bias).to(given)
+
+    def _scales(self) -> tuple[torch.Tensor, ...]:
+        """Return what 8-bit scales are made into: themselves in float32, and with the offset."""
+        scales = self.get_buffer("absmax")
+        if scales.dtype is torch.float32:
+            return ()
+        wide = torch.empty_like(scales, dtype=torch.float32)
+        return wide, wide + self.get_buffer("offset")
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def quantize(model: Any, config: Mapping[str, Any], file: str = "config.json") -> None:
+    """Replace a model's linear layers as ``from_pretrained`` does; raises UnsupportedConfig for another method."""
+    given = config.get(KEY)
+    if not given:
+        return
+    four = isinstance(given, Mapping) and given.get("quant_method") == "bitsandbytes" and given.get("load_in_4bit")
+    if not four:
+        raise UnsupportedConfig(file, KEY, given, "quant_method bitsandbytes with load_in_4bit")
+    compute_dtype = getattr(torch, str(given.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch."))
+    kept = _kept(model, given.get("llm_int8_skip_modules"))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and not kept(name):
+            owner, _, attribute = name.rpartition(".")
+            made = Linear4bit(module, bool(given.get("bnb_4bit_use_double_quant")), compute_dtype)
+            setattr(model.get_submodule(owner), attribute, made.eval())
+
+
+def _kept(model: Any, skipped: Any) -> Any:
+    """Return what says whether a layer keeps its dtype.
+
+    transformers/quantizers/base.py: get_modules_to_not_convert, quantizers_utils.py: should_convert_module;
+    diffusers/quantizers/bitsandbytes/utils.py: _replace_with_bnb_linear.
+    """
+    keys = list(skipped or ()) + list(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if not isinstance(model, transformers.PreTrainedModel):
+        return lambda name: name.rpartition(".")[2] in keys or any(f"{key}." in name or key == name for key in keys)
+    keys += [] if skipped else get_keys_to_not_convert(model)
+    return lambda name: any(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(key) for key in keys)
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Return a model's parameters, of which two are in a byte of a packed weight."""
+    packed = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    return sum(p.numel() for p in model.parameters()) + sum(m.shape.numel() - m.weight.numel() for m in packed)
