@@ -23,7 +23,7 @@ from derivation.allocator.report import SMALL_SEGMENT_BYTES
 from derivation.allocator.simulate import replay
 from derivation.allocator.symbolic import Atom, Carried, Points
 from derivation.config.checkpoint import BUNDLED
-from derivation.equation.device import N
+from derivation.equation.device import BEYOND, N
 from derivation.errors import DerivationError
 from derivation.export import export
 from derivation.tape.grid import H, W
@@ -64,7 +64,6 @@ def test_a_carried_number_adds_up_at_every_point() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_two_hundred_sizes_are_what_the_replay_says(sd15: Derivation, seed: int) -> None:
     form, met = sd15.equation.device, 0
-    [alive] = form.allocated_regimes
     parameters = sd15.resident
     for height, width in random.Random(10).sample(SIZES, 200)[seed::4]:
         values = sd15.sizes(height=height, width=width)
@@ -75,7 +74,7 @@ def test_two_hundred_sizes_are_what_the_replay_says(sd15: Derivation, seed: int)
         [regime] = (regime for regime in form.reserved_regimes if regime.where[form.index[height, width]])
         large = int(regime.total[form.index[height, width]])
         assert large + SMALL_SEGMENT_BYTES * small == replayed.reserved_bytes.nbytes
-        assert int(alive.total[form.index[height, width]]) == replayed.allocated_bytes.nbytes
+        assert form.allocated_bytes[form.index[height, width]] == replayed.allocated_bytes.nbytes
         met += 1
     assert met == 50
 
@@ -86,7 +85,7 @@ def test_the_sympy_forms_are_the_replay(sd15: Derivation) -> None:
     for height, width in [(512, 512), (512, 768), (576, 576), (1024, 1024), (1088, 1088), (1600, 1600)]:
         replayed = sd15.device_memory(height=height, width=width)
         at = {H: height, W: width, N: form.counted_at(height, width)}
-        assert sd15.allocated.subs(at) == replayed.allocated
+        assert sd15.allocated.subs({**at, BEYOND: form.beyond_at(height, width)}) == replayed.allocated
         assert sd15.reserved.subs(at) == form.reserved_at(height, width) == replayed.reserved
         assert sd15.device.subs(at) == replayed.device
 
@@ -168,6 +167,7 @@ def test_exports_of_other_checkpoints_are_the_replay(model: str, pipeline: str, 
         values, allocator = d.sizes(height=height, width=width), CachingAllocator()
         replayed = replay(form.variant.tape, values, load_pipeline(allocator, d.resident)).run(allocator)
         assert said[height, width][0] == replayed.reserved_bytes.nbytes
+        assert form.allocated_bytes[form.index[height, width]] == replayed.allocated_bytes.nbytes
         at = {H: height, W: width, N: form.counted[form.index[height, width]]}
         assert d.reserved.subs(at) == replayed.reserved_bytes.nbytes
 

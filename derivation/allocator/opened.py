@@ -128,12 +128,11 @@ class Opened:
 
     def _pass(self, pool: Pool, chunk: Chunk, sizes: Sequence[int], point: int, memory: Memory) -> Key:
         """Play a chunk, or what is known of it; return all that it follows from."""
-        key = chunk.content, pool.top, tuple(pool.free), tuple(pool.places.get(tensor) for tensor in chunk.ins)
+        key = self._key(pool, chunk)
         if key not in memory:
             had = len(pool.opened)
             self._play(pool, chunk.runs, sizes, point)
-            left = tuple(pool.places.get(tensor) for tensor in chunk.outs)
-            memory[key] = tuple(pool.free), left, tuple(pool.opened[had:]), pool.top
+            memory[key] = self._after(pool, chunk, had)
             return key
         free, left, opened, pool.top = memory[key]
         pool.become(free)
@@ -142,6 +141,15 @@ class Opened:
         pool.places.update({t: place for t, place in zip(chunk.outs, left, strict=True) if place is not None})
         pool.opened += opened
         return key
+
+    @staticmethod
+    def _key(pool: Pool, chunk: Chunk) -> Key:
+        return chunk.content, pool.top, tuple(pool.free), tuple(pool.places.get(tensor) for tensor in chunk.ins)
+
+    @staticmethod
+    def _after(pool: Pool, chunk: Chunk, had: int) -> After:
+        left = tuple(pool.places.get(tensor) for tensor in chunk.outs)
+        return tuple(pool.free), left, tuple(pool.opened[had:]), pool.top
 
     def _play(self, pool: Pool, runs: Iterable[Run], sizes: Sequence[int], point: int) -> None:
         for run in runs:

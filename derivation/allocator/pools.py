@@ -137,12 +137,13 @@ def parts(events: Sequence[int], limits: Sequence[int]) -> list[Run]:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A tape's events up to ``last``, run ``times`` times in all, as one pool sees them.
+    """A tape's events [first, last), run ``times`` times in all, as one pool sees them.
 
     ``content`` is the same for chunks that ask the same in the same order; tensors of ``kinds`` are asked for or
     freed, ``ins`` of those that are older, ``outs`` are left.
     """
 
+    first: int
     last: int
     times: int
     runs: tuple[Run, ...]
@@ -170,4 +171,4 @@ def chunks(
         content = contents.setdefault(asked, len(contents))
         ins, outs = (tuple(t for t in local if t in some) for some in (dead - born, born - dead))
         used = frozenset(kind for _, _, kind in asked)
-        yield Chunk(last, times.get(last, 1), tuple(parts(mine, MOST_CLOSED)), content, used, ins, outs)
+        yield Chunk(first, last, times.get(last, 1), tuple(parts(mine, MOST_CLOSED)), content, used, ins, outs)

@@ -31,8 +31,7 @@ class Chunk:
     """The tape's events [first, last).
 
     ``events`` are those of the large pool at some size, ``content`` is the same for chunks that ask the same in the
-    same order; a chunk runs ``times`` times in all. ``small`` are the bytes alive in the small pool when it begins,
-    ``most`` is more than what is allocated within, weights apart.
+    same order; a chunk runs ``times`` times in all.
     """
 
     first: int
@@ -40,21 +39,11 @@ class Chunk:
     events: tuple[int, ...]
     content: Content
     times: int
-    small: Vector
-    most: Vector
 
     @property
     def is_closed(self) -> bool:
         """Whether it frees what it allocates, and nothing else."""
         return {e for e in self.events if e > 0} == {-e for e in self.events if e < 0}
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """The event at which most is allocated; the number of what each block of the large pool then is, and its tensor."""
-
-    event: int
-    large: tuple[tuple[int, int], ...]
 
 
 @dataclass(eq=False)
@@ -84,8 +73,6 @@ class Survey:
         self.weights, self.dropped = requests.weights, requests.dropped
         self.runs, self.most, self._left = 0, most, most
         self.bytes = [requests.bytes[kind] for kind in requests.kinds]
-        self.moments: list[Moment | None] = [None] * len(self.points)
-        self._highest, self._unseen = (np.zeros(len(self.points), dtype=np.int64) for _ in range(2))
         self.possible = [bool((b > SMALL_BYTES).any()) for b in self.bytes]
 
     @cached_property
@@ -107,31 +94,21 @@ class Survey:
         tape = self.tape
         inside = {end: times for _, end, times in tape.loops}
         edges = {edge for start, end, _ in tape.loops for edge in (start, end)}
-        marks = {start for _, start, _ in stages(tape)} | set(tape.iterations) | edges | {len(tape.events)}
-        live, small, most = (np.zeros(len(self.points), dtype=np.int64) for _ in range(3))
-        begun, first = small.copy(), 0
-        for done, event in enumerate(tape.events, 1):
-            index, size = abs(event) - 1, np.sign(event) * self.bytes[abs(event) - 1]
-            if not self.possible[index]:
-                small += size
-                live += size
-            else:
-                live += size + np.sign(event) * SMALL_BYTES
-                small += size * (self.bytes[index] <= SMALL_BYTES)
-            most = np.maximum(most, live)
-            if done in marks:
-                chunk = self._chunk(first, done, inside.get(done, 1), begun, most)
-                if chunk.times > 1 and not chunk.is_closed:
-                    raise DerivationError("no closed form of reserved bytes: iterations hand large tensors on")
-                yield chunk
-                begun, first, most = small.copy(), done, live.copy()
+        marks = {start for _, start, _ in stages(tape)} | set(tape.iterations) | edges | {len(tape.events)} - {0}
+        first = 0
+        for last in sorted(marks):
+            chunk = self._chunk(first, last, inside.get(last, 1))
+            if chunk.times > 1 and not chunk.is_closed:
+                raise DerivationError("no closed form of reserved bytes: iterations hand large tensors on")
+            yield chunk
+            first = last
 
-    def _chunk(self, first: int, last: int, times: int, small: Vector, most: Vector) -> Chunk:
+    def _chunk(self, first: int, last: int, times: int) -> Chunk:
         events = tuple(event for event in self.tape.events[first:last] if self.possible[abs(event) - 1])
         lowest = min((abs(event) for event in events), default=0)
         sizes = (self.tape.allocations[abs(event) - 1].nbytes for event in events)
         moved = (event - lowest if event > 0 else event + lowest for event in events)
-        return Chunk(first, last, events, tuple(zip(moved, sizes, strict=True)), times, small, most)
+        return Chunk(first, last, events, tuple(zip(moved, sizes, strict=True)), times)
 
     def _after(self, groups: Sequence[Group], chunk: Chunk) -> list[Group]:
         found: dict[State, Group] = {}
@@ -148,11 +125,10 @@ class Survey:
         idle = group.idle | {chunk.content}
         proven = group.where if chunk.content in group.idle else self._reuses(group, chunk)
         if proven.any():
-            self._unseen = np.maximum(self._unseen, proven * chunk.most)
             yield replace(group, where=proven, idle=idle)
         todo = group.where & ~proven
         while todo.any() and self._left > 0:
-            allocator, state = self._replay(group, chunk, int(np.argmax(todo)), todo)
+            allocator, state = self._replay(group, chunk, int(np.argmax(todo)))
             agree = todo & allocator.agree
             held = group.held | allocator.held
             if state == group.state:
@@ -202,13 +178,15 @@ class Survey:
         found = [self.points.atom(Atom(n, is_segment=True)) for n in free]
         return np.sort(np.array(found, dtype=np.int64).reshape(-1, len(self.points)), axis=0)
 
-    def _replay(self, group: Group, chunk: Chunk, reference: int, todo: Vector) -> tuple[GridAllocator, State]:
+    def _replay(self, group: Group, chunk: Chunk, reference: int) -> tuple[GridAllocator, State]:
         self.runs += 1
         self._left -= sum(len(played.events) for played in (*group.played, chunk))
         allocator, handles = self._load(reference)
         for event in (event for played in group.played for event in played.events):
             self._play(allocator, event, handles)
-        self._watch(allocator, chunk, handles, todo)
+        allocator.guarding = True
+        for event in chunk.events:
+            self._play(allocator, event, handles)
         return allocator, self._state(allocator, handles)
 
     def _play(self, allocator: GridAllocator, event: int, handles: dict[int, int]) -> None:
@@ -225,49 +203,12 @@ class Survey:
         else:
             allocator.free(handles.pop(index))
 
-    def _watch(self, allocator: GridAllocator, chunk: Chunk, handles: dict[int, int], todo: Vector) -> None:
-        """Play a chunk, its decisions compared, and note where it allocates more than what was seen."""
-        allocator.guarding = True
-        blocks = {index: allocator.block_number(handle) for index, handle in handles.items()}
-        current = chunk.small + sum((self.points.vector(number) for number in blocks.values()), -self.dropped_bytes)
-        peak, when, noted = np.zeros_like(current), np.zeros_like(current), dict[int, tuple[tuple[int, int], ...]]()
-        for position in range(chunk.first, chunk.last):
-            event = self.tape.events[position]
-            index = abs(event) - 1
-            if self.possible[index]:
-                self._play(allocator, event, handles)
-            if index in handles and event > 0:
-                blocks[index] = allocator.block_number(handles[index])
-            size = self.points.vector(blocks[index]) if index in blocks else self.bytes[index]
-            if event < 0:
-                blocks.pop(index, None)
-                current -= size
-                continue
-            current += size
-            if (higher := current > peak).any():
-                peak, when[higher] = np.maximum(peak, current), position
-                noted[position] = tuple(sorted((number, index) for index, number in blocks.items()))
-        for point in np.flatnonzero(todo & allocator.agree & (peak > self._highest)):
-            self._highest[point] = peak[point]
-            self.moments[point] = Moment(int(when[point]), noted[int(when[point])])
-
-    @property
-    def allocated_bytes(self) -> Vector:
-        """The most that is allocated at each size, weights apart, 0 where it is not known."""
-        return self._highest * (self._highest >= self._unseen)
-
     def _load(self, reference: int) -> tuple[GridAllocator, dict[int, int]]:
         """Return an allocator with the weights of the large pool, and the handles of those that the run drops."""
         allocator = GridAllocator(self.points, reference)
         large = [(path, nbytes) for path, nbytes in self.weights.items() if nbytes > SMALL_BYTES]
         loaded = {path: allocator.malloc(allocator.request(nbytes)) for path, nbytes in large}
         return allocator, {self.dropped[path]: handle for path, handle in loaded.items() if path in self.dropped}
-
-    @cached_property
-    def dropped_bytes(self) -> int:
-        """Bytes of the large pool's blocks of weights that the run drops."""
-        allocator, handles = self._load(0)
-        return sum(int(self.points.vector(allocator.block_number(handle))[0]) for handle in handles.values())
 
     def _state(self, allocator: GridAllocator, handles: Mapping[int, int]) -> State:
         return tuple(nbytes for nbytes, _ in allocator.opened), allocator.places(handles)

@@ -13,11 +13,12 @@ from operator import and_
 import numpy as np
 import sympy
 
+from derivation.allocator.allocated import Allocated, allocated_bytes
 from derivation.allocator.allocator import CachingAllocator
 from derivation.allocator.config import AllocatorConfig
 from derivation.allocator.memory import DeviceMemory, context_of, device_memory, load_pipeline, weight_bytes
 from derivation.allocator.opened import Opened, Requests, reserved_bytes
-from derivation.allocator.regimes import Moment, Survey
+from derivation.allocator.regimes import Survey
 from derivation.allocator.report import MIN_LARGE_BYTES, ROUND_LARGE_BYTES, segment_size
 from derivation.allocator.symbolic import Atom, Comparison, Points, Vector
 from derivation.call import Call
@@ -36,6 +37,8 @@ MOST_EVENTS = 40_000
 MOST_REGIMES = 4
 # 2 MiB each: the small pool's segments, and those of the large pool that a form does not spell out, by replay.
 N = sympy.Symbol("n", integer=True, nonnegative=True)
+# 512 bytes each: what blocks have beyond their requests when most is allocated, against what most is asked for.
+BEYOND = sympy.Symbol("b", integer=True)
 
 
 class DeviceForm:
@@ -137,13 +140,8 @@ class DeviceForm:
                 sums.append((self.points.number_of_atom(Atom(nbytes, is_segment=True)), tensor))
         return self._regime(self.large.loaded_bytes, sums, (), everywhere, everywhere)
 
-    @cached_property
-    def allocated_regimes(self) -> tuple[Regime, ...]:
-        """Blocks alive when most is allocated, the most special regime first; at sizes where that is known."""
-        return self._alive() if self.replayed is None else self._as_replayed(self.replayed.allocated, self._alive)
-
     def _as_replayed(
-        self, nbytes: int, make: Callable[[], tuple[Regime, ...]], counted: Callable[[], int] = int
+        self, nbytes: int, make: Callable[[], tuple[Regime, ...]], counted: Callable[[], int]
     ) -> tuple[Regime, ...]:
         """Return the form at one size if it is what the replay says, else the figure alone: on a card that is full."""
         with suppress(DerivationError):
@@ -160,34 +158,6 @@ class DeviceForm:
             where, opened = found.get(key, (group.where, list(zip(numbers, group.origins, strict=True))))
             found[key] = where | group.where, opened
         return self._regimes(0, found)
-
-    def _alive(self) -> tuple[Regime, ...]:
-        found: dict[Hashable, tuple[Vector, list[tuple[int, int]]]] = {}
-        known = np.any([regime.where for regime in self.reserved_regimes], axis=0) & (self.survey.allocated_bytes > 0)
-        for moment in dict.fromkeys(self.survey.moments):
-            where = np.array([m == moment for m in self.survey.moments]) & known
-            if moment is not None and where.any():
-                found[moment] = where, [*moment.large, *self._small_ones(moment)]
-        loaded = CachingAllocator()
-        load_pipeline(loaded, self.derived.resident)
-        return self._regimes(loaded.allocated_bytes.current - self.survey.dropped_bytes, found)
-
-    def _small_ones(self, moment: Moment) -> Iterator[tuple[int, int]]:
-        """Yield what is alive in the small pool, and what a weight that the run has dropped takes from it."""
-        allocations, alive = self.variant.tape.allocations, dict[int, int]()
-        large = {index for _, index in moment.large}
-        for event in self.variant.tape.events[: moment.event + 1]:
-            index = abs(event) - 1
-            if event > 0 or allocations[index].loaded:
-                alive[index] = 1 if event > 0 else -1
-            else:
-                del alive[index]
-        for index, sign in alive.items():
-            number = self.points.number_of_atom(Atom(allocations[index].nbytes, is_segment=False))
-            if sign > 0 and index not in large:
-                yield number, index
-            elif sign < 0 and not self.survey.possible[index]:
-                yield self.points.total(self.points.number(()), number, -1), index
 
     def _regimes(
         self, constant: int, found: Mapping[Hashable, tuple[Vector, list[tuple[int, int]]]]
@@ -273,8 +243,46 @@ class DeviceForm:
 
     @cached_property
     def allocated(self) -> sympy.Expr:
-        """torch.cuda.max_memory_allocated() in H and W."""
-        return piecewise(self.allocated_regimes)
+        """torch.cuda.max_memory_allocated() in H, W and ``BEYOND``, a number at one size."""
+        if self.replayed is not None:
+            return sympy.Integer(self.replayed.allocated)
+        events = {int(np.argmax(self.blocks.requested(point))) for point in self.index.values()}
+        sums = dict.fromkeys(self._alive_after(event) for event in sorted(events))
+        return sympy.Max(*sums, evaluate=False) + BLOCK_BYTES * BEYOND
+
+    def _alive_after(self, event: int) -> sympy.Expr:
+        """Return the bytes of the weights' blocks and of what is alive after an event, rounded."""
+        alive: Counter[Size] = Counter()
+        for e in self.variant.tape.events[: event + 1]:
+            alive[self.variant.tape.allocations[abs(e) - 1].nbytes] += 1 if e > 0 else -1
+        atoms = ((count, Atom(nbytes, is_segment=False)) for nbytes, count in alive.items() if count)
+        everywhere = np.ones(len(self.points), dtype=bool)
+        return sympy.Add(self.loaded_bytes, *(count * self._atom(atom, everywhere) for count, atom in atoms))
+
+    @cached_property
+    def blocks(self) -> Allocated:
+        """The large pool's blocks when most is allocated."""
+        return Allocated(self.requests)
+
+    @cached_property
+    def loaded_bytes(self) -> int:
+        """Bytes of the weights' blocks."""
+        loaded = CachingAllocator()
+        load_pipeline(loaded, self.derived.resident)
+        return loaded.allocated_bytes.current
+
+    @cached_property
+    def allocated_bytes(self) -> Vector:
+        """torch.cuda.max_memory_allocated() at each size, on a card that has room where there are several."""
+        if self.replayed is not None:
+            return np.array([self.replayed.allocated])
+        return allocated_bytes(self.blocks, self.loaded_bytes)
+
+    def beyond_at(self, height: int, width: int) -> int:
+        """Return what ``BEYOND`` is; raises DerivationError for a size that is not covered."""
+        point = self.index[self._covered(height, width)]
+        requested = self.loaded_bytes + int(self.blocks.requested(point).max())
+        return (int(self.allocated_bytes[point]) - requested) // BLOCK_BYTES
 
     @cached_property
     def reserved(self) -> sympy.Expr:
