@@ -316,6 +316,7 @@ def derive(
     method: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> Derivation:
     """Derive the peak memory of ``model``: a bundled id, a folder, a config file, a Hub id or a live pipeline.
@@ -327,15 +328,16 @@ def derive(
 
     ``method`` "walk" interprets diffusers' blocks, for the classes that are walked the default; "trace" runs the real
     code: a pipeline of any other class, called on ``meta`` at a few sizes and interpolated (shipped for the bundled
-    ones, else with the extra ``verify``), or a transformer's config, folder or dict, with symbolic shapes. Raises
-    DerivationError, with one line, for a config or an option that is not supported.
+    ones, else with the extra ``verify``, when ``progress`` is called with a line before each size), or a transformer's
+    config, folder or dict, with symbolic shapes. Raises DerivationError, with one line, for a config or an option that
+    is not supported.
     """
     if method is not None:
         one_of("method", method, METHODS)
     named = {"pipeline": pipeline, "dtype": dtype, "attention": attention, "gpu": gpu}
     given = {**{name: value for name, value in named.items() if value is not None}, **options}
     if method != "walk" and (folder := traced_folder(model, revision, method == "trace")) is not None:
-        return Derivation(*store.recorded(folder, given))
+        return Derivation(*store.recorded(folder, given, progress))
     if method == "trace":
         return Derivation(store.transformer(model, options_of(given)))
     if is_live(model):
@@ -346,5 +348,5 @@ def derive(
     except OtherPipeline:
         if method == "walk" or os.path.exists(str(model)):
             raise
-        return Derivation(*store.recorded(hub_folder(model, revision, local_files_only), given))
+        return Derivation(*store.recorded(hub_folder(model, revision, local_files_only), given, progress))
     return Derivation(WalkedSubject(checkpoint, chosen))

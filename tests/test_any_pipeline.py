@@ -283,6 +283,32 @@ def test_a_product_of_many_rows_holds_the_weight_dequantised(double: bool, scale
         assert naive_peak(tracer.tape) == sum(nbytes for _, nbytes in expected)
 
 
+# torch.cuda.max_memory_reserved in MiB at 1024 x 1024 on an H100, as HF's quantization-backends post recorded it
+@pytest.mark.parametrize(
+    ("model", "reserved_mib", "more_mib"),
+    # transformers of that time kept T5's wo, 24 of [4096, 10240], in float32 beside four bits, today's in bfloat16
+    [(FLUX, 37033.98, 0), ("diffusers/FLUX.1-dev-bnb-4bit", 17695.74, 24 * 4096 * 10240 * 2 / 2**20)],
+)
+def test_flux_reserves_what_was_measured(model: str, reserved_mib: float, more_mib: float) -> None:
+    predicted = derive(model, gpu="h100").estimate(1024, 1024)["reserved_bytes"] / 2**20
+    assert abs((predicted + more_mib) / reserved_mib - 1) < 0.02
+
+
+def test_tracing_tells_its_sizes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    parts = DOCUMENTS["DDIMPipeline"]["parts"]
+    index = {"_class_name": "DDIMPipeline", **{name: part[:2] for name, part in parts.items()}}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for name, file in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(json.dumps(parts[name][2]))
+    said: list[str] = []
+    first = derive(tmp_path, progress=said.append)
+    assert said[0] == "building DDIMPipeline" and any("B = " in line for line in said)
+    said.clear()
+    assert derive(tmp_path, progress=said.append).peak == first.peak and not said
+
+
 def test_another_quantisation_is_one_line() -> None:
     tiny = quantised(description(DOCUMENTS["FluxPipeline"]), ("transformer",), load_in_4bit=False, load_in_8bit=True)
     with pytest.raises(DerivationError, match="quantization_config"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from derivation.errors import one_line, unsupported
@@ -86,3 +87,13 @@ def progress() -> Progress:
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+
+
+@contextmanager
+def telling() -> Iterator[Callable[[str], None]]:
+    """Yield what shows a line on stderr in place of the one before, on a terminal alone."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with console(stderr=True).status("") as status:
+        yield lambda line: status.update(f"tracing: {one_line(line)}")

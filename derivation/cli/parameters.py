@@ -14,7 +14,7 @@ import typer
 
 from derivation.api import Derivation, derive
 from derivation.call import Call, parse_size
-from derivation.cli.output import checked_number
+from derivation.cli.output import checked_number, telling
 from derivation.config import bundled
 from derivation.errors import DerivationError, shown, unsupported
 from derivation.gpu.cards import known, with_memory
@@ -205,7 +205,8 @@ def derivation_of(model: str, options: Options, revision: str | None = None) -> 
     """Return the derivation of what a MODEL argument names; options that nobody typed are the model's own."""
     usual = Options().as_dict()
     given: dict[str, Any] = {n: v for n, v in options.as_dict().items() if v != usual[n] or n in _SAID.get()}
-    return derive(model, revision=revision, **given)
+    with telling() as progress:
+        return derive(model, revision=revision, progress=progress, **given)
 
 
 def call_of(size: Size, prompt: Prompt) -> Call:

@@ -75,9 +75,11 @@ def subject(folder: TracedFolder, given: Mapping[str, Any], progress: Progress =
     return found.on(wanted, lambda tape: with_scratch(tape, card))
 
 
-def recorded(folder: TracedFolder, given: Mapping[str, Any]) -> tuple[RecordedSubject, dict[str, int]]:
+def recorded(
+    folder: TracedFolder, given: Mapping[str, Any], progress: Progress = lambda _: None
+) -> tuple[RecordedSubject, dict[str, int]]:
     """Return the recorded pipeline of a folder, and the symbols that have one value in it."""
-    found = subject(folder, given)
+    found = subject(folder, given, progress)
     return found, found.fixed
 
 
