@@ -295,7 +295,7 @@ class Derivation:
         return self.options.gpu
 
     def latex(self, which: str = "peak", notes: bool = False) -> str:
-        """Return the peak's labelled equation, or one stage's, for columns of 229 pt; raises DerivationError."""
+        """Return the peak's labelled equation, a stage's, its "terms" or the "device"'s; raises DerivationError."""
         return latex(self.equation, which, notes)
 
     def lambdify(self, target: str = "math") -> Callable[..., Any]:

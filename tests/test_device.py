@@ -282,3 +282,40 @@ def test_the_json_document_says_what_the_form_says(sd15: Derivation, expected: d
             names[let["name"]] = value(let["value"], names)
         counted = device["counted"][str(height * width // 64**2)]
         assert value(device["value"], names) + counted * device["unit_bytes"] == reserved
+
+
+def python_of(formula: str) -> str:
+    """Return a LaTeX sum as Python."""
+    plain = re.sub(r"&\\quad|\\\\|[{}.]|\\,", " ", formula.replace("{,}", "").replace(r"\le", "<=")).strip().rstrip(",")
+    return re.sub(r"(?<=[\dHW)]) +(?=[HWs])", "*", " ".join(plain.split()))
+
+
+def test_the_latex_is_what_the_replay_says(sd15: Derivation) -> None:
+    latex, form = sd15.latex("device"), sd15.equation.device
+    sums = [python_of(found) for found in re.findall(r"N = (.*?)\n  \\end", latex, re.DOTALL)]
+    conditions = [re.findall(r"\$(.*?)\$", line) for line in re.findall(r"here (\$.*), it is", latex)]
+    told = [[python_of(each) for each in row] for row in conditions]
+    context = int(re.search(r"underbrace{(.*?)}_", latex)[1].replace("{,}", ""))
+    for height, width in [(512, 512), (576, 640), (1024, 1024), (1088, 1088), (704, 1920)]:
+        names = {"H": height, "W": width, "n": form.counted_at(height, width), "s": segments}
+        row = next((i for i, each in enumerate(told, 1) if all(eval(c, {}, names) for c in each)), 0)
+        shown = sd15.device_memory(height, width).device
+        assert context + (1 << 21) * eval(sums[row], {}, names) == shown, (height, width, row)
+
+
+def segments(nbytes: int) -> int:
+    return 10 if nbytes < 10 << 20 else -(-nbytes >> 21)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_the_latex_fits_a_column(sd15: Derivation, tmp_path: Path) -> None:
+    head = "\\documentclass[twocolumn]{article}\\usepackage{amsmath}\\begin{document}"
+    (tmp_path / "main.tex").write_text(f"{head}{sd15.latex('device')}\\end{{document}}")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+    assert "Overfull" not in (tmp_path / "main.log").read_text(errors="replace")
+
+
+def test_the_latex_of_the_device_needs_a_gpu() -> None:
+    with pytest.raises(DerivationError, match="gpu"):
+        derive(SD15).latex("device")

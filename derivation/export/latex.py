@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -12,26 +11,16 @@ import sympy
 
 from derivation.equation.record import Equation
 from derivation.errors import one_of
+from derivation.export.latex_device import device
 from derivation.export.render import Facts, facts, render
+from derivation.export.tex import monomial, readable_bytes, rows, text
 from derivation.peak.headline import Term
 from derivation.tape.grid import B, H, L, W
 from derivation.tape.tiles import IN_PIXELS
-from derivation.text import grouped, human
+from derivation.text import grouped
 
-SPECIAL = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}"}
 GUIDANCE = {True: "with classifier-free guidance", False: "without guidance"}
-# article's twocolumn has columns of 229.5 pt (size10.clo); braces, the continuation's indent and a comma take the rest.
-ROW_POINTS = 185
-# Points a character of Computer Modern at 10 pt (cmr10.tfm, cmmi10.tfm), fractions and indices at 7 pt.
-POINTS = {
-    r"\\tfrac\{(.*?)\}\{\d+\}": 4.0,
-    r"[_^]\{?(\w)\}?": 4.5,
-    r"(?:^| )([+-]) ": 12.2,
-    r"\{(,)\}": 2.8,
-    r"([0-9])": 5.0,
-    r"([A-Z])": 8.8,
-}
-PEAK, TERMS = "peak", "terms"
+PEAK, TERMS, DEVICE = "peak", "terms", "device"
 # Squares of the table, in pixels: multiples of every walked pipeline's unit.
 SIDES = (512, 768, 1024)
 
@@ -39,12 +28,13 @@ SIDES = (512, 768, 1024)
 def latex(equation: Equation, which: str = PEAK, notes: bool = False) -> str:
     """Return the peak, or one stage's bytes, as labelled equations that fit a column of 229 pt, with definitions.
 
-    ``which`` is "peak", the name of a stage, or "terms" for a table of the peak's; with ``notes`` follow assumptions,
-    every stage, crossovers and what does not matter. Raises DerivationError for an unknown stage.
+    ``which`` is "peak", the name of a stage, "terms" for a table of the peak's, or "device" for what nvidia-smi shows;
+    with ``notes`` follow assumptions, every stage, crossovers and what does not matter. Raises DerivationError for an
+    unknown stage, and for "device" without a GPU.
     """
-    one_of("which", which, (PEAK, TERMS, *equation.stages(True)))
-    if which == TERMS:
-        return _terms(equation)
+    one_of("which", which, (PEAK, TERMS, DEVICE, *equation.stages(True)))
+    if which in (TERMS, DEVICE):
+        return _terms(equation) if which == TERMS else device(equation, _label(equation, True, DEVICE))
     chosen = _peak if which == PEAK else _stage
     return render(
         "peak_vram.tex.j2",
@@ -121,37 +111,9 @@ def tile_definitions(equation: Equation) -> list[str]:
     return [re.sub(r"\\(?:left|right)([()])", r"\1", definition) for definition in found]
 
 
-def text(words: str) -> str:
-    r"""Return words with LaTeX's special characters escaped.
-
-    >>> print(text("vae_decode 5%"))
-    vae\_decode 5\%
-    """
-    return "".join(SPECIAL.get(c, c) for c in words)
-
-
 def lines(term: Term) -> list[str]:
-    """Return a polynomial as lines of at most ``ROW_POINTS``, but one monomial at least."""
-    found = [""]
-    for part in re.split(r" (?=[+-] )", term_latex(term)):
-        if found[-1] and points(found[-1]) + points(part) > ROW_POINTS:
-            found.append(part)
-        else:
-            found[-1] = f"{found[-1]} {part}".strip()
-    return found
-
-
-def points(formula: str) -> float:
-    r"""Return about how wide a formula is at 10 pt.
-
-    >>> points(r"\tfrac{1{,}149}{8}\,B H W + 6{,}400"), points("B^{2}")
-    (77.4, 13.3)
-    """
-    width = 0.0
-    for pattern, each in POINTS.items():
-        width += sum(each * len(re.sub(r"\W", "", found) or "+") for found in re.findall(pattern, formula))
-        formula = re.sub(pattern, " ", formula)
-    return width
+    """Return a polynomial in rows."""
+    return rows(re.split(r" (?=[+-] )", term_latex(term)))
 
 
 def term_latex(term: Term) -> str:
@@ -175,28 +137,6 @@ def term_latex(term: Term) -> str:
 
 def _together(own: list[str]) -> str:
     return f"({' + '.join(own)})" if len(own) > 1 else own[0]
-
-
-def monomial(value: Fraction | sympy.Rational, powers: Iterable[tuple[str, int]], space: str = "{,}") -> str:
-    r"""Return a coefficient and symbols to their powers; ``space`` stands between a number's groups of digits.
-
-    >>> print(monomial(Fraction(-12299, 8), [("B", 1), ("H", 2), ("W", 0)]))
-    -\tfrac{12{,}299}{8}\,B H^{2}
-    """
-    letters = " ".join(name if power == 1 else f"{name}^{{{power}}}" for name, power in powers if power)
-    sign, top, bottom = "-" * bool(value < 0), grouped(abs(value.numerator), space), grouped(value.denominator, space)
-    number = f"{sign}{top}" if value.denominator == 1 else f"{sign}\\tfrac{{{top}}}{{{bottom}}}"
-    return letters if value == 1 and letters else f"{number}\\,{letters}".removesuffix("\\,")
-
-
-def readable_bytes(value: int) -> str:
-    r"""Return a number of bytes in the largest binary unit that it fills.
-
-    >>> print(readable_bytes(3 * 2**29))
-    1.50\,\mathrm{GiB}
-    """
-    number, unit = human(value).split()
-    return f"{number}\\,\\mathrm{{{unit}}}"
 
 
 def _comment(header: Facts) -> list[str]:

@@ -10,7 +10,7 @@ from fractions import Fraction
 import sympy
 from markupsafe import escape
 
-from derivation.export.latex import monomial
+from derivation.export.tex import monomial
 from derivation.report.document import Math
 from derivation.report.text import VARIABLES, PixelTerms, Powers, tex, value_at
 from derivation.text import grouped

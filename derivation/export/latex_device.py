@@ -1,0 +1,69 @@
+"""LaTeX: what nvidia-smi shows on one card, segment by segment, for a column of 229 pt."""
+
+from __future__ import annotations
+
+import sympy
+
+from derivation.allocator.report import ROUND_LARGE_BYTES
+from derivation.equation.device_regime import Part, Regime
+from derivation.equation.record import Equation
+from derivation.errors import unsupported
+from derivation.export.render import render
+from derivation.export.tex import monomial, rows, text
+from derivation.tape.grid import H, W
+from derivation.text import grouped
+
+SEGMENT = sympy.Function("s")
+
+
+def device(equation: Equation, label: str) -> str:
+    """Return the bytes that nvidia-smi shows as labelled equations in H and W, the regime of most sizes first.
+
+    Raises DerivationError without a GPU whose context is documented, or where no closed form holds.
+    """
+    form = equation.device
+    if form.context_bytes is None:
+        raise unsupported("gpu", form.card.name, "a card whose CUDA context is documented")
+    last, *others = reversed(form.reserved_regimes)
+    return render(
+        "device.tex.j2",
+        equation,
+        label=label,
+        card=form.card.name,
+        context=grouped(form.context_bytes, "{,}"),
+        usual=_rows(last),
+        others=[{"rows": _rows(r), "conditions": [relation(c) for c in r.conditions]} for r in reversed(others)],
+        counted=sorted({int(n) for n in form.counted}),
+        text=text,
+    )
+
+
+def _rows(regime: Regime) -> list[str]:
+    """Return the number of 2 MiB in segments, in rows."""
+    counts = ((len(part.tensors), _segment(part)) for part in regime.parts)
+    constant = grouped(regime.constant_bytes // ROUND_LARGE_BYTES, "{,}")
+    return rows([f"{constant} + n", *(f"+ {count}\\,{s}" if count > 1 else f"+ {s}" for count, s in counts)])
+
+
+def _segment(part: Part) -> str:
+    """Return s of a request's bytes; below 10 MiB a Piecewise says that the segment is shared."""
+    found = part.bytes.args[-1].expr if isinstance(part.bytes, sympy.Piecewise) else part.bytes
+    return _sum(found.replace(sympy.ceiling, _bytes) / ROUND_LARGE_BYTES)
+
+
+def relation(condition: sympy.Basic) -> str:
+    """Return a comparison of two requests as the allocator makes it."""
+    sides = (_sum(side.replace(sympy.ceiling, _bytes)) for side in condition.args)
+    return (" < " if isinstance(condition, sympy.StrictLessThan) else r" \le ").join(sides)
+
+
+def _bytes(blocks: sympy.Expr) -> sympy.Expr:
+    return SEGMENT(sympy.expand(blocks * ROUND_LARGE_BYTES))
+
+
+def _sum(expression: sympy.Expr) -> str:
+    """Return a polynomial of H, W and segments, digits in groups."""
+    letters = {"H": H, "W": W}
+    letters |= {f"s({_sum(each.args[0])})": each for each in sorted(expression.atoms(SEGMENT), key=str)}
+    terms = sympy.Poly(expression, *letters.values()).terms()
+    return " + ".join(monomial(c, zip(letters, p, strict=True)) for p, c in terms).replace("+ -", "- ")
