@@ -7,6 +7,7 @@ from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterator, Mapping
 
 from derivation.allocator.config import AllocatorConfig
+from derivation.allocator.pools import has_room
 from derivation.allocator.report import (
     MIB,
     MIN_BLOCK_BYTES,
@@ -152,6 +153,10 @@ class CachingAllocator:
         size = self.rounded(nbytes)
         block = self._find_free(self._small if size <= SMALL_BYTES else self._large, size)
         return None if block is None else self._hand_out(block, size, nbytes)
+
+    def small_pool_has_room(self, needed: int, largest: int) -> bool:
+        """Whether requests of the small pool with these needs (pools.py, lemma 2) take nothing from the driver."""
+        return has_room((size for size, _, _ in reversed(self._small.free)), needed, largest)
 
     def rounded(self, nbytes: int) -> int:
         """Bytes of the block that a request is rounded to."""

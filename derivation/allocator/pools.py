@@ -11,7 +11,7 @@ and n > 0. A block is at most ``Pool.most_rest`` larger than its request.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from operator import xor
@@ -54,15 +54,8 @@ class Pool:
         self._ends = {(block & ADDRESS) + (block >> SHIFT): block >> SHIFT for block in free}
 
     def has_room(self, needed: int, largest: int) -> bool:
-        """Return whether the free blocks of ``largest`` bytes and more have ``needed`` bytes beyond: lemma 2."""
-        room = 0
-        for block in reversed(self.free):
-            if (left := (block >> SHIFT) - largest) < 0:
-                return False
-            room += left
-            if room >= needed:
-                return True
-        return False
+        """Return whether requests with these needs open no segment."""
+        return has_room((block >> SHIFT for block in reversed(self.free)), needed, largest)
 
     def play(self, events: Sequence[int], sizes: Sequence[int]) -> None:
         """Allocate tensor i at event i + 1, free it at -(i + 1); ``sizes`` are their bytes, rounded."""
@@ -102,6 +95,30 @@ class Pool:
         self._starts[self.top] = self._ends[self.top + nbytes] = nbytes
         self.free.append(nbytes << SHIFT | self.top)  # no other was large enough
         self.top += nbytes + MIN_BLOCK_BYTES  # segments do not touch
+
+
+def has_room(free: Iterable[int], needed: int, largest: int) -> bool:
+    """Return whether free blocks, the largest first, have ``needed`` bytes beyond ``largest`` in each: lemma 2."""
+    room = 0
+    for nbytes in free:
+        if nbytes < largest:
+            return False
+        room += nbytes - largest
+        if room >= needed:
+            return True
+    return False
+
+
+def needs(events: Iterable[int], sizes: Mapping[int, int]) -> tuple[int, int]:
+    """Return the most of P + K r over a run's requests, and the largest of them: lemma 2, blocks as large as asked."""
+    live = count = needed = largest = 0
+    for event in events:
+        size = sizes[abs(event) - 1]
+        if event > 0:
+            needed, largest = max(needed, live + count * size), max(largest, size)
+        live += size if event > 0 else -size
+        count += 1 if event > 0 else -1
+    return needed, largest
 
 
 class Run:

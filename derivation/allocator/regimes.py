@@ -79,7 +79,7 @@ class Survey:
     def groups(self) -> list[Group]:
         """The groups of sizes after the last event; raises DerivationError where the tape is not covered."""
         groups = [Group(((), ()), np.ones(len(self.points), dtype=bool))]
-        for chunk in self.chunks():
+        for chunk in list(self.chunks()):  # which are known to be covered before any is played
             self._left = self.most
             for _ in range(chunk.times):
                 if any(chunk.content not in group.idle for group in groups):

@@ -6,12 +6,13 @@ requested bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 
 from derivation.allocator.allocator import CachingAllocator
+from derivation.allocator.pools import MOST_CLOSED, Run, needs, parts
 from derivation.allocator.report import SMALL_BYTES, Fragmentation, OutOfMemory, OutOfMemoryError
 from derivation.errors import DerivationError
 
@@ -135,6 +136,7 @@ class _Run:
         self.first_retry: int | None = None
         self.failed: OutOfMemoryEvent | None = None
         self.left_out, self.missing = 0, set[int]()
+        self._needs = cache(self._needs_of)
 
     def result(self) -> ReplayResult:
         try:
@@ -176,14 +178,16 @@ class _Run:
 
         Theorem 2: until the driver refuses, a pool's blocks follow from its own events. Where those of the large pool
         are after an iteration what they were before it, and nothing was given back, so are they after the next one:
-        the small pool's events alone can be played until that pool asks the driver. Its blocks are as large as their
-        requests, so no peak of requested or allocated bytes moves; that of inactive splits is not followed.
+        the small pool's events alone can be played until that pool asks the driver, but for those that lemma 2 of
+        pools.py leaves out. Its blocks are as large as their requests, so no peak of requested or allocated bytes
+        moves; that of inactive splits is not followed.
         """
         alive, small = set(self.live), self._small(loop)
+        runs = parts([self.replay.events[index] for index in small], MOST_CLOSED)
         seen, counts, large = dict[Hashable, tuple[int, tuple[int, ...]]](), self._counts(), self._state(small=False)
         remaining, steady = loop.repeat, False
         while remaining > 1:
-            only_small = steady and self._run_small(loop, small)
+            only_small = steady and self._run_small(loop, small, runs)
             if not steady:
                 self._run_events(loop.start, loop.end)
             remaining -= 1
@@ -214,11 +218,22 @@ class _Run:
         rounded = self.allocator.rounded
         return {tensor for tensor, nbytes in enumerate(self.replay.sizes) if rounded(nbytes) <= SMALL_BYTES}
 
-    def _run_small(self, loop: Loop, indices: Sequence[int]) -> bool:
+    def _due(self, runs: Sequence[Run], at: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield the small pool's events, each with its place, but for closed runs that it has room for."""
+        for run in runs:
+            if not (run.is_closed and self.allocator.small_pool_has_room(*self._needs(run))):
+                yield from self._due(run.parts, at) if run.parts else enumerate(run.events, at)
+            at += len(run.events)
+
+    def _needs_of(self, run: Run) -> tuple[int, int]:
+        rounded = {abs(event) - 1: self.allocator.rounded(self.replay.sizes[abs(event) - 1]) for event in run.events}
+        return needs(run.events, rounded)
+
+    def _run_small(self, loop: Loop, indices: Sequence[int], runs: Sequence[Run]) -> bool:
         """Play the small pool's events; where it asks the driver play all the others, too, and return False."""
-        events, sizes, live, allocator = self.replay.events, self.replay.sizes, self.live, self.allocator
-        for index in indices:
-            event = events[index]
+        sizes, live, allocator = self.replay.sizes, self.live, self.allocator
+        for at, event in self._due(runs):
+            index = indices[at]
             if event < 0:
                 allocator.free(live.pop(-event - 1))
                 continue

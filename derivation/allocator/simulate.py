@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import accumulate
 
 from derivation.allocator.replay import Loop, Replay
@@ -34,6 +34,15 @@ def replay(tape: Tape, values: Mapping[str, int], weights: Mapping[str, int] | N
     sizes = [n for n, count in zip(nbytes, counts, strict=True) for n in [n] * count]
     loaded = {first[i]: weights[a.path] for i, a in enumerate(tape.allocations) if a.loaded and a.path in weights}
     staying = {i for i, a in enumerate(tape.allocations) if a.loaded and a.path not in weights}
+    is_plain = not staying and not tape.emptied and set(counts) <= {1}
+    events, position = (tape.events, range(len(tape.events) + 1)) if is_plain else _written_out(tape, first, staying)
+    loops = [_loop(events, sizes, position[start], position[end], times) for start, end, times in tape.loops]
+    optional = {t for i, a in enumerate(tape.allocations) if a.op == WORKSPACE for t in range(first[i], first[i + 1])}
+    return Replay(events, sizes, loops, loaded, frozenset(optional))
+
+
+def _written_out(tape: Tape, first: Sequence[int], staying: Container[int]) -> tuple[list[int], list[int]]:
+    """Return the events of storages one by one, and how many precede each event of the tape."""
     emptied = Counter(tape.emptied)
     events = [0] * emptied[0]
     position = [len(events)]
@@ -44,14 +53,13 @@ def replay(tape: Tape, values: Mapping[str, int], weights: Mapping[str, int] | N
             events += [sign * (tensor + 1) for tensor in range(first[index], first[index + 1])]
         events += [0] * emptied[done]
         position.append(len(events))
-    loops = [_loop(events, sizes, position[start], position[end], times) for start, end, times in tape.loops]
-    optional = {t for i, a in enumerate(tape.allocations) if a.op == WORKSPACE for t in range(first[i], first[i + 1])}
-    return Replay(events, sizes, loops, loaded, frozenset(optional))
+    return events, position
 
 
 def _loop(events: Sequence[int], sizes: Sequence[int], start: int, end: int, times: int) -> Loop:
     """Pair what is alive after an iteration with what was alive before: same size, same order of birth."""
-    return Loop(start, end, times, pair_roles(sizes.__getitem__, _alive(events[:start]), _alive(events[:end])))
+    before = _alive(events[:start])
+    return Loop(start, end, times, pair_roles(sizes.__getitem__, before, _alive(events[start:end], before)))
 
 
 def pair_roles(size_of: Callable[[int], int], before: Iterable[int], after: Iterable[int]) -> dict[int, int]:
@@ -63,8 +71,8 @@ def pair_roles(size_of: Callable[[int], int], before: Iterable[int], after: Iter
     return dict(zip(by_size(after), by_size(before), strict=True))
 
 
-def _alive(events: Sequence[int]) -> set[int]:
-    alive: set[int] = set()
+def _alive(events: Iterable[int], before: Iterable[int] = ()) -> set[int]:
+    alive = set(before)
     for event in events:
         (alive.add if event > 0 else alive.discard)(abs(event) - 1)
     return alive
