@@ -174,12 +174,12 @@ class Derivation:
 
     @property
     def allocated(self) -> sympy.Expr:
-        """torch.cuda.max_memory_allocated(), in H and W; raises DerivationError without a GPU. See DeviceForm."""
+        """torch.cuda.max_memory_allocated(), in H, W and BEYOND of DeviceForm; raises DerivationError without a GPU."""
         return self.equation.device.allocated
 
     @property
     def reserved(self) -> sympy.Expr:
-        """torch.cuda.max_memory_reserved() under guidance, in H, W and the number of the small pool's segments."""
+        """torch.cuda.max_memory_reserved() under guidance, in H, W and N of DeviceForm."""
         return self.equation.device.reserved
 
     @property
@@ -250,8 +250,8 @@ class Derivation:
             "peak_stage": peak_stage,
             "peak_tensor_bytes": self.weights_bytes + stage_bytes,
             "witness": witness_at(peak_stage, variant.tape, event).at(values),
-            "figure": "peak_tensor_bytes" if self.options.gpu is None else "needs_bytes",
-            **({} if self.options.gpu is None else self._on_card(self.options.gpu, call)),
+            "figure": "peak_tensor_bytes" if (gpu := self.options.gpu) is None else "needs_bytes",
+            **({} if gpu is None else self._replayed(gpu, call).as_dict() | self.verdict(call).as_dict()),
         }
 
     @takes_call
@@ -274,9 +274,6 @@ class Derivation:
             return of_tensors(self.weights_bytes + max(self.equation.stage_peaks(call).values()), free_bytes)
         gpu = self._gpu() if free_bytes is None else with_memory(self._gpu(), f"{max(free_bytes, 1)}B", free=True)
         return on_card(gpu, self._replayed(gpu, call))
-
-    def _on_card(self, gpu: str, call: Call) -> dict[str, Any]:
-        return {**(memory := self._replayed(gpu, call)).as_dict(), **on_card(gpu, memory).as_dict()}
 
     def _replayed(self, gpu: str, call: Call) -> DeviceMemory:
         """Return the replay of a call on a card; each is done once."""
