@@ -11,7 +11,7 @@ from derivation.call import Call
 from derivation.errors import DerivationError, unsupported
 from derivation.options import Options, options_of
 from derivation.tape.grid import Frames, Grid, Range, Sides
-from derivation.tape.program import Variant, decides_alike
+from derivation.tape.program import Variant
 from derivation.tape.regime import Regime, regime_document, regime_of, specialised
 from derivation.tape.subject import Parameters
 from derivation.tape.tape import Tape
@@ -26,33 +26,37 @@ Retrace = Callable[[bool, Mapping[str, int]], Tape]
 
 
 class RecordedProgram:
-    """The regimes of one guidance; sizes that none covers are traced where that can be done."""
+    """The regimes of one guidance; sizes that none covers are traced where that can be done.
 
-    def __init__(self, regimes: Iterable[Regime], retrace: Callable[[Mapping[str, int]], Tape]) -> None:
-        self._regimes = list(regimes)
-        self._variants = [Variant(regime.tape) for regime in self._regimes]
+    ``others`` are those of other frames than the closed form has.
+    """
+
+    def __init__(
+        self, regimes: Iterable[Regime], others: Iterable[Regime], retrace: Callable[[Mapping[str, int]], Tape]
+    ) -> None:
+        self._own = [(regime, Variant(regime.tape)) for regime in regimes]
+        self._others = [(regime, Variant(regime.tape)) for regime in others]
         self._retrace = retrace
         self._traced: list[Variant] = []
 
     @property
     def generic(self) -> Variant:
         """The first regime, of the most general sizes."""
-        return self._variants[0]
+        return self._own[0][1]
 
     def regime(self, values: Mapping[str, int]) -> Variant:
         """Return the variant of the decisions at ``values``."""
-        found = next((v for v in [*self._variants, *self._traced] if decides_alike(v.tape, values)), None)
-        return found or self._trace(values)
+        known = [*(variant for _, variant in self._own), *self._traced]
+        return next((v for v in known if v.holds(values)), None) or self._trace(values)
 
     def at(self, values: Mapping[str, int]) -> Variant:
         """Return the variant that covers ``values``, tracing them if there is none; raises DerivationError."""
-        pairs = zip(self._regimes, self._variants, strict=True)
-        found = next((v for regime, v in pairs if regime.covers(values) and decides_alike(v.tape, values)), None)
+        known = [*self._own, *self._others]
+        found = next((v for regime, v in known if regime.covers(values) and v.holds(values)), None)
         return found or next((v for v in self._traced if v.holds(values)), None) or self._trace(values)
 
     def _trace(self, values: Mapping[str, int]) -> Variant:
-        tape = self._retrace(values)
-        self._traced.append(Variant(tape))
+        self._traced.append(Variant(self._retrace(values)))
         return self._traced[-1]
 
 
@@ -110,9 +114,13 @@ class RecordedSubject:
 
     @cached_property
     def fixed(self) -> dict[str, int]:
-        """The symbols that no regime leaves open, at the values of the first; a call may have others, traced anew."""
+        """The symbols that no regime leaves open, at the values of the first; a call may have others, traced anew.
+
+        Closed forms have one number of frames, the usual one, also where a regime covers several.
+        """
         first = self.regimes[0].fixed | dict.fromkeys(self.regimes[0].tape.ones, 1)
-        return {n: v for n, v in first.items() if all(regime.ranges[n].is_one for regime in self.regimes)}
+        found = {n: v for n, v in first.items() if all(regime.ranges[n].is_one for regime in self.regimes)}
+        return found if self.grid.frames is None else {"F": self.grid.frames.latent(None), **found}
 
     def program(self, guidance: bool, fixed: Mapping[str, int]) -> RecordedProgram:
         """Return the whole call's tapes, ``fixed`` symbols as numbers."""
@@ -124,7 +132,9 @@ class RecordedSubject:
             regimes = [specialised(r, {}) for r in self.regimes if r.guidance == guidance and r.fixed == wanted]
         if not regimes:
             raise unsupported(self._spelled(fixed), self._values(fixed), self._covered())
-        return RecordedProgram(regimes, lambda values: self._traced(guidance, values))
+        rest = {name: value for name, value in fixed.items() if name != "F"}
+        others = [specialised(r, rest) for r in own if "F" in r.ranges and not r.ranges["F"].is_one]
+        return RecordedProgram(regimes, others, lambda values: self._traced(guidance, values))
 
     def _traced(self, guidance: bool, values: Mapping[str, int]) -> Tape:
         if self.retrace is None:
