@@ -22,6 +22,7 @@ from derivation.ask.fit import (
     parse_aspect,
     sides,
 )
+from derivation.ask.nearby import cheaper_sizes
 from derivation.ask.recommend import REMEDIES, recommend
 from derivation.call import Call
 from derivation.gpu.cards import lookup
@@ -268,3 +269,13 @@ def test_an_offload_remedy_saves_what_traced_pipelines_say(offload: str) -> None
 def test_no_remedy_takes_the_filter_away_before_weights_are_offloaded() -> None:
     names = [remedy.name for remedy in REMEDIES]
     assert names.index("model offload") < names.index("no safety checker")
+
+
+def test_a_larger_image_that_needs_less_is_offered() -> None:
+    d = derive(SD15, pipeline="img2img", attention="sdpa", gpu="h100")
+    [larger] = recommend(d, None, Call(1920, 1920)).cheaper_sizes
+    asked, found = (d.device_memory(side, side).reserved for side in (1920, 1984))
+    assert (larger.height, larger.width) == (1984, 1984)
+    assert (larger.reserved_bytes, larger.saves_bytes) == (found, asked - found) and asked > found
+    assert not cheaper_sizes(d, Call(1024, 1024))
+    assert not cheaper_sizes(derive(SD15), Call(1920, 1920))  # no GPU is named

@@ -9,6 +9,7 @@ from typing import Any
 
 from derivation.api import Derivation
 from derivation.ask.fit import Image, Request, peak_tensor_bytes
+from derivation.ask.nearby import Nearby, cheaper_sizes
 from derivation.call import Call
 from derivation.errors import DerivationError
 from derivation.gpu.profile import lacks_fused_attention
@@ -39,12 +40,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """The verdict as asked, which remedies are needed, and the verdict with them."""
+    """The verdict as asked, which remedies are needed, the verdict with them, and larger images that need less."""
 
     budget_bytes: int
     as_asked: Image
     with_needed: Image
     steps: tuple[Step, ...]
+    cheaper_sizes: tuple[Nearby, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -111,7 +113,7 @@ def recommend(derivation: Derivation, budget_bytes: int | None, call: Call) -> R
     chosen = _minimal(peaks, list(alone))
     steps = (_step(peaks, remedy, saves, chosen) for remedy, saves in alone.items())
     kept = tuple(step for step in steps if step.needed or step.saves_bytes > 0)
-    return Recommendation(budget, peaks.image(()), peaks.image(chosen), kept)
+    return Recommendation(budget, peaks.image(()), peaks.image(chosen), kept, cheaper_sizes(derivation, call))
 
 
 def _step(peaks: _Peaks, remedy: Remedy, saves_bytes: int, chosen: Sequence[Remedy]) -> Step:

@@ -113,6 +113,9 @@ def _show_recommendation(result: Mapping[str, Any]) -> None:
         output.line(f"{step['name']}: {step['call']}")
     if final != asked:
         output.line(f"with what is needed: {final}", style="bold")
+    for size in result["cheaper_sizes"]:
+        less = f"the allocator reserves {human(size['saves_bytes'])} less, {human(size['reserved_bytes'])}"
+        output.line(f"{size['height']} x {size['width']} is larger and needs less: {less}")
     output.line(result["counted"])
 
 
