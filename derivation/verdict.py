@@ -118,9 +118,14 @@ def confidence(card: Gpu) -> str:
 
 def margin_bytes(needs_bytes: int, trusted: str) -> int:
     """Return how much more than predicted a call may need, as the worst row of the evidence did, in proportion."""
-    worst = _margins()[trusted]
-    more = worst["measured_bytes"] - worst["predicted_bytes"]
-    return -(-needs_bytes * int(more) // int(worst["predicted_bytes"]))
+    measured, predicted = worst(trusted)
+    return -(-needs_bytes * (measured - predicted) // predicted)
+
+
+def worst(trusted: str) -> tuple[int, int]:
+    """Return the bytes, measured and predicted, of the worst row of the evidence at a confidence."""
+    row = _margins()[trusted]
+    return int(row["measured_bytes"]), int(row["predicted_bytes"])
 
 
 def room_bytes(gpu: str) -> int:

@@ -86,8 +86,13 @@ def known() -> tuple[str, ...]:
 
 
 def on_pages() -> tuple[str, ...]:
-    """Keys of the cards that a report page replays, the first by default."""
+    """Keys of the cards that a report page names for their kinds, the first by default."""
     return tuple(_file()["pages"])
+
+
+def spellings() -> dict[str, str]:
+    """Return the key of every card and architecture by its names as ``lookup`` compares them: see _WORDS."""
+    return {text: card.key for text, card in _by_alias().items()}
 
 
 def with_memory(gpu: str | None, memory: str, free: bool = False) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
@@ -41,6 +41,8 @@ class Workspace:
 NO_WORKSPACE = Workspace(0, 0, 0)
 # Kinds of convolutions that a profile may tell apart; "spatial" is every other.
 POINTWISE, UNALIGNED, SPATIAL = "pointwise", "unaligned", "spatial"
+# The widest heads of the models' attention: the VAE's.
+MAX_HEAD_DIM = 512
 # cuDNN's tensor-core kernels read channels in eights.
 CHANNEL_ALIGNMENT = 8
 UPPER_WORKSPACE = Workspace(1, 1, 1)
@@ -115,6 +117,23 @@ class Hardware:
         if self.libraries.follows("cudnn_first_on_x0"):
             return major in (9, 10) and minor == 0
         return self.libraries.follows("cudnn_first") and major in (9, 10) and minor in (0, 3)
+
+    def behaviour(self, dtype: str, fused: bool, asked: Iterable[tuple[int, int, int, int]]) -> tuple[object, ...]:
+        """Return all that tapes of a type follow from: GPUs where it is equal have the same ones.
+
+        ``fused`` says whether kernels of SDPA are tried, ``asked`` are the arguments of num_splits of those calls.
+        """
+        scratch = (self.workspaces, self.scratch, self.cublas_workspace_bytes(), self.cublaslt_workspace_bytes())
+        if not fused:
+            return scratch
+        widths = range(8, MAX_HEAD_DIM + 1, 8)
+        runs = tuple(self.runs(name, dtype, dim) for name in ("flash", "cudnn", "efficient") for dim in widths)
+        return (
+            *scratch,
+            self.prefers_cudnn and dtype != "float32",
+            runs,
+            tuple(self.num_splits(*args) for args in asked),
+        )
 
     def num_splits(self, batch_heads: int, queries: int, keys: int, head_dim: int) -> int:
         """Return flash attention's split-KV factor (flash_api.cpp: num_splits_heuristic); 1 without sm_count."""

@@ -17,7 +17,6 @@ from derivation.report.tiles import tile_meaning
 from derivation.walk.components import parameter_count
 
 SIZES = (512, 768, 1024)
-PROMPT_LENGTH = 77
 ORIGINS_SHOWN = 4
 PIPELINE = "(pipeline)"
 # What the tape calls a parameter's arrival on the GPU.
@@ -137,7 +136,7 @@ class Answer:
 
 
 def answer(d: Derivation) -> Answer:
-    """Return the answer of a derivation under guidance, at one image and 77 tokens."""
+    """Return the answer of a derivation under guidance, at one image and the pipeline's own prompt length."""
     peaks = [square_peaks(d, side) for side in SIZES]
     stages = tuple(
         StageRow(name, stage_title(name), polynomials(d, stage), tuple(p[name] for p in peaks))
@@ -155,11 +154,11 @@ def answer(d: Derivation) -> Answer:
 
 
 def square_peaks(d: Derivation, side: int) -> dict[str, int]:
-    """Return each stage's exact peak beyond the weights for one square image and 77 tokens.
+    """Return each stage's exact peak beyond the weights for one square image.
 
     VAE tiles are counted, not walked one by one: the bytes are the same.
     """
-    values = d.sizes(side, side, 1, PROMPT_LENGTH)
+    values = d.sizes(side, side, 1, d.prompt_length)
     return {name: peak for name, (peak, _) in d.program().regime(values).evaluator.peaks(values).items()}
 
 
@@ -208,7 +207,7 @@ def _polynomial(d: Derivation, terms: PixelTerms, witness: Witness, rounding: in
 
 
 def _bytes_at(d: Derivation, terms: PixelTerms) -> tuple[int, ...]:
-    return tuple(value_at(terms, values_at(d.grid, side, side, PROMPT_LENGTH, 1)) for side in SIZES)
+    return tuple(value_at(terms, values_at(d.grid, side, side, d.prompt_length, 1)) for side in SIZES)
 
 
 def _witness_row(d: Derivation, witness: Witness) -> WitnessRow:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from derivation.api import Derivation
 from derivation.libraries import LIBRARIES
 from derivation.options import Options
-from derivation.report.answer import LOAD, PROMPT_LENGTH, SIZES, Answer, model_of
+from derivation.report.answer import LOAD, SIZES, Answer, model_of
 from derivation.report.text import human
 from derivation.tape.symbols import DTYPE_BYTES
 from derivation.walk.pipelines import Pipeline
@@ -36,7 +36,7 @@ def summary(d: Derivation, found: Answer) -> str:
     """Return the answer in one sentence."""
     first, last = found.totals[0], found.totals[-1]
     if first == last:
-        return f"A call with {PROMPT_LENGTH} tokens needs {human(first)} of {counted(d.options)} at every image size."
+        return f"A call with {d.prompt_length} tokens needs {human(first)} of {counted(d.options)} at every image size."
     return (
         f"One {SIZES[0]} × {SIZES[0]} image needs {human(first)} of {counted(d.options)}, of which "
         f"{human(found.weights_bytes)} are weights{'' if d.options.offload is None else ' that stay on the GPU'}; "
@@ -49,7 +49,7 @@ def chips(d: Derivation) -> tuple[str, ...]:
     options = d.options
     checker = "with safety checker" if "safety_checker" in d.calls else "no safety checker"
     return (
-        *((options.pipeline, checker) if d.checkpoint.whole else ("component alone",)),
+        *((options.pipeline, checker) if d.subject.whole else ("component alone",)),
         options.dtype,
         f"{options.attention} attention",
         *changed(options),
@@ -77,11 +77,11 @@ def assumptions(d: Derivation) -> list[Fact]:
     return [
         *_counted(o),
         ("Inference only", "No gradients, no optimizer state: the pipeline runs under torch.no_grad()."),
-        *([("Where the models are", PLACEMENTS[o.offload])] if d.checkpoint.whole else []),
+        *([("Where the models are", PLACEMENTS[o.offload])] if d.subject.whole else []),
         ("Options", f"{_listed(o)} No torch.compile."),
         ("Precision", _precision(d)),
         ("Attention", f"Attention runs on the {o.attention!r} backend, with PyTorch's own fallbacks."),
-        *([("Prompt length", PADDED)] if d.checkpoint.whole else []),
+        *([("Prompt length", PADDED)] if d.subject.whole else []),
         ("Image sides", grid),
         ("Run", _run(d)),
     ]
@@ -116,7 +116,7 @@ def _counted(options: Options) -> list[Fact]:
 
 def _run(d: Derivation) -> str:
     o = d.options
-    if not d.checkpoint.whole:
+    if not d.subject.whole:
         return "Each call of the component by itself, on inputs that exist before it; under guidance 2B rows."
     strength = "" if o.pipeline == "txt2img" else f", strength {Pipeline(d.checkpoint, o, True).strength}"
     images = f"{o.num_images_per_prompt} image{'s' * (o.num_images_per_prompt > 1)} per prompt"

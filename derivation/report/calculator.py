@@ -1,267 +1,294 @@
-"""The page's calculator: the exported JavaScript of every dtype and attention backend, and the form around it."""
+"""The page's calculator: the tapes of the options that people use, the cards, and the form around them."""
 
 from __future__ import annotations
 
+import base64
 import json
-import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from itertools import product
 from typing import Any
 
-from markupsafe import Markup
-
-from derivation.api import Derivation, derive
-from derivation.call import Call
-from derivation.config import Checkpoint
-from derivation.equation.crossover import Crossover
-from derivation.export import export
-from derivation.gpu.cards import known, lookup, on_pages
-from derivation.options import DTYPES, EAGER, TABLE, Options
+from derivation.allocator.memory import context_of
+from derivation.api import Derivation
+from derivation.errors import DerivationError
+from derivation.gpu.cards import Gpu, known, lookup, on_pages, spellings
+from derivation.gpu.profile import Hardware, hardware, lacks_fused_attention
+from derivation.libraries import LIBRARIES
+from derivation.options import DTYPES, EAGER, OFFLOADS, PIPELINES, SDPA, TABLE
 from derivation.options.row import flag
-from derivation.report.answer import PROMPT_LENGTH, STAGE_TITLES, square_peaks, stage_title
-from derivation.tape.grid import Domain, Range, Sides
-from derivation.text import GIB, NARROW_SPACE
-from derivation.verdict import on_card
-from derivation.walk.attention import BACKENDS
+from derivation.report.answer import STAGE_TITLES
+from derivation.report.tapes import Tapes
+from derivation.tape.recorded import RecordedSubject
+from derivation.tape.subject import Subject
+from derivation.text import GIB
+from derivation.verdict import confidence, worst
+from derivation.walk.pipelines import SAFETY_CHECKER
+from derivation.walk.subject import WalkedSubject
 
-BACKENDS_SHOWN = (EAGER, "math", "efficient", "flash")
-HEAD_DIMS = (8, 40, 64, 80, 160, 512)
-SHARED_DTYPE = {"bfloat16": "float16"}
-ATTENTION_SIDES = tuple(range(256, 2049, 128))
-MAX_SIDE, MAX_BATCH, MAX_LENGTH = 8192, 32, 1001
-SLIDER_SIDE, SLIDER_BATCH, SLIDER_LENGTH = 2048, 16, 308
-# The cards and the calls that verdicts are replayed for: height, width, batch; others have none on a page.
-REPLAYED_CARDS = on_pages()
-DEFAULT_GPU = REPLAYED_CARDS[0]
-SQUARES = tuple((side, side, 1) for side in (512, 640, 768, 896, 1024, 1280, 1536, 2048))
-OBLONG = ((512, 768, 1), (768, 512, 1), (768, 1024, 1), (1024, 768, 1), (832, 1216, 1), (1216, 832, 1))
-BATCHES = tuple((side, side, batch) for side in (512, 768, 1024) for batch in (2, 4))
-REPLAYED = (*SQUARES, *OBLONG, *BATCHES)
-ABOUT = "One {} call{}."
-
-# The keyword of an export, and the name behind it.
-EXPORT = re.compile(r"^export (?=(?:const|function) (\w+))", re.MULTILINE)
+MAX_SIDE, MAX_BATCH = 2048, 16
+USUAL_SIDE = 512
+HALVES = ("float16", "bfloat16")
+# A kind of card that fewer of the table are is left out, but for the report's own.
+LEAST_CARDS = 3
+# What the form switches: the option, its label, what it may be.
+SWITCHES: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    "pipeline": ("Pipeline", PIPELINES),
+    "dtype": ("Precision", DTYPES),
+    "attention": ("Attention", (SDPA, EAGER)),
+    "offload": ("CPU offload", (None, *OFFLOADS)),
+    "vae_slicing": ("VAE slicing", (False, True)),
+    "safety_checker": ("Safety checker", (True, False)),
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Number:
-    """A field for an integer with its slider."""
+class Switch:
+    """A field of the form with its values, spelled as Python spells them, the report's own first."""
 
     name: str
     label: str
-    hint: str
-    value: int
-    minimum: int
-    maximum: int
-    step: int
-    slider_min: int
-    slider_max: int
-    slider_step: int
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One entry of a list."""
-
-    value: str
-    label: str
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A field with a list of entries; ``free`` text may be typed, too, as its ``hint`` says."""
-
-    name: str
-    label: str
-    value: str
-    options: tuple[Option, ...]
-    free: bool = False
-    hint: str = ""
+    values: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Calculator:
-    """The form's fields, and the script that holds the programs."""
+    """The form's fields and what its script reads: JSON, and compressed JSON in base64."""
 
-    about: str
-    numbers: tuple[Number, ...]
-    choices: tuple[Choice, ...]
-    script: Markup
-
-
-def combinations(checkpoint: Checkpoint, options: Options) -> tuple[tuple[str, str], ...]:
-    """Return the (dtype, attention) pairs that have a program of their own."""
-    wanted = ((dtype, attention) for dtype in DTYPES for attention in BACKENDS_SHOWN)
-    own = [resolved(checkpoint, dtype, attention) for dtype, attention in wanted]
-    return tuple(dict.fromkeys([*own, resolved(checkpoint, options.dtype, options.attention)]))
+    size: str
+    card: str
+    cards: tuple[tuple[str, str], ...]
+    switches: tuple[Switch, ...]
+    most_batch: int
+    data: str
+    packed: str
 
 
-def resolved(checkpoint: Checkpoint, dtype: str, attention: str) -> tuple[str, str]:
-    """Return the pair whose program serves: half types alike, a backend that can never run by its fallback.
+@dataclass(frozen=True)
+class Asking(Hardware):
+    """A GPU that notes the calls of flash attention that it is asked about."""
 
-    pipeline_stable_diffusion_xl.py upcasts a VAE of float16 alone (needs_upcasting), so there they differ.
-    """
-    if not (checkpoint.whole and checkpoint.pipeline_class.startswith("StableDiffusionXL")):
-        dtype = SHARED_DTYPE.get(dtype, dtype)
-    while attention in BACKENDS and not any(BACKENDS[attention].usable(dim, dtype) for dim in HEAD_DIMS):
-        attention = BACKENDS[attention].fallback or "math"
-    return dtype, attention
+    asked: list[tuple[int, int, int, int]] = field(default_factory=list, compare=False)
+
+    def num_splits(self, batch_heads: int, queries: int, keys: int, head_dim: int) -> int:
+        """Return flash attention's split-KV factor."""
+        self.asked.append((batch_heads, queries, keys, head_dim))
+        return Hardware.num_splits(self, batch_heads, queries, keys, head_dim)
 
 
 @dataclass(frozen=True, slots=True)
-class Backend:
-    """What a report needs of one (dtype, attention): its function, totals of squares, where its peak changes hands."""
+class Kernel:
+    """Types and an attention that run alike, and the kinds of card: the card whose tapes each card has, by key.
 
-    javascript: str
-    totals: tuple[int, ...]
-    crossings: tuple[str, ...]
-
-
-def backend(checkpoint: Checkpoint, options: Options, dtype: str, attention: str) -> Backend:
-    """Derive one combination; the totals are weights + peak bytes of squares with sides ATTENTION_SIDES."""
-    chosen: dict[str, Any] = {**options.as_dict(), "dtype": dtype, "attention": attention}
-    d = derive(checkpoint, **chosen)
-    solved = (dtype, attention) == resolved(checkpoint, options.dtype, EAGER)
-    tensors = d if options.gpu is None else derive(checkpoint, **{**chosen, "gpu": None})
-    return Backend(
-        javascript=export(tensors.equation.within(domain(d)), "javascript"),
-        totals=tuple(d.weights_bytes + max(square_peaks(d, side).values()) for side in ATTENTION_SIDES),
-        crossings=titled(d.equation.crossovers()) if solved else (),
-    )
-
-
-# Of one call: allocated, reserved and nvidia-smi's bytes, whether it fits, and surely, the verdict in words.
-Replay = tuple[int, int, int, bool, bool, str]
-
-
-def replayed_cards(checkpoint: Checkpoint, options: Options) -> tuple[str, ...]:
-    """Return the cards that verdicts are replayed for: of a whole pipeline, that of the options first."""
-    own = [] if options.gpu is None else [options.gpu]
-    return tuple(dict.fromkeys([*own, *REPLAYED_CARDS])) if checkpoint.whole else ()
-
-
-def replays(checkpoint: Checkpoint, options: Options, gpu: str) -> dict[str, Replay]:
-    """Return what ``estimate`` says of each of REPLAYED on one card, by "HxWxB", where nvidia-smi's bytes are known."""
-    chosen: dict[str, Any] = {**options.as_dict(), "gpu": gpu}
-    d, found = derive(checkpoint, **chosen), {}
-    for height, width, batch in REPLAYED:
-        call = Call(height, width, batch, PROMPT_LENGTH)
-        memory = d.device_memory(call)
-        if memory.device is not None and memory.total is not None:
-            verdict = on_card(gpu, memory)
-            said = "; ".join(filter(None, (str(verdict).partition(": ")[2], verdict.trust)))
-            key = f"{height}x{width}x{batch}"
-            found[key] = (memory.allocated, memory.reserved, memory.device, verdict.fits, verdict.sure, said)
-    return found
-
-
-def domain(d: Derivation) -> Domain:
-    """Return the calls that the form can ask for: sides from one pixel a side of the deepest level on."""
-    others = {"batch_size": Range(1, MAX_BATCH), "prompt_length": Range(1, MAX_LENGTH)}
-    return Domain(Sides(d.grid.unit, d.subject.sides.step, MAX_SIDE), others)
-
-
-def titled(found: Sequence[Crossover]) -> tuple[str, ...]:
-    """Return the sentences of crossovers with the stages' titles."""
-    return tuple(typeset(c.sentence.replace(f"from {c.before} to {c.after}", _move(c))) for c in found)
-
-
-def typeset(text: str) -> str:
-    """Return a sentence with the report's digit groups and multiplication signs.
-
-    >>> ascii(typeset("6,093 pixels (about 78 x 78)").replace(NARROW_SPACE, "_"))
-    "'6_093 pixels (about 78 \\\\xd7 78)'"
+    A card that is None stands for no GPU: tensors alone.
     """
-    return re.sub(r"(?<=\d),(?=\d{3})", NARROW_SPACE, re.sub(r"(?<=\d) x (?=\d)", " \N{MULTIPLICATION SIGN} ", text))
+
+    dtypes: tuple[str, ...]
+    attention: str
+    kinds: Mapping[str | None, str | None]
+
+    def shown(self, gpu: str | None) -> tuple[str, ...]:
+        """Return the types that a card's tapes are those of: bfloat16 is float16 where fused kernels take it."""
+        return tuple(dtype for dtype in self.dtypes if not lacks_fused_attention(gpu, dtype))
 
 
-def _move(c: Crossover) -> str:
-    return f"from “{stage_title(c.before)}” to “{stage_title(c.after)}”"
-
-
-def calculator(
-    d: Derivation, backends: Mapping[tuple[str, str], Backend], replayed: Mapping[str, Mapping[str, Replay]]
-) -> Calculator:
-    """Return the calculator of a report; ``replayed`` is what ``replays`` found by card."""
-    choices = _choices(d.options)
-    chosen = [flag(name, getattr(d.options, name)) for name in sorted(TABLE) if d.options.chosen(name)]
-    others = [option for option in chosen if option.split()[0] not in ("--pipeline", "--dtype", "--attention", "--gpu")]
-    table = {
-        f"{dtype.value}/{attention.value}": "/".join(resolved(d.checkpoint, dtype.value, attention.value))
-        for dtype in choices[0].options
-        for attention in choices[1].options
-    }
+def calculator(d: Derivation, latex: Mapping[str, str]) -> Calculator:
+    """Return the calculator of a report; ``latex`` is what the page has to copy, by name."""
+    kernels, held = _kernels(d), Tapes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which card another stands in for is told by the verdict's confidence
+        programs = {key: numbers for kernel in kernels for key, numbers in _programs(d, held, kernel)}
+    cards = {card.key: _card(card, kernels) for card in _listed(d)}
+    found = list(zip(*(key.split("|")[1:] for key in programs), strict=True)) or [()] * len(SWITCHES)
+    values = {name: tuple(dict.fromkeys([*_own(d, name), *each])) for name, each in zip(SWITCHES, found, strict=True)}
+    switches = tuple(Switch(n, SWITCHES[n][0], each) for n, each in values.items() if len(each) > 1)
     data = {
-        "aliases": table,
-        "cards": _cards(),
-        "factor": d.grid.vae_scale_factor,
-        "multiple": d.grid.vae_scale_factor if d.options.pipeline == "txt2img" else 1,
-        "model": shlex.quote(d.checkpoint.name),
-        "options": " ".join([f"--pipeline {d.options.pipeline}", *others]),
-        "own": {"prompt_length": PROMPT_LENGTH, "guidance": True, **{c.name: c.value for c in choices if not c.free}},
-        "replays": replayed,
+        "model": shlex.quote(d.name),
+        "others": _others(d),
+        "own": {name: next(iter(each), "") for name, each in values.items()},
+        "switches": list(SWITCHES),
+        "cards": cards,
+        "spellings": {text: key for text, key in spellings().items() if key in cards},
+        "grid": _grid(d),
+        "most": {"side": min(MAX_SIDE, d.equation.sides.most), "batch": MAX_BATCH},
+        "remedies": _remedies({switch.name for switch in switches}),
         "titles": dict(STAGE_TITLES),
+        "latex": latex,
     }
-    modules = {"/".join(pair): found.javascript for pair, found in backends.items()}
-    about = ABOUT.format(d.options.pipeline, f" with {' '.join(others)}" if others else "")
-    return Calculator(about, _numbers(d), choices, _script(data, modules))
+    packed = zlib.compress(_json({"tapes": held.document(), "programs": programs}).encode(), 6)
+    labels = tuple((key, f"{card['name']}, {card['total'] / GIB:.1f} GiB") for key, card in cards.items())
+    side = max(USUAL_SIDE, d.equation.sides.least)
+    has_cards = any(len(kernel.kinds) > 1 for kernel in kernels)
+    card = d.options.gpu or (on_pages()[0] if has_cards else "24 GiB")
+    text = base64.b64encode(packed).decode()
+    return Calculator(f"{side}x{side}", card, labels, switches, MAX_BATCH, _json(data), text)
 
 
-def _script(data: Mapping[str, Any], modules: Mapping[str, str]) -> Markup:
-    """Return a script, which cannot end its element: JSON, and ES modules as objects of what they export."""
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c").replace("&", "\\u0026")
-    objects = "".join(f"{json.dumps(name)}: {_object(module)},\n" for name, module in modules.items())
-    return Markup(f"const CALCULATOR = {text};\nconst MODULES = {{\n{objects}}};")
+def _json(value: object) -> str:
+    """Return JSON that cannot end a script element."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c").replace("&", "\\u0026")
 
 
-def _object(module: str) -> str:
-    """Return an object of a module's exports, its header aside: a page opened from a file cannot import modules."""
-    _, code = module.split("*/\n\n", 1)
-    names, code = EXPORT.findall(code), EXPORT.sub("", code).replace("</", r"<\/")
-    return f"(() => {{\n{code}return {{ {', '.join(names)} }};\n}})()"
+def _own(d: Derivation, name: str) -> tuple[str, ...]:
+    """Return the report's own value of a switch, SDPA's for what it comes to without a GPU."""
+    own = getattr(d.options, name)
+    return () if name == "attention" and own == "efficient" else (str(own),)
 
 
-def _numbers(d: Derivation) -> tuple[Number, ...]:
-    factor, unit = d.grid.vae_scale_factor, d.grid.unit
-    step = factor if d.options.pipeline == "txt2img" else 1
-    side = f"pixels, {unit} to {MAX_SIDE}"
-    sides = (unit, MAX_SIDE, step, unit, SLIDER_SIDE, unit)
-    return (
-        Number("height", "Height H", side, 512, *sides),
-        Number("width", "Width W", side, 512, *sides),
-        Number("batch_size", "Batch size B", f"1 to {MAX_BATCH}", 1, 1, MAX_BATCH, 1, 1, SLIDER_BATCH, 1),
-        Number(
-            "prompt_length",
-            "Prompt length L",
-            f"tokens; diffusers pads to {PROMPT_LENGTH}",
-            PROMPT_LENGTH,
-            1,
-            MAX_LENGTH,
-            1,
-            PROMPT_LENGTH,
-            SLIDER_LENGTH,
-            PROMPT_LENGTH,
-        ),
-    )
+def _programs(d: Derivation, held: Tapes, kernel: Kernel) -> Iterator[tuple[str, list[int]]]:
+    """Yield the tapes of every setting of a kernel, by the card whose tapes they are and the values of SWITCHES."""
+    pipelines, offloads, slicings = (SWITCHES[name][1] for name in ("pipeline", "offload", "vae_slicing"))
+    for gpu, pipeline, offload in product(dict.fromkeys(kernel.kinds.values()), pipelines, offloads):
+        single: list[int] = []
+        for slicing in slicings:
+            chosen = {"pipeline": pipeline, "attention": kernel.attention, "offload": offload, "vae_slicing": slicing}
+            with suppress(DerivationError):
+                subject = d.subject.changed(**chosen, gpu=gpu, dtype=kernel.dtypes[0])
+                numbers = _tapes(d, subject, held, single)
+                single = numbers[1:]
+                for checker, those in _checked(subject, held, numbers):
+                    for dtype in kernel.shown(gpu):
+                        named = {**chosen, "dtype": dtype, "safety_checker": checker}
+                        yield "|".join(map(str, (gpu, *(named[name] for name in SWITCHES)))), those
 
 
-def _choices(options: Options) -> tuple[Choice, ...]:
-    backends = tuple(dict.fromkeys([*BACKENDS_SHOWN, options.attention]))
-    cards = tuple(Option(key, card["label"]) for key, card in _cards().items())
-    return (
-        Choice("dtype", "Precision", options.dtype, tuple(Option(name, name) for name in DTYPES)),
-        Choice("attention", "Attention", options.attention, tuple(Option(name, name) for name in backends)),
-        Choice("gpu", "Card or memory", options.gpu or DEFAULT_GPU, cards, True, "rtx-3060, 12, 12 GiB"),
-    )
+def _tapes(d: Derivation, subject: Subject, held: Tapes, single: list[int]) -> list[int]:
+    """Return the numbers of a subject's tapes under guidance: for several images, and for one where ``single`` is not
+    known, which a sliced VAE does not change.
+    """
+    weights = held.weights(subject.resident)
+    if isinstance(subject, RecordedSubject):
+        own = [regime for regime in subject.regimes if regime.guidance] or list(subject.regimes)
+        return [held.add(regime.decided().tape, weights, regime.ranges) for regime in own]
+    program = subject.program(True, {"L": d.prompt_length, **d.fixed})
+    tapes = [program.generic.tape]
+    if not single:
+        least = 2 * d.grid.unit
+        tapes.append(program.regime(d.sizes(least, least, 1)).tape)
+    return [*(held.add(tape, weights) for tape in tapes), *single]
 
 
-def _cards() -> dict[str, dict[str, Any]]:
-    """Return the cards with a known memory, the smallest first; torch's figure where there is one."""
-    cards: dict[str, dict[str, Any]] = {}
-    for key in known():
-        gpu = lookup(key)
-        nbytes = gpu.total_memory_bytes or gpu.nvidia_smi_bytes
-        if nbytes and not gpu.is_architecture:
-            cards[key] = {"name": gpu.name, "label": f"{gpu.name}, {nbytes / GIB:.1f} GiB", "bytes": nbytes}
-    return dict(sorted(cards.items(), key=lambda item: item[1]["bytes"]))
+def _checked(subject: Subject, held: Tapes, numbers: list[int]) -> Iterator[tuple[bool, list[int]]]:
+    """Yield whether the safety checker runs, and the tapes: without it a call is the call with it but for its part."""
+    own = subject.options.safety_checker
+    yield own, numbers
+    if own and SAFETY_CHECKER in subject.parameters:
+        weights = held.weights({n: entries for n, entries in subject.resident.items() if n != SAFETY_CHECKER})
+        yield False, [held.without(number, SAFETY_CHECKER, weights) for number in numbers]
+
+
+def _kernels(d: Derivation) -> tuple[Kernel, ...]:
+    """Return what the page holds: half precision with SDPA on each kind of card and on none, others on the first."""
+    own, walked = d.options, isinstance(d.subject, WalkedSubject)
+    if not d.subject.whole or own.vae_tiling or own.alloc_conf is not None:
+        return (Kernel((own.dtype,), own.attention, {None: None}),)
+    if not walked:
+        return (Kernel((own.dtype,), own.attention, {None: None, **_kinds(d, own.dtype, own.attention)}),)
+    half = own.dtype if own.dtype in HALVES else HALVES[0]
+    upcasts = d.checkpoint.pipeline_class.startswith("StableDiffusionXL")  # a VAE of float16 alone: needs_upcasting
+    dtypes = (half,) if upcasts else tuple(dict.fromkeys([half, *HALVES]))
+    found = [Kernel(dtypes, SDPA, {None: None, **_kinds(d, half, SDPA)})]
+    rarer = ((dtypes, EAGER), (("float32",), SDPA), (("float32",), EAGER))
+    found += [Kernel(types, name, _kinds(d, types[0], name, 1)) for types, name in rarer]
+    known_already = [(dtype, kernel.attention) for kernel in found for dtype in kernel.dtypes]
+    if (own.dtype, SDPA if own.attention == "efficient" else own.attention) not in known_already:
+        found.append(Kernel((own.dtype,), own.attention, {None: None, **_kinds(d, own.dtype, own.attention, 1)}))
+    return tuple(found)
+
+
+def _kinds(d: Derivation, dtype: str, attention: str, most: int | None = None) -> dict[str | None, str | None]:
+    """Return the cards, by key, with the first of their kind; of the ``most`` common kinds, and the report's own."""
+    asked = _asked(d) if isinstance(d.subject, WalkedSubject) and attention == SDPA and dtype in HALVES else []
+    alike: dict[Any, list[str]] = {}
+    for card in sorted(_listed(d), key=lambda card: card.key not in on_pages()):
+        with suppress(DerivationError):
+            behaviour = _hardware(d, card.key).behaviour(dtype, attention != EAGER, asked)
+            alike.setdefault(behaviour, []).append(card.key)
+    common = sorted(alike.values(), key=len, reverse=True)[:most]
+    own = d.options.gpu and lookup(d.options.gpu).key
+    kept = [keys for keys in alike.values() if own in keys or (keys in common and len(keys) >= LEAST_CARDS)]
+    return {key: keys[0] for keys in kept for key in keys}
+
+
+def _asked(d: Derivation) -> list[tuple[int, int, int, int]]:
+    """Return the calls of flash attention whose sizes are numbers where one image is made."""
+    subject = d.subject.changed(gpu=on_pages()[0], attention=SDPA)
+    assert isinstance(subject, WalkedSubject)
+    asking = Asking(**{f.name: getattr(subject.hardware, f.name) for f in fields(Hardware)})
+    subject.hardware = asking
+    least = 2 * d.grid.unit
+    subject.program(True, {"L": d.prompt_length}).regime(d.sizes(least, least, 1))
+    return asking.asked
+
+
+def _hardware(d: Derivation, gpu: str) -> Hardware:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        versions = {name: getattr(d.options, name) for name in LIBRARIES}
+        return hardware(gpu, **versions, scratch=d.options.scratch)
+
+
+def _listed(d: Derivation) -> list[Gpu]:
+    """Return the cards whose memory and CUDA context are known, the smallest first, the report's own among them."""
+    own = [] if d.options.gpu is None else [lookup(d.options.gpu)]
+    cards = {card.key: card for card in (*map(lookup, known()), *own) if not card.is_architecture}
+    usable = [card for card in cards.values() if card.total_memory_bytes and context_of(card)[0] is not None]
+    return sorted(usable, key=lambda card: card.total_memory_bytes or 0)
+
+
+def _card(card: Gpu, kernels: tuple[Kernel, ...]) -> dict[str, Any]:
+    """Return what the page knows of a card: bytes, how its figures are known, whose tapes it has by type and attention.
+
+    ``margin`` are the bytes of the worst measured call at that confidence, measured and predicted.
+    """
+    trusted = confidence(card)
+    kinds = {
+        f"{dtype}|{kernel.attention}": kernel.kinds[card.key]
+        for kernel in kernels
+        if card.key in kernel.kinds
+        for dtype in kernel.shown(card.key)
+    }
+    figures = {"name": card.name, "total": card.total_memory_bytes, "context": context_of(card)[0]}
+    return {**figures, "confidence": trusted, "margin": worst(trusted), "kinds": kinds}
+
+
+def _grid(d: Derivation) -> dict[str, Any]:
+    """Return what the symbols of a call follow from: pixels a latent, levels, the VAE's tile, what has one value."""
+    grid, tile = d.grid, d.grid.tile
+    fixed = {"L": d.prompt_length, **d.fixed}
+    if grid.frames is not None:
+        fixed.setdefault("F", grid.frames.latent(None))
+    return {
+        "factor": grid.vae_scale_factor,
+        "levels": grid.levels,
+        "least": max(d.equation.sides.least, 2 * grid.unit if isinstance(d.subject, WalkedSubject) else 1),
+        "step": max(d.equation.sides.step, grid.vae_scale_factor),
+        "tile": None if tile is None else [tile.side, tile.step],
+        "fixed": fixed,
+    }
+
+
+def _remedies(switched: set[str]) -> list[dict[str, Any]]:
+    """Return what the page can try where a call does not fit, in order of cost, and what it has to leave to others."""
+    found = sorted((remedy for row in TABLE.values() for remedy in row.remedies), key=lambda remedy: remedy.rank)
+    named = [(remedy, {n: SDPA if v == "efficient" else v for n, v in remedy.change.items()}) for remedy in found]
+    return [
+        {
+            "name": remedy.name,
+            "change": {n: str(v) for n, v in change.items()},
+            "cost": remedy.cost,
+            "call": remedy.call,
+        }
+        for remedy, change in named
+        if change.keys() <= switched
+    ]
+
+
+def _others(d: Derivation) -> str:
+    """Return the report's options that the form does not switch, as the command line has them."""
+    names = [name for name in sorted(TABLE) if d.options.chosen(name) and name not in SWITCHES and name != "gpu"]
+    return " ".join(flag(name, getattr(d.options, name)) for name in names)

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from derivation.api import Derivation, derive
+from derivation.equation.crossover import Crossover
 from derivation.evidence.table import recorded as predictions
 from derivation.options import EAGER, Options
-from derivation.report.answer import SIZES, Answer, PolynomialRow, answer, reference_side
-from derivation.report.assumptions import assumptions, chips, counted, summary
-from derivation.report.calculator import (
-    ATTENTION_SIDES,
-    BACKENDS_SHOWN,
-    Backend,
-    Calculator,
-    backend,
-    calculator,
-    combinations,
-    replayed_cards,
-    replays,
-    resolved,
-    titled,
-    typeset,
+from derivation.report.answer import (
+    SIZES,
+    Answer,
+    PolynomialRow,
+    answer,
+    reference_side,
+    square_peaks,
+    stage_title,
 )
+from derivation.report.assumptions import assumptions, chips, counted, summary
+from derivation.report.calculator import Calculator, calculator
 from derivation.report.document import Math, Picture
 from derivation.report.mathml import equation
 from derivation.report.offload import OffloadRow, placements
@@ -36,7 +32,10 @@ from derivation.report.tiles import Definition, definitions
 from derivation.report.validation import Validation, validation
 from derivation.report.walk import Walk, walks
 from derivation.tape.symbols import SYMBOLS, Symbol, is_tile
+from derivation.text import NARROW_SPACE
+from derivation.walk.subject import WalkedSubject
 
+ATTENTION_SIDES = tuple(range(256, 2049, 128))
 Progress = Callable[[str], None]
 
 TILED_CROSSINGS = (
@@ -63,6 +62,7 @@ class Content:
     equation: Math
     where: tuple[Definition, ...]
     side: int
+    length: int
     rounding_bytes: int
     answer: Answer
     placements: tuple[OffloadRow, ...]
@@ -95,35 +95,25 @@ class Content:
 
 
 def content(model: object, options: Options, command: str, progress: Progress, verify: bool = False) -> Content:
-    """Derive ``model`` and return everything its report says; independent parts run in processes of their own."""
+    """Derive ``model`` and return everything its report says."""
     progress("deriving")
-    d = _derive(model, options)
-    with ProcessPoolExecutor() as pool:
-        pairs = combinations(d.checkpoint, options)
-        derived = {pair: pool.submit(backend, d.checkpoint, options, *pair) for pair in pairs}
-        cards = replayed_cards(d.checkpoint, options)
-        replayed = {card: pool.submit(replays, d.checkpoint, options, card) for card in cards}
-        placed = pool.submit(placements, d.checkpoint, options) if d.checkpoint.whole else None
-        found = answer(d)
-        walked, reduced = walks(d), reductions(d)
-        progress("drawing figures")
-        drawn = pictures(d, found)
-        solved = d.equation.crossovers(), d.equation.irrelevant()
-        progress("deriving every precision and attention backend for the calculator")
-        backends = {pair: future.result() for pair, future in derived.items()}
-        verdicts = {card: future.result() for card, future in replayed.items()}
-        progress("comparing with measurements")
-        checked = validation(d.checkpoint.name, options, predictions(), verify)
-    drawn |= {"attention": _attention(d, backends)}
-    eager = next((b.crossings for b in backends.values() if b.crossings and options.attention != EAGER), ())
+    chosen: dict[str, Any] = options.as_dict()
+    d = derive(model, **chosen)
+    found = answer(d)
+    progress("drawing figures")
+    drawn = pictures(d, found) | _attention(d)
+    progress("recording the calls of the calculator")
+    form = calculator(d, {"peak": d.latex()})
+    progress("comparing with measurements")
+    checked = validation(d.name, options, predictions(), verify)
     return Content(
-        model=d.checkpoint.name,
-        slug=slug(d.checkpoint.name),
+        model=d.name,
+        slug=slug(d.name),
         command=command,
-        options=options,
+        options=d.options,
         chips=chips(d),
         counted=counted(options),
-        whole=d.checkpoint.whole,
+        whole=d.subject.whole,
         sizes=SIZES,
         unit=d.grid.unit,
         factor=d.grid.vae_scale_factor,
@@ -131,39 +121,69 @@ def content(model: object, options: Options, command: str, progress: Progress, v
         equation=equation(found.weights_bytes, [(p.terms, p.title) for p in found.polynomials]),
         where=definitions(d.equation.pipeline_stage().terms, d.grid),
         side=reference_side(d),
+        length=d.prompt_length,
         rounding_bytes=max(row.rounding_bytes for row in found.polynomials),
         answer=found,
-        placements=placed.result() if placed else (),
-        crossings=(
-            *titled(solved[0]),
-            *(f"With eager attention: {text}" for text in eager),
-            *((TILED_CROSSINGS,) if d.grid.tile else ()),
-        ),
-        indifferent=tuple((x.quantity, typeset(x.sentence)) for x in solved[1]),
+        placements=placements(d) if d.subject.whole else (),
+        crossings=_crossings(d),
+        indifferent=tuple((x.quantity, typeset(x.sentence)) for x in d.equation.irrelevant()),
         assumptions=assumptions(d),
         symbols=_symbols(d),
         events=len(d.record().tape.events),
         points=len(d.record().points),
-        reductions=reduced,
-        walks=walked,
+        reductions=reductions(d),
+        walks=walks(d),
         figures=drawn,
         validation=checked,
-        calculator=calculator(d, backends, verdicts),
+        calculator=form,
     )
 
 
-def _derive(model: object, options: Options) -> Derivation:
-    """Return the derivation once its tape is recorded: what it refuses is refused before any process starts."""
-    chosen: dict[str, Any] = options.as_dict()
-    d = derive(model, **chosen)
-    _ = d.program(True).generic
-    return d
+def _crossings(d: Derivation) -> tuple[str, ...]:
+    """Return where the largest stage changes, with eager attention as well."""
+    eager = () if (found := _eager(d)) is None else titled(found.equation.crossovers())
+    return (
+        *titled(d.equation.crossovers()),
+        *(f"With eager attention: {text}" for text in eager),
+        *((TILED_CROSSINGS,) if d.grid.tile else ()),
+    )
 
 
-def _attention(d: Derivation, backends: Mapping[tuple[str, str], Backend]) -> Picture:
-    names = dict.fromkeys([d.options.attention, *BACKENDS_SHOWN])
-    pairs = {name: resolved(d.checkpoint, d.options.dtype, name) for name in names}
-    return attention_picture(ATTENTION_SIDES, {name: backends[pair].totals for name, pair in pairs.items()})
+def _eager(d: Derivation) -> Derivation | None:
+    """Return the derivation with diffusers' eager attention, None where that is its own or there is none."""
+    if not isinstance(d.subject, WalkedSubject) or d.options.attention == EAGER:
+        return None
+    return Derivation(d.subject.changed(attention=EAGER), d.fixed)
+
+
+def _attention(d: Derivation) -> dict[str, Picture]:
+    eager = _eager(d)
+    if eager is None:
+        return {}
+    each = {d.options.attention: d, EAGER: eager}
+    totals = {
+        name: [x.weights_bytes + max(square_peaks(x, side).values()) for side in ATTENTION_SIDES]
+        for name, x in each.items()
+    }
+    return {"attention": attention_picture(ATTENTION_SIDES, totals)}
+
+
+def titled(found: Sequence[Crossover]) -> tuple[str, ...]:
+    """Return the sentences of crossovers with the stages' titles."""
+    return tuple(typeset(c.sentence.replace(f"from {c.before} to {c.after}", _move(c))) for c in found)
+
+
+def _move(c: Crossover) -> str:
+    return f"from “{stage_title(c.before)}” to “{stage_title(c.after)}”"
+
+
+def typeset(text: str) -> str:
+    """Return a sentence with the report's digit groups and multiplication signs.
+
+    >>> ascii(typeset("6,093 pixels (about 78 x 78)").replace(NARROW_SPACE, "_"))
+    "'6_093 pixels (about 78 \\\\xd7 78)'"
+    """
+    return re.sub(r"(?<=\d),(?=\d{3})", NARROW_SPACE, re.sub(r"(?<=\d) x (?=\d)", " \N{MULTIPLICATION SIGN} ", text))
 
 
 def _symbols(d: Derivation) -> tuple[Symbol, ...]:

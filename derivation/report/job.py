@@ -6,11 +6,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from derivation.config import load
+from derivation.config import bundled
 from derivation.errors import DerivationError
 from derivation.export import generate, write_formulas
 from derivation.options.row import flag
@@ -42,11 +41,9 @@ def build_all(
 
     Raises DerivationError where a report cannot be derived or written, or LaTeX stops at an error.
     """
-    with get_context("spawn").Pool(1) as pool:  # leaving the block ends it, also where a report cannot be built
-        formulas = pool.apply_async(generate, ([load(model).name for model in models],))
-        pages = build(models, output, _command(models, options), progress, verify, index, **options)
-        progress("refreshing formulas/")
-        write_formulas(ROOT, formulas.get())
+    pages = build(models, output, _command(models, options), progress, verify, index, **options)
+    progress("refreshing formulas/")
+    write_formulas(ROOT, generate([model for model in map(str, models) if model in bundled()]))
     return [*pages, *(_typeset(pages, progress) if pdf else [])]
 
 

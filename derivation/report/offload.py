@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
-from derivation.api import Derivation, derive
-from derivation.options import OFFLOADS, Options
-from derivation.report.answer import PROMPT_LENGTH, SIZES, square_peaks, stage_title
+from derivation.api import Derivation
+from derivation.errors import DerivationError
+from derivation.options import OFFLOADS
+from derivation.report.answer import SIZES, square_peaks, stage_title
 from derivation.report.text import PixelTerms, as_pixel_terms, value_at, values_at
 
 TITLES = {
@@ -29,16 +30,19 @@ class OffloadRow:
     own: bool
 
 
-def placements(model: object, options: Options) -> tuple[OffloadRow, ...]:
-    """Return the rows of a whole pipeline, "own" where a row has the options of the report; raises DerivationError."""
-    chosen: dict[str, Any] = options.as_dict()
-    derived = (derive(model, **{**chosen, "offload": offload}) for offload in (None, *OFFLOADS))
-    return tuple(_row(d, d.options.offload == options.offload) for d in derived)
+def placements(d: Derivation) -> tuple[OffloadRow, ...]:
+    """Return the rows of a whole pipeline, "own" where a row is the report's; those that can be derived."""
+    rows = []
+    for offload in (None, *OFFLOADS):
+        with suppress(DerivationError):
+            own = offload == d.options.offload
+            rows.append(_row(d if own else Derivation(d.subject.changed(offload=offload), d.fixed), own))
+    return tuple(rows)
 
 
 def _row(d: Derivation, own: bool) -> OffloadRow:
     peaks = [square_peaks(d, side) for side in SIZES]
-    least = values_at(d.grid, SIZES[0], SIZES[0], PROMPT_LENGTH, 1)
+    least = values_at(d.grid, SIZES[0], SIZES[0], d.prompt_length, 1)
     winners = [max(p, key=lambda name: p[name]) for p in peaks]
     polynomials = [as_pixel_terms(term.expression) for term in d.equation.pipeline_stage().terms]
     return OffloadRow(

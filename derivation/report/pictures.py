@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from derivation.api import Derivation
 from derivation.report import figures
 from derivation.report.answer import (
-    PROMPT_LENGTH,
     SIZES,
     STAGE_TITLES,
     Answer,
@@ -79,7 +78,7 @@ def _total(d: Derivation, side: int) -> int:
 def _stage_picture(d: Derivation, found: Answer) -> Picture:
     return picture(
         "stages",
-        f"The stages of {d.options.pipeline}" if d.checkpoint.whole else "The component's calls",
+        f"The stages of {d.options.pipeline}" if d.subject.whole else "The component's calls",
         "What each stage hands on, and its peak beyond the weights at 512 × 512 (B = 1, L = 77).",
         stage_diagram(d, found),
     )
@@ -87,13 +86,13 @@ def _stage_picture(d: Derivation, found: Answer) -> Picture:
 
 def _live(d: Derivation) -> Picture:
     side = reference_side(d)
-    values = d.sizes(side, side, 1, PROMPT_LENGTH)
+    values = d.sizes(side, side, 1, d.prompt_length)
     variant = d.program().at(values)
     live = variant.evaluator.live_bytes(values)
     return picture(
         "live",
         "Live bytes over the program",
-        f"{side} × {side}, B = 1, L = {PROMPT_LENGTH}, guidance on; weights excluded. The peak is "
+        f"{side} × {side}, B = 1, L = {d.prompt_length}, guidance on; weights excluded. The peak is "
         f"{human(int(live.max()))}.",
         figures.live_bytes(live, stages(variant.tape), STAGE_TITLES),
     )
@@ -169,7 +168,7 @@ def _map(d: Derivation, found: Answer, largest: int) -> Picture:
 
 def _totals(d: Derivation, found: Answer, sides: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the printed equation over height and width, for one image and 77 tokens."""
-    sizes = [[values_at(d.grid, int(h), int(w), PROMPT_LENGTH, 1) for w in sides] for h in sides]
+    sizes = [[values_at(d.grid, int(h), int(w), d.prompt_length, 1) for w in sides] for h in sides]
     values = np.moveaxis(np.array(sizes, dtype=float), -1, 0)
     totals = []
     for row in found.polynomials:

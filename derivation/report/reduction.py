@@ -12,7 +12,7 @@ from derivation.peak.headline import Term
 from derivation.peak.liveness import Point, local_maxima
 from derivation.peak.proof import margin, proven_nonnegative
 from derivation.peak.record import Record, StageRecord
-from derivation.report.answer import PIPELINE, PROMPT_LENGTH, reference_side, stage_title
+from derivation.report.answer import PIPELINE, reference_side, stage_title
 from derivation.report.text import PixelTerms, as_pixel_terms, size_text
 from derivation.tape.symbols import ceil512, evaluate
 from derivation.tape.tape import Tape
@@ -73,7 +73,7 @@ def reductions(d: Derivation) -> tuple[StageReduction, ...]:
     record = d.record()
     points = local_maxima(record.tape)
     side = reference_side(d)
-    values = d.sizes(side, side, 1, PROMPT_LENGTH)
+    values = d.sizes(side, side, 1, d.prompt_length)
     return tuple(
         _stage(stage, record, [p for p in points if p.stage == name], values) for name, stage in record.stages.items()
     )

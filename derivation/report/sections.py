@@ -48,7 +48,7 @@ CUT = (
 
 def document(c: Content) -> tuple[Section, ...]:
     """Return a report's sections."""
-    sizes = tuple(c.figures[name] for name in ("curves", "map", "attention"))
+    sizes = tuple(c.figures[name] for name in ("curves", "map", "attention") if name in c.figures)
     witnesses = (Paragraph(prose(WITNESSES)), *_witnesses(c))
     return (
         Section("What a call needs", (Form(),), "calculator"),

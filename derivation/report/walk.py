@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from derivation.api import Derivation
-from derivation.report.answer import PROMPT_LENGTH, reference_side
+from derivation.report.answer import reference_side
 from derivation.report.text import shape_text, size_text
 from derivation.tape.events import Allocation
 from derivation.tape.symbols import evaluate
@@ -60,7 +60,7 @@ def walks(d: Derivation) -> tuple[Walk, ...]:
 
 def _walk(d: Derivation, name: str) -> Walk:
     side = reference_side(d)
-    values = d.sizes(side, side, 1, PROMPT_LENGTH)
+    values = d.sizes(side, side, 1, d.prompt_length)
     variant = d.component(name).generic
     live = variant.evaluator.live_bytes(values)
     peak = int(live.argmax()) - 1

@@ -8,7 +8,7 @@ the answers to the questions that it asks of the tape, as long as it frees nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -146,6 +146,7 @@ class Recording:
     asked: tuple[Question, ...]
     result: object
     left: tuple[int, ...]
+    elsewhere: dict[str, list[Allocation]] = field(default_factory=dict)
 
     def copied(self, here: Tape, name: str, inputs: Sequence[SymTensor]) -> Any:
         """Put the recording on ``here`` for its module ``name`` and return the module's result."""
@@ -160,7 +161,9 @@ class Recording:
         return _result(self.result, storages, inputs)
 
     def _moved(self, path: str) -> list[Allocation]:
-        return [a.moved(path + a.path[len(self.path) :]) for a in self.allocations]
+        if path not in self.elsewhere:
+            self.elsewhere[path] = [a.moved(path + a.path[len(self.path) :]) for a in self.allocations]
+        return self.elsewhere[path]
 
 
 def _left(result: object, first: int, owners: Mapping[int, int]) -> object:

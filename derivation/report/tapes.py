@@ -1,0 +1,223 @@
+"""Tapes as data for a page, whose script evaluates and replays a call at any size that they hold for.
+
+A tape is a list of chunks, each a run of events that tapes share; in a chunk an event is one number, n // 4 of
+
+- 0 a tensor appears: by how much its kind's number is above the last one's, in zigzag
+- 1 a tensor dies: how many are alive that are younger, or have been in this chunk
+- 2 a weight that was there before the call dies: its kind, as for 0
+- 3 torch.cuda.empty_cache()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from itertools import pairwise
+from math import prod
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from derivation.tape.events import Allocation, Category
+from derivation.tape.grid import Range
+from derivation.tape.subject import Parameters
+from derivation.tape.symbols import DTYPE_BYTES, SYMBOLS, Size, as_poly
+from derivation.tape.tape import Tape
+from derivation.walk.pipelines.weights import registered
+
+K = TypeVar("K", bound=Hashable)
+Integers = NDArray[np.int64]
+WORKSPACE = "convolution workspace"
+BIRTH, DEATH, WEIGHT_DIES, EMPTY_CACHE = range(4)
+TENSOR, SCRATCH, OPTIONAL, WEIGHT = range(4)
+LAYERS = {Category.SCRATCH: SCRATCH, Category.WEIGHT: WEIGHT}
+
+
+class Table(Generic[K]):
+    """Values by number, each once, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.rows: list[K] = []
+        self._numbers: dict[K, int] = {}
+
+    def __call__(self, value: K) -> int:
+        """Return a value's number."""
+        number = self._numbers.setdefault(value, len(self.rows))
+        if number == len(self.rows):
+            self.rows.append(value)
+        return number
+
+
+class Tapes:
+    """Tapes with the tables that they share: sizes, names, kinds of tensors, chunks of events, lists of weights."""
+
+    def __init__(self) -> None:
+        self._size, self._name = Table[Size](), Table[str]()
+        self._row, self._chunk, self._list = Table[tuple[int, ...]](), Table[bytes](), Table[tuple[int, ...]]()
+        self._tape, self._made = Table[str](), list[dict[str, Any]]()
+        self._thin: dict[tuple[int, str], int] = {}
+        self._numbers: dict[int, int] = {}
+        self._seen: list[Allocation] = []
+
+    def add(self, tape: Tape, weights: int, ranges: Mapping[str, Range] | None = None) -> int:
+        """Return the number of a tape on top of a list of weights; equal ones have one number.
+
+        It holds where its decisions do and, of a recorded one, within ``ranges``.
+        """
+        edges = self._edges(tape)
+        chunks = [self._chunk(tokens.tobytes()) for tokens in self._tokens(tape, edges)]
+        place = {edge: i for i, edge in enumerate(edges)}
+        return self._numbered(
+            {
+                "chunks": chunks,
+                "stages": [[place[mark.event], self._name(mark.stage)] for mark in tape.marks],
+                "loops": [[place[start], place[end], times] for start, end, times in tape.loops],
+                "guards": [[self._size(g.size), g.bound, int(g.answer)] for g in tape.guards.values()],
+                "ones": sorted(tape.ones),
+                "fixed": {name: value for name, value in tape.fixed.items() if value > 1},
+                "ranges": {name: [r.first, r.last, r.step] for name, r in (ranges or {}).items()},
+                "weights": weights,
+            }
+        )
+
+    def _numbered(self, made: dict[str, Any]) -> int:
+        number = self._tape(repr(made))
+        if number == len(self._made):
+            self._made.append(made)
+        return number
+
+    def without(self, number: int, model: str, weights: int) -> int:
+        """Return the number of a tape that leaves out the stage called as a model, and that model's weights."""
+        made, total = self._made[number], len(self._made[number]["chunks"])
+        starts = [start for start, _ in made["stages"]]
+        spans = zip(starts, [*starts[1:], total], made["stages"], strict=True)
+        out = {i for start, end, (_, name) in spans if self._name.rows[name] == model for i in range(start, end)}
+        place = [sum(j not in out for j in range(i)) for i in range(total + 1)]
+        changed = {
+            "chunks": [self._thinned(chunk, model) for i, chunk in enumerate(made["chunks"]) if i not in out],
+            "stages": [[place[start], name] for start, name in made["stages"] if start not in out],
+            "loops": [[place[start], place[end], times] for start, end, times in made["loops"]],
+            "weights": weights,
+        }
+        return self._numbered({**made, **changed})
+
+    def _thinned(self, chunk: int, model: str) -> int:
+        """Return the number of a chunk without the tensors whose module is part of a model."""
+        if (chunk, model) not in self._thin:
+            tokens = np.frombuffer(self._chunk.rows[chunk], dtype=np.int64)
+            named = np.isin(tokens % 4, (BIRTH, WEIGHT_DIES))
+            steps = tokens[named] // 4
+            kinds = np.cumsum(np.where(steps % 2, -(steps + 1) // 2, steps // 2))
+            names = ((n, self._name.rows[self._row.rows[n][0]]) for n in np.unique(kinds))
+            out = np.isin(kinds, [n for n, name in names if name.startswith(f"{model}.")])
+            self._thin[chunk, model] = self._chunk(_left(tokens, kinds, out).tobytes()) if out.any() else chunk
+        return self._thin[chunk, model]
+
+    def document(self) -> dict[str, Any]:
+        """Return the tables as JSON values."""
+        return {
+            "sizes": [_terms(size) for size in self._size.rows],
+            "names": self._name.rows,
+            "kinds": [list(kind) for kind in self._row.rows],
+            "chunks": [np.frombuffer(tokens, dtype=np.int64).tolist() for tokens in self._chunk.rows],
+            "weights": [list(entries) for entries in self._list.rows],
+            "tapes": self._made,
+        }
+
+    def _kind(self, a: Allocation) -> int:
+        """Return the number of an allocation's kind, known by the object from now on: blocks' copies are one."""
+        layer = LAYERS.get(a.category, TENSOR) if a.op != WORKSPACE else OPTIONAL
+        kind = (self._name(a.path), self._name(a.op), self._size(a.nbytes), self._size(a.count), layer)
+        self._seen.append(a)
+        return self._numbers.setdefault(id(a), self._row((*kind, *map(self._size, a.shape))))
+
+    def weights(self, resident: Parameters) -> int:
+        """Return the number of a list of weights, bytes and names by turns, as ``pipe.to("cuda")`` moves them."""
+        entries = (
+            (prod(model[path][0]) * DTYPE_BYTES[model[path][1]], self._name(path))
+            for model in (resident[name] for name in sorted(resident))
+            for path in registered(model)
+        )
+        found = tuple(value for entry in entries for value in entry)
+        return self._list(found)
+
+    @staticmethod
+    def _edges(tape: Tape) -> list[int]:
+        """Return the events at which a chunk ends and the next begins, the tape's own ends included."""
+        loops = {edge for start, end, _ in tape.loops for edge in (start, end)}
+        marks = {mark.event for mark in tape.marks}
+        return sorted({0, len(tape.events), *marks, *tape.iterations, *loops})
+
+    def _tokens(self, tape: Tape, edges: list[int]) -> Iterator[Integers]:
+        """Yield the events of each chunk as numbers."""
+        events = np.array(tape.events, dtype=np.int64)
+        index = np.abs(events) - 1
+        known = map(self._numbers.get, map(id, tape.allocations))
+        kinds = np.array([self._kind(a) if n is None else n for a, n in zip(tape.allocations, known, strict=True)])
+        loaded = np.ones(len(kinds), dtype=bool)
+        loaded[index[events > 0]] = False
+        born, births = events > 0, np.cumsum(events > 0)
+        order = np.zeros(len(kinds), dtype=np.int64)
+        order[index[born]] = np.arange(int(born.sum()))
+        alive = np.zeros(int(born.sum()), dtype=bool)
+        emptied = np.array(tape.emptied, dtype=np.int64)
+        for start, end in pairwise(edges):
+            part = slice(start, end)
+            at, is_birth, is_weight = index[part], born[part], loaded[index[part]] & ~born[part]
+            before = int(births[start - 1]) if start else 0
+            kind = kinds[at]
+            named = is_birth | is_weight
+            tokens = np.zeros(end - start, dtype=np.int64)
+            tokens[named] = 4 * _zigzag(np.diff(kind[named], prepend=0)) + WEIGHT_DIES * is_weight[named]
+            dead = ~named
+            tokens[dead] = 4 * _younger(order[at[dead]], births[part][dead], before, alive) + DEATH
+            alive[order[at[is_birth]]] = True
+            alive[order[at[dead]]] = False
+            here = emptied[(emptied > start) & (emptied <= end)] if start else emptied[emptied <= end]
+            yield np.insert(tokens, here - start, EMPTY_CACHE)
+
+
+def _zigzag(steps: Integers) -> Integers:
+    """Return steps as numbers from 0: 0, -1, 1, -2, 2 are 0, 1, 2, 3, 4."""
+    return np.where(steps < 0, -2 * steps - 1, 2 * steps)
+
+
+def _left(tokens: Integers, kinds: Integers, out: NDArray[np.bool_]) -> Integers:
+    """Return a chunk without some of its named events, which have ``kinds``: without what they bring, and its death."""
+    named, members, found = zip(kinds.tolist(), out.tolist(), strict=True), list[bool](), list[int]()
+    last = 0
+    for token in tokens.tolist():
+        value, sort = divmod(token, 4)
+        if sort in (BIRTH, WEIGHT_DIES):
+            kind, is_out = next(named)
+            members += [is_out] if sort == BIRTH else []
+            if not is_out:
+                step, last = kind - last, kind
+                found.append(4 * (2 * step if step >= 0 else -2 * step - 1) + sort)
+        elif sort == EMPTY_CACHE:
+            found.append(token)
+        elif value >= len(members):
+            found.append(token - 4 * sum(members))
+        elif not members[~value]:
+            found.append(token - 4 * sum(members[len(members) - value :]))
+    return np.array(found, dtype=np.int64)
+
+
+def _younger(own: Integers, births: Integers, before: int, alive: NDArray[np.bool_]) -> Integers:
+    """Return how many tensors stand behind those that die: born in the chunk, or alive when it began.
+
+    ``own`` are their places among all births, ``births`` how many there have been, ``before`` the chunk's first.
+    """
+    older = np.flatnonzero(alive[:before])
+    rank = len(older) - 1 - np.searchsorted(older, own)
+    return np.where(own >= before, births - own - 1, births - before + rank)
+
+
+def _terms(size: Size) -> Any:
+    """Return an integer, or [coefficient, symbols ...] of each term, a symbol as often as its power."""
+    if isinstance(size, int):
+        return size
+    return [
+        [int(c), *(SYMBOLS[i].name for i, power in enumerate(monomial) for _ in range(power))]
+        for monomial, c in as_poly(size).items()
+    ]

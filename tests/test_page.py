@@ -1,0 +1,178 @@
+"""The report's page in a headless browser: its answers are those of ``estimate``, for whoever asks and however."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import warnings
+from functools import cache
+
+import pytest
+from conftest import SD15
+
+from derivation import derive
+from derivation.report import build
+from derivation.report.calculator import SWITCHES
+from derivation.report.tapes import Tapes
+
+CHROMIUM = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+SEED = 20261128
+CARDS = ("rtx-3060", "RTX 4090", "t4", "Tesla T4", "rtx 2060", "h100", "a100-40gb", "rtx 3070 laptop", "12", "8 GiB")
+
+# Answers of the form to states; what is searched after the answer of the first ones is waited for.
+PROBE = """<script>
+(async () => {
+  const pause = () => new Promise((done) => setTimeout(done, 5));
+  while (!document.documentElement.dataset.ready) await pause();
+  const text = (id) => document.getElementById(id).textContent;
+  const found = [];
+  for (const state of STATES) {
+    history.replaceState(null, "", `#${new URLSearchParams(state)}`);
+    window.dispatchEvent(new Event("hashchange"));
+    found.push({
+      ...document.getElementById("answer-verdict").dataset, said: text("answer-verdict"),
+      error: document.getElementById("ask-error").hidden ? "" : text("ask-error"),
+      gone: document.getElementById("answer-box").hidden, command: text("answer-command"),
+      layers: [...document.querySelectorAll("#answer-legend li")].map((li) => Number(li.dataset.bytes)),
+    });
+    if (found.length > SEARCHED) continue;
+    await pause();
+    Object.assign(found[found.length - 1], { advice: text("answer-advice"), largest: text("answer-largest") });
+  }
+  const out = document.createElement("pre");
+  out.id = "collected";
+  out.textContent = JSON.stringify(found);
+  document.body.append(out);
+})();
+</script></body>"""
+
+
+def browse(page, tmp_path, *arguments):
+    """Return the page's DOM after its scripts ran; nothing may be logged to the console."""
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr", "--virtual-time-budget=60000", *arguments, "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    return done.stdout
+
+
+def shown(page, states, tmp_path, searched=0):
+    """Return what a page shows for states of its form."""
+    copy = tmp_path / "page.html"
+    probe = PROBE.replace("STATES", json.dumps(states)).replace("SEARCHED", str(searched))
+    copy.write_text(page.read_text().replace("</body>", probe))
+    [text] = re.findall(r'<pre id="collected">(.*?)</pre>', browse(copy, tmp_path), re.S)
+    return json.loads(html.unescape(text))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    [found] = build([SD15], tmp_path_factory.mktemp("page"))
+    return found
+
+
+def settings(count):
+    """Return random states of the form."""
+    chosen = random.Random(SEED)
+    found = []
+    for _ in range(count):
+        state = {name: str(chosen.choice(values)) for name, (_, values) in SWITCHES.items()}
+        sides = [chosen.choice((512, 768, 1024, 8 * chosen.randint(16, 256))) for _ in "hw"]
+        state |= {"size": "x".join(map(str, sides)), "batch": str(chosen.choice((1, 1, 2, 3, 7)))}
+        found.append(state | {"card": chosen.choice(CARDS), "free": chosen.choice(("", "", "", "6GiB"))})
+    return found
+
+
+def options(state):
+    """Return a state's options as ``derive`` takes them."""
+    words = {"True": True, "False": False, "None": None}
+    return {name: words.get(state[name], state[name]) for name in SWITCHES}
+
+
+@cache
+def derived(key):
+    return derive(SD15, **dict(key))
+
+
+def expected(state):
+    """Return the verdict of a state in Python."""
+    height, width = map(int, state["size"].split("x"))
+    gpu = None if state["card"][0].isdigit() else state["card"]
+    free = (6 << 30 if state["free"] else None) if gpu else int(state["card"].split()[0]) << 30
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        d = derived(tuple({**options(state), "gpu": gpu}.items()))
+        return d.verdict(height, width, int(state["batch"]), free_bytes=free)
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        18,
+        pytest.param(
+            80,
+            marks=pytest.mark.skipif(
+                "FULL_PAGE" not in os.environ, reason="FULL_PAGE is not set: 50 settings take a minute"
+            ),
+        ),
+    ],
+)
+def test_random_settings_are_the_estimate_s_to_the_byte_and_in_verdict(page, tmp_path, drawn):
+    states = settings(drawn)
+    found = shown(page, states, tmp_path)
+    assert {each["error"] for each in found} == {""}
+    held = [(state, each) for state, each in zip(states, found, strict=True) if each["verdict"] != "none"]
+    assert len(held) >= drawn * 5 / 8
+    for state, each in held:
+        verdict = expected(state)
+        assert (int(each["needs"]), each["verdict"] != "no") == (verdict.needs_bytes, verdict.fits), state
+        if not state["card"][0].isdigit():
+            assert each["said"].partition(";")[0] == str(verdict).partition(": ")[2], state
+            assert not verdict.fits or each["said"].endswith(verdict.trust), state
+            assert not verdict.fits or sum(each["layers"]) == verdict.needs_bytes, state
+
+
+def test_what_does_not_fit_has_a_remedy_that_does_and_a_largest_size(page, tmp_path):
+    asked = {**settings(1)[0], "pipeline": "txt2img", "dtype": "float16", "attention": "eager", "offload": "None"}
+    asked |= {"card": "rtx-3060", "size": "1024x1024", "batch": "1", "free": "", "safety_checker": "True"}
+    [found] = shown(page, [asked], tmp_path, searched=1)
+    assert found["verdict"] == "no" and not expected(asked).fits
+    assert (
+        found["advice"].startswith("It fits with fused attention (") and expected({**asked, "attention": "sdpa"}).fits
+    )
+    side = int(re.search(r"Squares up to (\d+) .", found["largest"])[1])
+    assert expected({**asked, "size": f"{side}x{side}"}).fits
+    assert not expected({**asked, "size": f"{side + 64}x{side + 64}"}).fits
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"size": "513x512"}, "multiples of 8"),
+        ({"size": "wide"}, "HEIGHTxWIDTH"),
+        ({"card": "no such card"}, "a card"),
+        ({"batch": "0"}, "an integer from 1"),
+        ({"free": "much"}, "free memory"),
+    ],
+)
+def test_the_old_answer_goes_on_bad_input(page, tmp_path, change, said):
+    good = {**settings(1)[0], "size": "512x512"}
+    first, bad = shown(page, [good, {**good, **change}], tmp_path)
+    assert not first["gone"] and bad["gone"] and said in bad["error"]
+
+
+@pytest.mark.parametrize("offload", [None, "model", "sequential"])
+def test_a_tape_without_the_safety_checker_is_that_of_a_call_without_it(offload):
+    held, gpu = Tapes(), "t4"
+    on = derive(SD15, gpu=gpu, offload=offload, attention="sdpa").subject
+    off = on.changed(safety_checker=False)
+    numbers = [held.add(s.program(True, {"L": 77}).generic.tape, held.weights(s.resident)) for s in (on, off)]
+    assert held.without(numbers[0], "safety_checker", held.weights(off.resident)) == numbers[1] != numbers[0]
