@@ -20,6 +20,8 @@ from derivation.options import Options
 from derivation.text import human
 from derivation.verdict import Verdict
 
+# The newest that torch/utils/viz/MemoryViz.js reads.
+PICKLE_PROTOCOL = 4
 # What the LaTeX is of.
 PEAK = "peak"
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -55,7 +57,7 @@ def estimate(
     """
     derivation, call = derivation_of(model, options, revision), call_of(size, prompt)
     if snapshot is not None:
-        write_file(snapshot, pickle.dumps(derivation.snapshot(call)))
+        write_file(snapshot, pickle.dumps(derivation.snapshot(call), protocol=PICKLE_PROTOCOL))
     found = derivation.estimate(call)
     result = {**found, "guidance_scale": prompt.guidance_scale}
     output.emit(result, json, lambda result: show_estimate(result, options))
