@@ -145,6 +145,16 @@ def test_what_the_forms_do_not_say_is_refused(sd15: Derivation) -> None:
             sd15.equation.device.reserved_at(*size)
 
 
+def test_a_batch_has_its_own_exports(sd15: Derivation) -> None:
+    two, module = sd15.at(batch_size=2), {"__name__": "generated"}
+    exec(export(two.equation, "python"), module)
+    for height, width in [(512, 768), (1024, 832)]:
+        replayed = sd15.device_memory(height, width, 2)
+        assert module["device_vram"](height, width) == (replayed.reserved, replayed.device, True)
+    with pytest.raises(DerivationError, match="fix the sides"):
+        _ = derive(SD15, gpu="t4", vae_tiling=True).reserved
+
+
 MANY_SIZES = [
     ("stable-diffusion-v1-5/stable-diffusion-v1-5", "txt2img", "t4", 3),
     ("runwayml/stable-diffusion-inpainting", "inpaint", "rtx-4090", 2),

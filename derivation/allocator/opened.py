@@ -9,7 +9,7 @@ import numpy as np
 
 from derivation.allocator.pools import Chunk, Pool, Run, chunks
 from derivation.allocator.report import SMALL_BYTES, round_size
-from derivation.allocator.simulate import pair_roles
+from derivation.allocator.simulate import pair_roles, single
 from derivation.allocator.symbolic import Atom, Points, Vector
 from derivation.errors import DerivationError
 from derivation.tape.evaluate import stages
@@ -26,12 +26,13 @@ class Requests:
     """What a tape asks for at each point, in rounded bytes, and what is loaded before.
 
     ``weights`` are the bytes of each parameter in the order of loading. Raises DerivationError for a tape that empties
-    the cache, counts storages, or loads what has no bytes among the weights.
+    the cache, counts storages by size, or loads what has no bytes among the weights.
     """
 
     def __init__(self, tape: Tape, weights: Mapping[str, int], points: Points) -> None:
-        if tape.emptied or any(a.count != 1 for a in tape.allocations):
-            raise DerivationError("no closed form of reserved bytes: the cache is emptied, or tiles are counted")
+        if tape.emptied:
+            raise DerivationError("no closed form of reserved bytes: the cache is emptied")
+        tape = single(tape, points.values)
         if any(a.loaded and a.path not in weights for a in tape.allocations):
             raise DerivationError("no closed form of reserved bytes: weights are loaded during the run")
         self.tape, self.weights, self.points = tape, weights, points

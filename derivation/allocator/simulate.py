@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from derivation.allocator.replay import Loop, Replay
+from derivation.errors import DerivationError
+from derivation.tape.events import Mark
 from derivation.tape.symbols import Size, evaluate
 from derivation.tape.tape import Tape
 
@@ -39,6 +42,25 @@ def replay(tape: Tape, values: Mapping[str, int], weights: Mapping[str, int] | N
     loops = [_loop(events, sizes, position[start], position[end], times) for start, end, times in tape.loops]
     optional = {t for i, a in enumerate(tape.allocations) if a.op == WORKSPACE for t in range(first[i], first[i + 1])}
     return Replay(events, sizes, loops, loaded, frozenset(optional))
+
+
+def single(tape: Tape, sizes: Sequence[Mapping[str, int]]) -> Tape:
+    """Return ``tape`` with alike storages one by one; raises DerivationError where their counts differ by size."""
+    counts = {count: {evaluate(count, values) for values in sizes} for count in {a.count for a in tape.allocations}}
+    if any(len(found) > 1 for found in counts.values()):
+        raise DerivationError("no closed form of reserved bytes: how many storages there are depends on the size")
+    if counts.keys() == {1}:
+        return tape
+    numbers = [min(counts[a.count]) for a in tape.allocations]
+    events, position = _written_out(tape, [0, *accumulate(numbers)], ())
+    return replace(
+        tape,
+        allocations=[replace(a, count=1) for a, n in zip(tape.allocations, numbers, strict=True) for _ in range(n)],
+        events=events,
+        loops=[(position[start], position[end], times) for start, end, times in tape.loops],
+        iterations=[position[event] for event in tape.iterations],
+        marks=[Mark(position[mark.event], mark.stage) for mark in tape.marks],
+    )
 
 
 def _written_out(tape: Tape, first: Sequence[int], staying: Container[int]) -> tuple[list[int], list[int]]:

@@ -46,7 +46,7 @@ class DeviceForm:
 
     Batch size and prompt length are those that are fixed, else 1 and the default. On a full card, where cached blocks
     are given back, the forms claim nothing, but for one size, at which they are the numeric replay's. Raises
-    DerivationError where no GPU is named, or where the allocator is never at rest and the sides are not fixed.
+    DerivationError where no GPU is named, or where each size has a run of its own (VAE tiles) and none is fixed.
     """
 
     def __init__(self, derived: Derived, guidance: bool = True) -> None:
@@ -59,6 +59,10 @@ class DeviceForm:
         free = Derived(derived.subject, {name: size for name, size in derived.fixed.items() if name in ("B", "L")})
         self.variant = free.program(guidance).at(derived.sizes(calls[0]))
         held = [call for call in calls if self.variant.holds(derived.sizes(call))]
+        if len(held) == 1 < len(calls):
+            raise DerivationError(
+                "no closed form of what the GPU shows: each size runs its own way; fix the sides: at()"
+            )
         self.index = {(call.height, call.width): i for i, call in enumerate(held)}
         self.points = Points([derived.sizes(call) for call in held])
         if AllocatorConfig.parse(derived.options.alloc_conf or "") != AllocatorConfig() and len(held) > 1:
@@ -74,7 +78,7 @@ class DeviceForm:
 
     @cached_property
     def requests(self) -> Requests:
-        """What the run asks for at each size; raises DerivationError where tiles are counted, or the cache emptied."""
+        """What the run asks for at each size; raises DerivationError for what ``Requests`` does not take."""
         return Requests(self.variant.tape, weight_bytes(self.derived.resident), self.points)
 
     @cached_property
@@ -124,7 +128,7 @@ class DeviceForm:
 
     def _asked(self, point: int) -> Counter[Size]:
         """Return the requests that segments of their own are opened for at a size, and vary."""
-        sizes = (self.variant.tape.allocations[tensor].nbytes for tensor, _ in self.large.at(point))
+        sizes = (self.requests.tape.allocations[tensor].nbytes for tensor, _ in self.large.at(point))
         return Counter(n for n in sizes if free_names(n))
 
     @cached_property
@@ -134,7 +138,7 @@ class DeviceForm:
         left = reduce(and_, (self._asked(point) for point in self.index.values()))
         sums = list[tuple[int, int]]()
         for tensor, _ in self.large.at(len(self.points) - 1):
-            nbytes = self.variant.tape.allocations[tensor].nbytes
+            nbytes = self.requests.tape.allocations[tensor].nbytes
             if left[nbytes] and (self.points.plain(nbytes) >= MIN_LARGE_BYTES).all():
                 left[nbytes] -= 1
                 sums.append((self.points.number_of_atom(Atom(nbytes, is_segment=True)), tensor))
@@ -182,7 +186,7 @@ class DeviceForm:
         for number, origin in sums:
             total += self.points.vector(number)
             if self.points.varies(number):
-                a = self.variant.tape.allocations[origin]
+                a = self.requests.tape.allocations[origin]
                 names.setdefault(number, []).append(f"{a.path or 'pipeline'}: {a.op}")
             else:
                 constant += int(self.points.vector(number)[0])
@@ -253,8 +257,8 @@ class DeviceForm:
     def _alive_after(self, event: int) -> sympy.Expr:
         """Return the bytes of the weights' blocks and of what is alive after an event, rounded."""
         alive: Counter[Size] = Counter()
-        for e in self.variant.tape.events[: event + 1]:
-            alive[self.variant.tape.allocations[abs(e) - 1].nbytes] += 1 if e > 0 else -1
+        for e in self.requests.tape.events[: event + 1]:
+            alive[self.requests.tape.allocations[abs(e) - 1].nbytes] += 1 if e > 0 else -1
         atoms = ((count, Atom(nbytes, is_segment=False)) for nbytes, count in alive.items() if count)
         everywhere = np.ones(len(self.points), dtype=bool)
         return sympy.Add(self.loaded_bytes, *(count * self._atom(atom, everywhere) for count, atom in atoms))
