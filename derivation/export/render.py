@@ -28,6 +28,8 @@ EXCLUSIONS = (
     "gradients, optimizer state",
 )
 LIBRARY_SCRATCH = "scratch memory of cuDNN, cuBLAS and the attention kernels"
+# diffusers' retrieve_timesteps puts them on the GPU, where a card's answer counts them.
+TIMESTEPS = "the scheduler's timesteps, at most 8 bytes a step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +47,14 @@ class Facts:
 def facts(equation: Equation) -> Facts:
     """Return the header of an equation's files."""
     d = equation
-    scratch = () if d.options.gpu else (LIBRARY_SCRATCH,)
+    without = () if d.options.gpu else (LIBRARY_SCRATCH, *((TIMESTEPS,) if d.subject.method == "walk" else ()))
     return Facts(
         title=f"Peak GPU memory of {printable(d.name)} ({d.options.pipeline}), in bytes.",
         generator=f"diffusion-vram-derivation {__version__}, from the checkpoint's config files",
         options=tuple(f"{key}={printable(str(value))}" for key, value in d.options.told().items()),
         versions=tuple(f"{name} {version}" for name, version in asdict(d.options.libraries).items()),
         assumptions=(*assumptions(d.options), *d.subject.remarks),
-        exclusions=(*scratch, *exclusions(d.options)),
+        exclusions=(*without, *exclusions(d.options)),
     )
 
 

@@ -13,6 +13,7 @@
    - a prompt longer than the text encoder's positions comes as prompt_embeds
  Not included:
    - scratch memory of cuDNN, cuBLAS and the attention kernels
+   - the scheduler's timesteps, at most 8 bytes a step
    - CUDA context and kernels' images
    - what the caching allocator reserves beyond live tensors
    - gradients, optimizer state
