@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from derivation.allocator.allocator import CachingAllocator
 from derivation.allocator.config import AllocatorConfig
-from derivation.allocator.replay import OutOfMemoryEvent, load_weights
+from derivation.allocator.replay import OutOfMemoryEvent, ReplayResult, load_weights
 from derivation.allocator.report import OutOfMemory, OutOfMemoryError
 from derivation.allocator.simulate import replay
 from derivation.gpu.cards import Gpu, lookup
@@ -61,18 +61,20 @@ def device_memory(
     that is not supported.
     """
     card = lookup(gpu)
-    context, source = context_of(card)
     allocator = allocator_of(card, alloc_conf, CachingAllocator)
-    failed: dict[str, Any] | None
     try:
         weights = load_pipeline(allocator, parameters)
     except OutOfMemoryError as error:
-        weights, failed = {}, _failed("the weights, while they are loaded", "load", (), error.report)
-        result = replay(Tape(Options()), {}).run(allocator)
-    else:
-        loaded = allocator.reserved_bytes.current
-        result = replay(tape, values, weights).run(allocator)
-        failed = None if result.out_of_memory is None else _failed_at(result.out_of_memory, tape, values)
+        failed = _failed("the weights, while they are loaded", "load", (), error.report)
+        return figures(card, replay(Tape(Options()), {}).run(allocator), None, failed)
+    loaded = allocator.reserved_bytes.current
+    result = replay(tape, values, weights).run(allocator)
+    return figures(card, result, loaded, failed_at(result.out_of_memory, tape, values))
+
+
+def figures(card: Gpu, result: ReplayResult, loaded: int | None, failed: dict[str, Any] | None) -> DeviceMemory:
+    """Return what a replay on a card says: ``loaded`` bytes are reserved for the weights, None where they failed."""
+    context, source = context_of(card)
     reserved = result.reserved_bytes.nbytes
     device = None if context is None else reserved + context
     return DeviceMemory(
@@ -80,7 +82,7 @@ def device_memory(
         allocated=result.allocated_bytes.nbytes,
         reserved=reserved,
         device=device,
-        device_before_run=None if context is None or not weights else loaded + context,
+        device_before_run=None if context is None or loaded is None else loaded + context,
         total=card.total_memory_bytes,
         context=context,
         context_source=source,
@@ -122,8 +124,10 @@ def context_of(card: Gpu) -> tuple[int | None, str]:
     return (None, "unknown") if nearest is None else (nearest[0], f"nearest documented card: {nearest[1].name}")
 
 
-def _failed_at(event: OutOfMemoryEvent, tape: Tape, values: Mapping[str, int]) -> dict[str, Any]:
-    """Return the request that failed: its module path, or the operator outside modules."""
+def failed_at(event: OutOfMemoryEvent | None, tape: Tape, values: Mapping[str, int]) -> dict[str, Any] | None:
+    """Return the request that failed: its module path, or the operator outside modules; None where none did."""
+    if event is None:
+        return None
     numbered = (a for a in tape.allocations for _ in range(evaluate(a.count, values)))
     a = next(islice(numbered, event.tensor, None))
     shape = tuple(evaluate(dim, values) for dim in a.shape)

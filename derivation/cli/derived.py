@@ -5,12 +5,13 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from derivation.call import parse_size
 from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, call_of, completing, derivation_of, expanded
 from derivation.config import bundled, bundled_traced, load, traced_folder
@@ -35,6 +36,7 @@ KNOWN = {
     "peak_stage",
     "peak_tensor_bytes",
     "figure",
+    "then",
 }
 VERIFY_EXTRA = "pip install 'diffusion-vram-derivation[verify]'"
 
@@ -48,6 +50,12 @@ def estimate(
     snapshot: Annotated[
         Path | None, typer.Option(help="With --gpu: file for the replay as PyTorch's memory snapshot (memory_viz).")
     ] = None,
+    then: Annotated[
+        list[str] | None, typer.Option(help="With --gpu: size of a further call in the same process; repeatable.")
+    ] = None,
+    empty_cache: Annotated[
+        bool, typer.Option("--empty-cache", help="The program calls torch.cuda.empty_cache() after each call.")
+    ] = False,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -55,13 +63,19 @@ def estimate(
 
     Example: derivation estimate sd15 --size 512x768 --gpu rtx-3060
     """
+    from derivation.ask.sequence import sequence
+
     derivation, call = derivation_of(model, options, revision), call_of(size, prompt)
     if snapshot is not None:
         write_file(snapshot, pickle.dumps(derivation.snapshot(call), protocol=PICKLE_PROTOCOL))
     found = derivation.estimate(call)
     result = {**found, "guidance_scale": prompt.guidance_scale}
+    if then:
+        sizes = (parse_size(size) for size in then)
+        calls = (call, *(replace(call, height=height, width=width) for height, width in sizes))
+        result["then"] = [turn.as_dict() for turn in sequence(derivation, calls, empty_cache)[1:]]
     output.emit(result, json, lambda result: show_estimate(result, options))
-    if result.get("failed"):
+    if any(turn.get("failed") for turn in (result, *result.get("then", ()))):
         raise typer.Exit(1)
 
 
@@ -88,6 +102,9 @@ def show_estimate(result: Mapping[str, Any], options: Options) -> None:
     output.line(f"Peak: {human(peak)} ({peak:,} bytes) in {result['peak_stage']}", style="bold")
     if verdict:
         output.line(str(verdict), style="bold")
+    for turn in result.get("then", ()):
+        cached = f"{human(turn['cached_before_bytes'])} cached before, {human(turn['cached_after_bytes'])} after"
+        output.line(f"then {turn['height']} x {turn['width']}: {Verdict.read(turn)}; {cached}", style="bold")
 
 
 MAIN = ("pipeline", "dtype", "attention", "guidance_scale")
