@@ -14,7 +14,7 @@ from derivation.allocator.memory import DeviceMemory, device_memory
 from derivation.allocator.snapshot import snapshot
 from derivation.call import Call, takes_call
 from derivation.config import Checkpoint, OtherPipeline, hub_folder, is_live, load, traced_folder
-from derivation.equation.derived import Stage
+from derivation.equation.derived import Stage, peaks_of
 from derivation.equation.record import Equation
 from derivation.errors import DerivationError, one_of, unsupported
 from derivation.export import compiled
@@ -218,7 +218,7 @@ class Derivation:
         peaks: dict[str, int] = {}
         for name in self.calls:
             at = self.chunked(name, values)
-            [(peaks[name], _)] = self.component(name, call.guidance).at(at).evaluator.peaks(at).values()
+            [(peaks[name], _)] = peaks_of(self.component(name, call.guidance), at).evaluator.peaks(at).values()
         return peaks
 
     def chunked(self, name: str, values: Mapping[str, int]) -> dict[str, int]:
@@ -234,7 +234,7 @@ class Derivation:
     @takes_call
     def estimate(self, call: Call) -> dict[str, Any]:
         """Return everything known about one call, in bytes, ready for JSON; with a GPU its verdict, too."""
-        variant = self.program(call.guidance).at(values := self.equation.sizes(call))
+        variant = peaks_of(self.program(call.guidance), values := self.equation.sizes(call))
         peaks = variant.evaluator.peaks(values)
         peak_stage = max(peaks, key=lambda name: peaks[name][0])
         stage_bytes, event = peaks[peak_stage]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -39,7 +39,11 @@ def replay(tape: Tape, values: Mapping[str, int], weights: Mapping[str, int] | N
     staying = {i for i, a in enumerate(tape.allocations) if a.loaded and a.path not in weights}
     is_plain = not staying and not tape.emptied and set(counts) <= {1}
     events, position = (tape.events, range(len(tape.events) + 1)) if is_plain else _written_out(tape, first, staying)
-    loops = [_loop(events, sizes, position[start], position[end], times) for start, end, times in tape.loops]
+    alive = _alive_at(events, {position[at] for start, end, _ in tape.loops for at in (start, end)})
+    loops = []
+    for begins, ends, times in tape.loops:
+        start, end = position[begins], position[ends]
+        loops.append(Loop(start, end, times, pair_roles(sizes.__getitem__, alive[start], alive[end])))
     optional = {t for i, a in enumerate(tape.allocations) if a.op == WORKSPACE for t in range(first[i], first[i + 1])}
     return Replay(events, sizes, loops, loaded, frozenset(optional))
 
@@ -78,14 +82,10 @@ def _written_out(tape: Tape, first: Sequence[int], staying: Container[int]) -> t
     return events, position
 
 
-def _loop(events: Sequence[int], sizes: Sequence[int], start: int, end: int, times: int) -> Loop:
-    """Pair what is alive after an iteration with what was alive before: same size, same order of birth."""
-    before = _alive(events[:start])
-    return Loop(start, end, times, pair_roles(sizes.__getitem__, before, _alive(events[start:end], before)))
-
-
-def pair_roles(size_of: Callable[[int], int], before: Iterable[int], after: Iterable[int]) -> dict[int, int]:
-    """Pair tensors alive after an iteration with those before it: same size, same order of birth."""
+def pair_roles(size_of: Callable[[int], int], before: Collection[int], after: Collection[int]) -> dict[int, int]:
+    """Pair tensors alive after an iteration with those before it: same size, same order of birth; none for the same."""
+    if before == after:
+        return {}
 
     def by_size(alive: Iterable[int]) -> list[int]:
         return sorted(alive, key=lambda tensor: (size_of(tensor), tensor))
@@ -93,8 +93,12 @@ def pair_roles(size_of: Callable[[int], int], before: Iterable[int], after: Iter
     return dict(zip(by_size(after), by_size(before), strict=True))
 
 
-def _alive(events: Iterable[int], before: Iterable[int] = ()) -> set[int]:
-    alive = set(before)
-    for event in events:
+def _alive_at(events: Sequence[int], places: Container[int]) -> dict[int, frozenset[int]]:
+    """Return the tensors that are alive before the events at ``places``, in one pass."""
+    alive: set[int] = set()
+    found = {0: frozenset[int]()}
+    for place, event in enumerate(events, 1):
         (alive.add if event > 0 else alive.discard)(abs(event) - 1)
-    return alive
+        if place in places:
+            found[place] = frozenset(alive)
+    return found

@@ -204,6 +204,8 @@ def solved_side(request: Request, aspect: tuple[int, int], call: Call) -> float 
 
     Each polynomial is a x^4 + b x^2 + c in the side x; None where one is not, as with VAE tiles, or does not grow.
     """
+    if request.derivation.options.vae_tiling:
+        return None
     x = sympy.Symbol("x", positive=True)
     longer = max(aspect)
     along = {H: x * sympy.Rational(aspect[1], longer), W: x * sympy.Rational(aspect[0], longer), B: call.batch_size}
@@ -228,7 +230,9 @@ def _positive_root(a: Fraction, b: Fraction, spare: Fraction) -> float:
 
 
 def _solved_batch(request: Request, call: Call) -> int:
-    """Return the batch at which the headline, linear in B, equals the budget."""
+    """Return the batch at which the headline, linear in B, equals the budget; 1 with VAE tiles."""
+    if request.derivation.options.vae_tiling:
+        return 1
     spare = request.budget_bytes - request.derivation.weights_bytes
     found: list[int] = []
     for headline in request.headlines(call):

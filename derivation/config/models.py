@@ -195,7 +195,19 @@ def _transformer_layers(values: dict[str, Any], file: str) -> None:
     values["transformer_layers_per_block"] = _depths(depth, down, at._replace(key="transformer_layers_per_block"))
 
 
+def _check_depth(unet: UNet2DConditionConfig, file: str) -> None:
+    """Raise UnsupportedConfig for more than MAX_LAYERS resnets, or transformer blocks, in all."""
+    types = (*unet.down_block_types, *unet.up_block_types)
+    depths = (*unet.transformer_layers_per_block, *unet.reverse_transformer_layers_per_block)
+    transformers = sum(sum(depth) for name, depth in zip(types, depths, strict=True) if "Cross" in name)
+    resnets = 2 * sum(unet.layers_per_block)
+    for name, count in (("layers_per_block", resnets), ("transformer_layers_per_block", transformers)):
+        if count > MAX_LAYERS:
+            raise At(file, name).unsupported(getattr(unet, name), f"at most {MAX_LAYERS} in all; these are {count}")
+
+
 def _check_unet(unet: UNet2DConditionConfig, file: str) -> None:
+    _check_depth(unet, file)
     at = At(file, "block_out_channels")
     _divides(unet.norm_num_groups, unet.block_out_channels, at, "norm_num_groups")
     kinds = zip(unet.down_block_types, reversed(unet.up_block_types), strict=True)

@@ -61,6 +61,11 @@ class Example:
     bytes: int
 
 
+def peaks_of(recordings: Recordings, values: Mapping[str, int]) -> Variant:
+    """Return the variant that has the peaks at ``values``: VAE tiles in closed form where there is one, else walked."""
+    return recordings.regime(values) if "E" in values else recordings.at(values)
+
+
 class Derived:
     """What follows from a subject's tapes, with the symbols in ``fixed`` as numbers, for calls in ``domain`` or all.
 
@@ -138,7 +143,7 @@ class Derived:
     def stage_peaks(self, call: Call) -> dict[str, int]:
         """Return each stage's peak bytes over the whole call, beyond ``weights_bytes``."""
         values = self.sizes(call)
-        peaks = self.program(call.guidance).at(values).evaluator.peaks(values)
+        peaks = peaks_of(self.program(call.guidance), values).evaluator.peaks(values)
         return {name: peak for name, (peak, _) in peaks.items()}
 
     def record(self, guidance: bool = True) -> Record:

@@ -91,7 +91,7 @@ class Program:
             variant = self.regime(values)
             if variant.tape.tile is None:
                 return variant
-        walked = Tape(self._options, self._hardware, fixed=dict(values))
+        walked = Tape(self._options, self._hardware, fixed=dict(values), memory=self._memory)
         return self._holding(values, self._walked) or self._record(walked, self._walked)
 
     def regime(self, values: Mapping[str, int]) -> Variant:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from derivation.config import AutoencoderKLConfig
+from derivation.errors import DerivationError
 from derivation.tape.symbols import TILE_AXES, Size
 from derivation.tape.tape import tape
 from derivation.tape.tensor import SymTensor
@@ -16,6 +17,8 @@ from derivation.tape.tiles import Tiling, cut_symbols, cuts
 from derivation.walk.blocks.vae import Decoder, DiagonalGaussianDistribution, Encoder
 from derivation.walk.ops import Conv2d, add, cat, empty, mul
 
+# Where sides are numbers: 8192 x 8192 pixels in tiles of 512 are 484.
+MAX_TILES = 512
 Run = Callable[[SymTensor], SymTensor]
 
 
@@ -111,6 +114,9 @@ def _tiles(x: SymTensor, run: Run, tiling: Tiling, tile: tuple[int, int], channe
     tall_cuts, wide_cuts = (cuts(side, axis, tiling, tile) for side, axis in zip(x.shape[2:], TILE_AXES, strict=True))
     if not all(isinstance(side, int) for side in x.shape[2:]):
         tape().tile = tiling.tile
+    elif len(tall_cuts) * len(wide_cuts) > MAX_TILES:
+        cut = f"{len(tall_cuts)} x {len(wide_cuts)} tiles of {tiling.sample} pixels"
+        raise DerivationError(f"vae_tiling: {cut} are too many to walk one by one (supported: {MAX_TILES} tiles)")
     dtype = tape().weights_dtype()
     rows: list[list[SymTensor]] = []
     earlier: list[SymTensor] = []
