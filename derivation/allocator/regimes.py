@@ -62,7 +62,7 @@ class Group:
 
 
 class Survey:
-    """The pools of one tape at all sizes of a grid, for a device that has room.
+    """The large pool of one tape at all sizes of a grid, for a device that has room.
 
     ``runs`` counts the replays that the large pool took; sizes that those of a chunk do not reach with ``most`` events
     are in no group.

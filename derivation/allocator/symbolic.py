@@ -185,10 +185,6 @@ class GridAllocator(CachingAllocator):
             number = self.points.total(number, self.points.number_of(block.size), 1)
         return number
 
-    def block_number(self, handle: int) -> int:
-        """Return the number of the sum that a live block's bytes are."""
-        return self.points.number_of(self._live[handle].size)
-
     def rounded(self, nbytes: int) -> int:
         """Return the request: it is rounded."""
         return nbytes
