@@ -176,3 +176,55 @@ def test_a_tape_without_the_safety_checker_is_that_of_a_call_without_it(offload)
     off = on.changed(safety_checker=False)
     numbers = [held.add(s.program(True, {"L": 77}).generic.tape, held.weights(s.resident)) for s in (on, off)]
     assert held.without(numbers[0], "safety_checker", held.weights(off.resident)) == numbers[1] != numbers[0]
+
+
+def test_a_traced_pipeline_has_a_page_with_the_estimate_s_answers(tmp_path):
+    [page] = build(["black-forest-labs/FLUX.1-dev"], tmp_path / "out")
+    states = [
+        {"card": card, "size": size, "batch": batch, "free": "", "offload": offload}
+        for card, size, batch, offload in (
+            ("h100", "1024x1024", "1", "None"),
+            ("rtx-4090", "1024x768", "1", "model"),
+            ("rtx-4090", "512x512", "1", "None"),
+            ("h100", "768x1360", "3", "model"),
+        )
+    ]
+    for state, found in zip(states, shown(page, states, tmp_path), strict=True):
+        d = derive("black-forest-labs/FLUX.1-dev", gpu=state["card"], offload=options_word(state["offload"]))
+        verdict = d.verdict(*map(int, state["size"].split("x")), int(state["batch"]))
+        assert (int(found["needs"]), found["verdict"] != "no") == (verdict.needs_bytes, verdict.fits), state
+
+
+def options_word(text):
+    return None if text == "None" else text
+
+
+FRAMES = """<html><body>{frames}<script>
+onload = async () => {{
+  const frames = [...document.querySelectorAll("iframe")];
+  const isReady = (frame) => frame.contentDocument.documentElement.dataset.ready;
+  while (!frames.every(isReady)) await new Promise((done) => setTimeout(done, 5));
+  const said = frames.map((frame) => {{
+    const page = frame.contentDocument;
+    const verdict = page.getElementById("answer-verdict").getBoundingClientRect();
+    const stops = [...page.querySelectorAll("#ask input, #ask select")].every((field) => field.tabIndex === 0);
+    return {{ bottom: verdict.bottom, wide: page.documentElement.scrollWidth, stops, shown: verdict.height > 0 }};
+  }});
+  const out = document.createElement("pre");
+  out.id = "collected";
+  out.textContent = JSON.stringify(said);
+  document.body.append(out);
+}};
+</script></body></html>"""
+
+
+def test_the_first_answer_needs_no_scrolling_and_no_page_is_wider_than_its_screen(page, tmp_path):
+    screens = ((390, 844), (768, 1024), (1280, 800))
+    frame = '<iframe src="{}" style="border:0;width:{}px;height:{}px"></iframe>'
+    outer = tmp_path / "frames.html"
+    outer.write_text(FRAMES.format(frames="".join(frame.format(page.as_uri(), *screen) for screen in screens)))
+    dom = browse(outer, tmp_path, "--allow-file-access-from-files")
+    [text] = re.findall(r'<pre id="collected">(.*?)</pre>', dom, re.S)
+    for (width, height), found in zip(screens, json.loads(html.unescape(text)), strict=True):
+        assert found["shown"] and found["bottom"] <= height and found["stops"]
+        assert found["wide"] <= width

@@ -39,21 +39,30 @@ ROUNDING = (
     "include it."
 )
 TILES = ", and at most 511 for every further VAE tile"
-TERMS = "Bytes at *B* = 1, *L* = 77, square images. 1 MiB = 2²⁰ bytes, 1 GiB = 2³⁰ bytes."
+TERMS = "Bytes at *B* = 1, *L* = {}, square images. 1 MiB = 2²⁰ bytes, 1 GiB = 2³⁰ bytes."
 STAGES = (
     "Exact bytes beyond the weights while each stage runs, with what the pipeline keeps from earlier stages (*B* = 1, "
-    "*L* = 77). The largest of a column is set in bold."
+    "*L* = {}). The largest of a column is set in bold."
 )
 PLACEMENTS = (
-    "Exact peaks (*B* = 1, *L* = 77), the stage that peaks, and the closed form in bytes. Offload moves weights from "
+    "Exact peaks (*B* = 1, *L* = {}), the stage that peaks, and the closed form in bytes. Offload moves weights from "
     "the constant into the stages that use them."
+)
+COPIES = {"peak": "Copy LaTeX", "device": "Copy LaTeX of nvidia-smi"}
+DEVICE = (
+    "What nvidia-smi shows on {}, for sides that are multiples of 64 up to 2048: {}. The LaTeX has every segment; the "
+    "form above replays any other call."
 )
 WHERE = "where the VAE works in overlapping tiles, their sides in pixels:"
 
 
 def answer_section(c: Content) -> Section:
     """Return the section."""
-    blocks: list[Block] = [Paragraph(c.summary, lead=True), Formula("The equation", c.equation)]
+    blocks: list[Block] = [
+        Paragraph(c.summary, lead=True),
+        Formula("The equation", c.equation, tuple((name, COPIES[name]) for name in c.latex)),
+    ]
+    blocks += [Paragraph(prose(DEVICE, c.options.gpu or "", Code(c.device)))] if c.device else []
     if c.where:
         rows = tuple(Row((x.math, x.meaning)) for x in c.where)
         columns = (Column("Symbol"), Column("Meaning"))
@@ -93,7 +102,7 @@ def _terms(c: Content) -> tuple[Block, ...]:
     rows += [row for p in shown for row in _polynomial(p, c)]
     exact = tuple((Mark("strong", human(v)), Mark("below", f"{grouped(v)} B")) for v in found.totals)
     rows.append(Row(("Peak: weights + largest stage (exact)", *exact, ""), "total"))
-    table = Table("Terms of the equation", columns, tuple(rows), prose(TERMS), "terms")
+    table = Table("Terms of the equation", columns, tuple(rows), prose(TERMS, str(c.length)), "terms")
     if not others:
         return (table,)
     more = Table(
@@ -127,7 +136,7 @@ def _origin(o: Origin) -> Text:
 def _stages(c: Content) -> Table:
     columns = (Column("Stage", head=True), Column("Closed form (bytes)", printed="below"), *_sizes(c))
     rows = tuple(_stage(stage, c.answer.peak_stages) for stage in c.answer.stages)
-    return Table("Peak of each stage", columns, rows, prose(STAGES))
+    return Table("Peak of each stage", columns, rows, prose(STAGES, str(c.length)))
 
 
 def _stage(s: StageRow, peaks: tuple[str, ...]) -> Row:
@@ -143,7 +152,7 @@ def _placements(c: Content) -> Table:
         "Peak with and without CPU offload",
         columns,
         tuple(map(_placement, c.placements)),
-        prose(PLACEMENTS),
+        prose(PLACEMENTS, str(c.length)),
         "placements",
     )
 

@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 from derivation.api import Derivation
+from derivation.call import DEFAULT_PROMPT_LENGTH
 from derivation.libraries import LIBRARIES
 from derivation.options import Options
 from derivation.report.answer import LOAD, SIZES, Answer, model_of
 from derivation.report.text import human
+from derivation.tape.recorded import RecordedSubject
 from derivation.tape.symbols import DTYPE_BYTES
 from derivation.walk.pipelines import Pipeline
 
@@ -81,7 +83,7 @@ def assumptions(d: Derivation) -> list[Fact]:
         ("Options", f"{_listed(o)} No torch.compile."),
         ("Precision", _precision(d)),
         ("Attention", f"Attention runs on the {o.attention!r} backend, with PyTorch's own fallbacks."),
-        *([("Prompt length", PADDED)] if d.subject.whole else []),
+        *([("Prompt length", PADDED)] if d.prompt_length == DEFAULT_PROMPT_LENGTH else []),
         ("Image sides", grid),
         ("Run", _run(d)),
     ]
@@ -116,6 +118,8 @@ def _counted(options: Options) -> list[Fact]:
 
 def _run(d: Derivation) -> str:
     o = d.options
+    if isinstance(d.subject, RecordedSubject):
+        return f"One call with guidance as the pipeline has it: {'; '.join(d.subject.remarks)}."
     if not d.subject.whole:
         return "Each call of the component by itself, on inputs that exist before it; under guidance 2B rows."
     strength = "" if o.pipeline == "txt2img" else f", strength {Pipeline(d.checkpoint, o, True).strength}"

@@ -108,7 +108,7 @@ def calculator(d: Derivation, latex: Mapping[str, str]) -> Calculator:
     switches = tuple(Switch(n, SWITCHES[n][0], each) for n, each in values.items() if len(each) > 1)
     data = {
         "model": shlex.quote(d.name),
-        "others": _others(d),
+        "others": _others(d, {switch.name for switch in switches}),
         "own": {name: next(iter(each), "") for name, each in values.items()},
         "switches": list(SWITCHES),
         "cards": cards,
@@ -148,6 +148,8 @@ def _programs(d: Derivation, held: Tapes, kernel: Kernel) -> Iterator[tuple[str,
             chosen = {"pipeline": pipeline, "attention": kernel.attention, "offload": offload, "vae_slicing": slicing}
             with suppress(DerivationError):
                 subject = d.subject.changed(**chosen, gpu=gpu, dtype=kernel.dtypes[0])
+                if subject.options.pipeline != pipeline:  # a traced class is one pipeline
+                    continue
                 numbers = _tapes(d, subject, held, single)
                 single = numbers[1:]
                 for checker, those in _checked(subject, held, numbers):
@@ -288,7 +290,8 @@ def _remedies(switched: set[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _others(d: Derivation) -> str:
+def _others(d: Derivation, switched: set[str]) -> str:
     """Return the report's options that the form does not switch, as the command line has them."""
-    names = [name for name in sorted(TABLE) if d.options.chosen(name) and name not in SWITCHES and name != "gpu"]
+    defaults = {"gpu", *SWITCHES} if isinstance(d.subject, RecordedSubject) else {"gpu"}
+    names = [name for name in sorted(TABLE) if d.options.chosen(name) and name not in switched | defaults]
     return " ".join(flag(name, getattr(d.options, name)) for name in names)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from derivation.api import Derivation, derive
 from derivation.equation.crossover import Crossover
+from derivation.errors import DerivationError
 from derivation.evidence.table import recorded as predictions
 from derivation.options import EAGER, Options
 from derivation.report.answer import (
@@ -77,6 +79,8 @@ class Content:
     figures: Mapping[str, Picture]
     validation: Validation
     calculator: Calculator
+    latex: tuple[str, ...]
+    device: str
 
     @property
     def peak_terms(self) -> list[PixelTerms]:
@@ -94,25 +98,26 @@ class Content:
         return [side for i, side in enumerate(self.sizes) if row.bytes_at[i] == largest[i]]
 
 
-def content(model: object, options: Options, command: str, progress: Progress, verify: bool = False) -> Content:
-    """Derive ``model`` and return everything its report says."""
+def content(model: object, given: Mapping[str, Any], command: str, progress: Progress, verify: bool = False) -> Content:
+    """Derive ``model`` under ``given`` options and return everything its report says."""
     progress("deriving")
-    chosen: dict[str, Any] = options.as_dict()
-    d = derive(model, **chosen)
+    d = derive(model, **given)
     found = answer(d)
     progress("drawing figures")
     drawn = pictures(d, found) | _attention(d)
     progress("recording the calls of the calculator")
-    form = calculator(d, {"peak": d.latex()})
+    device = _device(d)
+    latex = {"peak": d.latex(), **({"device": d.latex("device")} if device else {})}
+    form = calculator(d, latex)
     progress("comparing with measurements")
-    checked = validation(d.name, options, predictions(), verify)
+    checked = validation(d.name, d.options, predictions(), verify)
     return Content(
         model=d.name,
         slug=slug(d.name),
         command=command,
         options=d.options,
         chips=chips(d),
-        counted=counted(options),
+        counted=counted(d.options),
         whole=d.subject.whole,
         sizes=SIZES,
         unit=d.grid.unit,
@@ -136,7 +141,17 @@ def content(model: object, options: Options, command: str, progress: Progress, v
         figures=drawn,
         validation=checked,
         calculator=form,
+        latex=tuple(latex),
+        device=device,
     )
+
+
+def _device(d: Derivation) -> str:
+    """Return what nvidia-smi shows on the report's card in a line, "" where none is named or that has no form."""
+    if d.options.gpu is not None:
+        with suppress(DerivationError):
+            return d.equation.device.headline
+    return ""
 
 
 def _crossings(d: Derivation) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from derivation.config import UNet2DConditionConfig
 from derivation.report.answer import Answer
 from derivation.report.figures import INK, PALETTE, styled
 from derivation.report.text import SUBSCRIPTS, human
+from derivation.walk.subject import WalkedSubject
 
 BOX_WIDTH, BOX_HEIGHT = 1.9, 0.9
 FONT_SIZE = 7.5
@@ -65,6 +66,8 @@ def stage_diagram(d: Derivation, found: Answer) -> Figure:
 
 
 def _handed_on(d: Derivation, stage: str) -> str:
+    if not isinstance(d.subject, WalkedSubject):
+        return ""
     c, vae = d.checkpoint, d.checkpoint.vae
     latent = f"B×{vae.latent_channels if vae else 4}×h₀×w₀"
     text = c.text_encoder.hidden_size if c.text_encoder else None

@@ -55,10 +55,11 @@ class Paragraph:
 
 @dataclass(frozen=True, slots=True)
 class Formula:
-    """The displayed equation."""
+    """The displayed equation; ``copies`` are what a page lets copy: a name in the calculator's LaTeX, a label."""
 
     label: str
     math: Math
+    copies: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

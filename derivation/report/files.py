@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from derivation.config import load
+from derivation.config import load, traced_folder
 from derivation.errors import DerivationError
 from derivation.export import CHECKED_IN
 from derivation.files import check_folder, write_files
@@ -39,8 +39,8 @@ def build(
     files: dict[str, str | bytes] = {}
     contents: list[Content] = []
     for model in models:
-        chosen = Options(**{"pipeline": USUAL.get(load(model).name, Options().pipeline), **options})
-        contents.append(found := content(model, chosen, command, progress, verify))
+        given = options if traced_folder(model) else {"pipeline": _usual(model), **options}
+        contents.append(found := content(model, given, command, progress, verify))
         page = f"{found.slug}.html"
         if page in files:
             raise DerivationError(f"two models would write {page}: build them into separate folders (--output)")
@@ -49,6 +49,10 @@ def build(
     files |= {"index.html": index_page(contents)} if index else {}
     write_files(output, files)
     return [output / name for name in sorted(files, key="index.html".__ne__) if name.endswith(".html")]
+
+
+def _usual(model: object) -> str:
+    return USUAL.get(load(model).name, Options().pipeline)
 
 
 def report_files(found: Content) -> dict[str, str | bytes]:

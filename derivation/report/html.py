@@ -51,7 +51,10 @@ def _block(block: doc.Block, form: Markup, level: int) -> Markup:
             return Markup("<p{}>{}</p>").format(Markup(' class="lead"') if block.lead else "", inline(block.text))
         case doc.Formula():
             body = Markup(f'<math display="block">{block.math.mathml}</math>')
-            return _scroll(block.label, body, "box scroll")
+            buttons = (
+                Markup('<button type="button" data-latex="{}">{}</button>').format(*pair) for pair in block.copies
+            )
+            return Markup("{}\n<p>{}</p>").format(_scroll(block.label, body, "box scroll"), Markup(" ").join(buttons))
         case doc.Table():
             return _scroll(block.label, _table(block))
         case doc.Bullets():

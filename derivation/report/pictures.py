@@ -26,6 +26,7 @@ from derivation.report.document import Picture
 from derivation.report.text import human, values_at
 from derivation.tape.evaluate import stages
 from derivation.text import GIB
+from derivation.walk.subject import WalkedSubject
 
 SIDE_STEP = 64
 LARGEST_SIDE = 4096
@@ -48,7 +49,8 @@ def pictures(d: Derivation, found: Answer) -> dict[str, Picture]:
         _curves(d, sides),
         _map(d, found, sides[-1]),
     ]
-    if d.checkpoint.unet is not None:
+    walked = d.subject if isinstance(d.subject, WalkedSubject) else None
+    if walked is not None and walked.checkpoint.unet is not None:
         drawn.append(
             picture(
                 "unet",
@@ -56,7 +58,7 @@ def pictures(d: Derivation, found: Answer) -> dict[str, Picture]:
                 "Left, the down path; right, the up path; dashed, the skip connections, whose tensors stay alive until "
                 "their level returns. Shapes are those of each block's output under guidance (2B rows: the prompt's "
                 "and the negative prompt's).",
-                unet_diagram(d.checkpoint.unet),
+                unet_diagram(walked.checkpoint.unet),
             )
         )
     return {p.name: p for p in drawn}
@@ -79,7 +81,7 @@ def _stage_picture(d: Derivation, found: Answer) -> Picture:
     return picture(
         "stages",
         f"The stages of {d.options.pipeline}" if d.subject.whole else "The component's calls",
-        "What each stage hands on, and its peak beyond the weights at 512 × 512 (B = 1, L = 77).",
+        f"What each stage hands on, and its peak beyond the weights at 512 × 512 (B = 1, L = {d.prompt_length}).",
         stage_diagram(d, found),
     )
 
@@ -139,7 +141,7 @@ def _curves(d: Derivation, sides: Sequence[int]) -> Picture:
     return picture(
         "curves",
         "Peak of each stage against image size",
-        "Square images, B = 1, L = 77, guidance on. Dashed: what a card with that much memory leaves once the weights "
+        f"Square images, B = 1, L = {d.prompt_length}, guidance on. Dashed: what a card leaves once the weights "
         f"({human(d.weights_bytes)}) are on it, before scratch memory and the CUDA context.{note}",
         figures.stage_curves(sides, by_stage, d.weights_bytes, crossings),
     )
@@ -167,7 +169,7 @@ def _map(d: Derivation, found: Answer, largest: int) -> Picture:
 
 
 def _totals(d: Derivation, found: Answer, sides: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the printed equation over height and width, for one image and 77 tokens."""
+    """Return the printed equation over height and width, for one image."""
     sizes = [[values_at(d.grid, int(h), int(w), d.prompt_length, 1) for w in sides] for h in sides]
     values = np.moveaxis(np.array(sizes, dtype=float), -1, 0)
     totals = []

@@ -33,12 +33,12 @@ from derivation.text import grouped
 PROGRAM = "{} was executed symbolically; {} times a tensor was allocated or released.{}"
 WITNESSES = (
     "A peak is a moment in the run, and its polynomial is nothing but the sum of the tensors alive then. Every list "
-    "below adds up to the polynomial of its stage. Bytes are at *B* = 1, *L* = 77."
+    "below adds up to the polynomial of its stage. Bytes are at *B* = 1, *L* = {}."
 )
 WALK = (
     "Each component’s `forward()`, followed line by line: every tensor in the order of its allocation, with the "
     "numbers of the tensors alive right after it. Inputs and weights are not listed; a tensor that is a view of "
-    "another takes no memory and has no line. Bytes are at {} × {}, *B* = 1, *L* = 77."
+    "another takes no memory and has no line. Bytes are at {} × {}, *B* = 1, *L* = {}."
 )
 CUT = (
     " Cut VAE tiles run through the same layers as whole ones, on fewer pixels: of their tensors only the results "
@@ -49,7 +49,7 @@ CUT = (
 def document(c: Content) -> tuple[Section, ...]:
     """Return a report's sections."""
     sizes = tuple(c.figures[name] for name in ("curves", "map", "attention") if name in c.figures)
-    witnesses = (Paragraph(prose(WITNESSES)), *_witnesses(c))
+    witnesses = (Paragraph(prose(WITNESSES, str(c.length))), *_witnesses(c))
     return (
         Section("What a call needs", (Form(),), "calculator"),
         answer_section(c),
@@ -116,7 +116,7 @@ def _witness(found: PolynomialRow, c: Content) -> Details:
 
 
 def _walks(c: Content) -> Section:
-    said = Paragraph((prose(WALK, str(c.side), str(c.side)), CUT if c.where else ""))
+    said = Paragraph((prose(WALK, str(c.side), str(c.side), str(c.length)), CUT if c.where else ""))
     return Section("Block by block", (said, *(_walk(walk, c) for walk in c.walks)), "walk", appendix=True)
 
 
