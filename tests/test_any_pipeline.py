@@ -294,6 +294,17 @@ def test_flux_reserves_what_was_measured(model: str, reserved_mib: float, more_m
     assert abs((predicted + more_mib) / reserved_mib - 1) < 0.02
 
 
+def test_an_image_of_one_size_and_frames_beyond_the_usual() -> None:
+    """CogVideoX cuts convolutions by their size, so that 480 x 720 is recorded alone; LTX-Video has 9 to 161 frames."""
+    video = derive("THUDM/CogVideoX-2b")
+    assert video.lambdify()(480, 720, 226, 1) == video.estimate(480, 720)["peak_tensor_bytes"]
+    with pytest.raises(ValueError, match="derived for"):
+        video.lambdify()(480, 704, 226, 1)
+    ltx = derive("Lightricks/LTX-Video")
+    peaks = [ltx.estimate(512, 704, num_frames=frames)["peak_tensor_bytes"] for frames in (17, 81, 161)]
+    assert peaks == sorted(set(peaks)) and ltx.lambdify()(512, 704, 128, 1) == peaks[-1]
+
+
 def test_tracing_tells_its_sizes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     parts = DOCUMENTS["DDIMPipeline"]["parts"]

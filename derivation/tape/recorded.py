@@ -120,7 +120,11 @@ class RecordedSubject:
         """
         first = self.regimes[0].fixed | dict.fromkeys(self.regimes[0].tape.ones, 1)
         found = {n: v for n, v in first.items() if all(regime.ranges[n].is_one for regime in self.regimes)}
-        return found if self.grid.frames is None else {"F": self.grid.frames.latent(None), **found}
+        deepest = self.grid.levels - 1
+        alone = [side for side in "hw" if f"{side}{deepest}" in found]
+        sides = {f"{s}{k}": found[f"{s}{deepest}"] << (deepest - k) for k in range(deepest) for s in alone}
+        frames = {} if self.grid.frames is None else {"F": self.grid.frames.latent(None)}
+        return {**frames, **found, **sides}
 
     def program(self, guidance: bool, fixed: Mapping[str, int]) -> RecordedProgram:
         """Return the whole call's tapes, ``fixed`` symbols as numbers."""

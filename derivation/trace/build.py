@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.utils.import_utils import DummyObject
 from transformers.initialization import no_init_weights
 
 from derivation.errors import DerivationError, UnsupportedConfig, shown
@@ -64,6 +65,8 @@ class Description:
     def pipeline_class(self) -> Any:
         """The pipeline's class in diffusers; raises DerivationError where there is none."""
         found = getattr(diffusers, self.class_name, None)
+        if isinstance(found, DummyObject):
+            raise DerivationError(f"{INDEX}: {self.class_name} wants {', '.join(found._backends)} installed")
         if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
             raise DerivationError(f"{INDEX}: _class_name = {self.class_name!r} is no pipeline of diffusers")
         return found
