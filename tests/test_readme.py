@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from derivation.cli import run
+from derivation.evidence import survey
 from derivation.evidence.table import Prediction, measured_vs_predicted
 from derivation.measure.validate import Row, recorded, summary
 
@@ -62,6 +63,10 @@ def read_off_nvidia_smi() -> str:
     return SMI + "".join(shown)
 
 
+def surveyed() -> str:
+    return survey.markdown(survey.recorded()["pipelines"])
+
+
 def smi(row: Row) -> str:
     c = row.call
     chosen = " ".join(name if value is True else str(value) for name, value in c.items() if name not in SAID)
@@ -79,6 +84,7 @@ def smi(row: Row) -> str:
         (START, END, table),
         ("<!-- gpu counters: start -->\n", "<!-- gpu counters: end -->", counters),
         ("<!-- gpu nvidia-smi: start -->\n", "<!-- gpu nvidia-smi: end -->", read_off_nvidia_smi),
+        ("<!-- survey: start -->\n", "<!-- survey: end -->", surveyed),
     ],
 )
 def test_the_measured_tables_are_up_to_date(request, start, end, table):

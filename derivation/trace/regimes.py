@@ -114,27 +114,11 @@ def regimes(
         ranges["F"] = Range(2, usual + usual // 2) if usual > 2 else Range(usual, usual)
     for count in (BATCH, Range(1, 1)) if traced.arguments.batched else (Range(1, 1),):
         try:
-            found = _regime(traced, guidance, {**ranges, "B": count}, progress)
+            yield _regime(traced, guidance, {**ranges, "B": count}, progress)
         except Parted as error:
             if count.is_one:
                 raise
             progress(f"batch: {error}")
-            continue
-        yield found
-        if found.ranges["L"].is_one and not tokens.is_one:
-            yield from _shorter(traced, guidance, {**found.ranges, "L": tokens}, progress)
-
-
-def _shorter(traced: TracedPipeline, guidance: bool, ranges: Ranges, progress: Progress) -> Iterator[Regime]:
-    """Yield what covers prompts that are not cut: the longest one loses what a chat template puts behind it."""
-    tokens = ranges["L"]
-    try:
-        found = _regime(traced, guidance, {**ranges, "L": replace(tokens, last=tokens.last - tokens.step)}, progress)
-    except Parted as error:
-        progress(f"shorter prompts: {error}")
-        return
-    if not found.ranges["L"].is_one:
-        yield found
 
 
 def _side_ranges(traced: TracedPipeline, least: int, most: int) -> dict[str, Range]:
