@@ -472,3 +472,18 @@ def test_a_card_that_the_weights_do_not_fit_is_no_traceback(capsys):
     assert run(asked) == 1
     found = json.loads(capsys.readouterr().out)
     assert "while they are loaded" in found["failed"]["module"] and not found["fits"]
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "said"),
+    [
+        ("> /dev/full", 2, "error: the output cannot be written (No space left on device)\n"),
+        (">&-", 0, ""),
+        ("2>&- | cat > /dev/null", 0, ""),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_at_most_one_line(shell, code, said):
+    command_line = f"{sys.executable} -m derivation estimate sd15 {shell}"
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"} | {"LC_ALL": "C"}
+    done = subprocess.run(["bash", "-c", command_line], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (code, said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -16,6 +17,8 @@ from derivation.errors import DerivationError, one_line
 from derivation.version import __version__
 
 DEBUG = "DERIVATION_DEBUG"
+# a full disk, a quota, a device that fails
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 MAX_MESSAGE = 1000
 EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 2, 70, 130
 
@@ -66,6 +69,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; every error that a user can cause is one line on stderr."""
     warnings.showwarning = _warn
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as in >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -79,13 +85,20 @@ def run(arguments: list[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _abandoned(1)
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in UNWRITABLE:
+            return _abandoned(_fail(f"the output cannot be written ({error.strerror})"))
         if os.environ.get(DEBUG):
             raise
         return _fail(f"unexpected {type(error).__name__}: {error} (a bug; --debug shows where)", EXIT_BUG)
     return code if isinstance(code, int) else 0
+
+
+def _abandoned(code: int) -> int:
+    """Drop what is still to be written, so that nothing fails at exit, and return ``code``."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 def _usage(error: Any) -> str:
