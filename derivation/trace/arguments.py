@@ -22,6 +22,7 @@ LEAST_UNIT = 16
 # The attributes in which pipelines keep how many pixels a latent is, and how many frames a latent frame.
 _SPATIAL = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
 _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_scale_factor_temporal_ratio")
+PROMPTS = ("prompt", "negative_prompt")
 _GUIDANCE = ("guidance_scale", "true_cfg_scale")
 # The arguments that say how many images a call makes, before and after those that hold images.
 _BATCHED, _REPEATED = ("prompt", "class_labels", "batch_size"), ("num_images_per_prompt", "num_videos_per_prompt")

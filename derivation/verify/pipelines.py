@@ -21,6 +21,7 @@ from PIL import Image
 
 from derivation.errors import DerivationError
 from derivation.options import Options
+from derivation.trace.arguments import PROMPTS
 from derivation.trace.build import Description, Part
 from derivation.trace.interpolate import Parted
 from derivation.trace.pipeline import TracedPipeline
@@ -30,7 +31,7 @@ SECONDS = 120
 # Image sides of small configs, in pixels.
 SIDES = (64, 512)
 # What the sizes of a call give.
-SIZED = ("generator", "prompt", "negative_prompt")
+SIZED = ("generator", *PROMPTS)
 
 
 @dataclass(frozen=True, slots=True)
