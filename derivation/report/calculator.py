@@ -119,7 +119,7 @@ def calculator(d: Derivation, latex: Mapping[str, str]) -> Calculator:
         "titles": dict(STAGE_TITLES),
         "latex": latex,
     }
-    packed = zlib.compress(_json({"tapes": held.document(), "programs": programs}).encode(), 6)
+    packed = zlib.compress(_json({"tapes": held.document(), "programs": programs}).encode(), 9)
     labels = tuple((key, f"{card['name']}, {card['total'] / GIB:.1f} GiB") for key, card in cards.items())
     side = max(USUAL_SIDE, d.equation.sides.least)
     has_cards = any(len(kernel.kinds) > 1 for kernel in kernels)

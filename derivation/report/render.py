@@ -26,8 +26,9 @@ def texts(c: Content) -> dict[str, str]:
     form = Markup(_fill("calculator.html", k=c.calculator))
     notes, appendix = ([s for s in sections if s.appendix is more] for more in (False, True))
     name = markdown.inline(Code(c.model))
+    shown = [s for s in sections if s.anchor != "walk"]  # a megabyte, which the appendix has
     return {
-        "html": _fill("html", c=c, sections=sections, body=html.blocks(sections, form)),
+        "html": _fill("html", c=c, sections=shown, body=html.blocks(shown, form)),
         "md": f"# Peak GPU memory of {name}\n\n{ASKED.format(c.slug)}\n\n{', '.join(c.chips)}\n\n"
         + markdown.blocks(notes, folder),
         "appendix.md": f"# Appendix: peak GPU memory of {name}\n\n" + markdown.blocks(appendix, folder),
