@@ -12,7 +12,7 @@ from derivation.allocator.allocator import CachingAllocator
 from derivation.allocator.config import AllocatorConfig
 from derivation.allocator.replay import OutOfMemoryEvent, ReplayResult, load_weights
 from derivation.allocator.report import OutOfMemory, OutOfMemoryError
-from derivation.allocator.simulate import replay
+from derivation.allocator.simulate import one_by_one, replay
 from derivation.gpu.cards import Gpu, lookup
 from derivation.options import Options
 from derivation.tape.symbols import DTYPE_BYTES, evaluate
@@ -128,8 +128,7 @@ def failed_at(event: OutOfMemoryEvent | None, tape: Tape, values: Mapping[str, i
     """Return the request that failed: its module path, or the operator outside modules; None where none did."""
     if event is None:
         return None
-    numbered = (a for a in tape.allocations for _ in range(evaluate(a.count, values)))
-    a = next(islice(numbered, event.tensor, None))
+    a = next(islice(one_by_one(tape, values), event.tensor, None))
     shape = tuple(evaluate(dim, values) for dim in a.shape)
     return _failed(a.path or f"the pipeline's {a.op}", a.op, shape, event.report)
 

@@ -9,10 +9,9 @@ import numpy as np
 
 from derivation.allocator.pools import Chunk, Pool, Run, chunks
 from derivation.allocator.report import SMALL_BYTES, round_size
-from derivation.allocator.simulate import pair_roles, single
+from derivation.allocator.simulate import alive_at, pair_roles, single
 from derivation.allocator.symbolic import Atom, Points, Vector
 from derivation.errors import DerivationError
-from derivation.tape.evaluate import stages
 from derivation.tape.tape import Tape
 
 # The free blocks after a chunk, the places of what it leaves, the segments that it opens, the next address.
@@ -47,23 +46,12 @@ class Requests:
         found: list[int] = self.bytes[:, point][self.kinds].tolist()
         return found
 
-    @property
-    def edges(self) -> list[int]:
-        """Where stages, loops and passes of the denoising loop begin and end."""
-        around = {edge for start, end, _ in self.tape.loops for edge in (start, end)}
-        begun = {start for _, start, _ in stages(self.tape)} | set(self.tape.iterations)
-        return sorted(around | begun | {0, len(self.tape.events)})
-
     @cached_property
-    def around(self) -> dict[int, tuple[list[int], list[int]]]:
+    def around(self) -> dict[int, tuple[frozenset[int], frozenset[int]]]:
         """The tensors alive before and after an iteration, by the end of the loop."""
-        return {end: (self._alive(start), self._alive(end)) for start, end, _ in self.tape.loops}
-
-    def _alive(self, count: int) -> list[int]:
-        alive: set[int] = set()
-        for event in self.tape.events[:count]:
-            (alive.add if event > 0 else alive.discard)(abs(event) - 1)
-        return sorted(alive)
+        loops = self.tape.loops
+        alive = alive_at(self.tape.events, {edge for start, end, _ in loops for edge in (start, end)})
+        return {end: (alive[start], alive[end]) for start, end, _ in loops}
 
     def roles(self, end: int, point: int) -> dict[int, int]:
         """Return which tensors take another's place in the next iteration of a loop."""
@@ -83,7 +71,7 @@ class Opened:
         fixed = (requests.bytes == requests.bytes[:, :1]).all(axis=1)
         self.fixed = frozenset(np.flatnonzero(fixed).tolist())
         times = {end: times for _, end, times in requests.tape.loops}
-        self.chunks = list(chunks(requests.tape.events, requests.edges, times, requests.kinds, held.tolist()))
+        self.chunks = list(chunks(requests.tape.events, requests.tape.edges, times, requests.kinds, held.tolist()))
         self._columns = requests.bytes * self.mine
         self._needs = cache(self._needs_of)
         self._is_mixed = cache(lambda run: any(requests.kinds[abs(e) - 1] in self.mixed for e in run.events))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -16,7 +17,6 @@ from derivation.allocator.opened import Requests
 from derivation.allocator.report import SMALL_BYTES
 from derivation.allocator.symbolic import Atom, Comparison, GridAllocator, Vector
 from derivation.errors import DerivationError
-from derivation.tape.evaluate import stages
 from derivation.tape.symbols import Size, free_names
 
 # What segments were opened for, in order, and where live tensors are: each one's number, a segment's rank, an offset.
@@ -93,15 +93,11 @@ class Survey:
         """
         tape = self.tape
         inside = {end: times for _, end, times in tape.loops}
-        edges = {edge for start, end, _ in tape.loops for edge in (start, end)}
-        marks = {start for _, start, _ in stages(tape)} | set(tape.iterations) | edges | {len(tape.events)} - {0}
-        first = 0
-        for last in sorted(marks):
+        for first, last in pairwise(tape.edges):
             chunk = self._chunk(first, last, inside.get(last, 1))
             if chunk.times > 1 and not chunk.is_closed:
                 raise DerivationError("no closed form of reserved bytes: iterations hand large tensors on")
             yield chunk
-            first = last
 
     def _chunk(self, first: int, last: int, times: int) -> Chunk:
         events = tuple(event for event in self.tape.events[first:last] if self.possible[abs(event) - 1])

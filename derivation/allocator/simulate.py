@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
 from derivation.allocator.replay import Loop, Replay
 from derivation.errors import DerivationError
-from derivation.tape.events import Mark
+from derivation.tape.events import Allocation, Mark
 from derivation.tape.symbols import Size, evaluate
 from derivation.tape.tape import Tape
 
@@ -39,13 +39,18 @@ def replay(tape: Tape, values: Mapping[str, int], weights: Mapping[str, int] | N
     staying = {i for i, a in enumerate(tape.allocations) if a.loaded and a.path not in weights}
     is_plain = not staying and not tape.emptied and set(counts) <= {1}
     events, position = (tape.events, range(len(tape.events) + 1)) if is_plain else _written_out(tape, first, staying)
-    alive = _alive_at(events, {position[at] for start, end, _ in tape.loops for at in (start, end)})
+    alive = alive_at(events, {position[at] for start, end, _ in tape.loops for at in (start, end)})
     loops = []
     for begins, ends, times in tape.loops:
         start, end = position[begins], position[ends]
         loops.append(Loop(start, end, times, pair_roles(sizes.__getitem__, alive[start], alive[end])))
     optional = {t for i, a in enumerate(tape.allocations) if a.op == WORKSPACE for t in range(first[i], first[i + 1])}
     return Replay(events, sizes, loops, loaded, frozenset(optional))
+
+
+def one_by_one(tape: Tape, values: Mapping[str, int]) -> Iterator[Allocation]:
+    """Yield the allocation of each tensor of ``replay``."""
+    return (a for a in tape.allocations for _ in range(evaluate(a.count, values)))
 
 
 def single(tape: Tape, sizes: Sequence[Mapping[str, int]]) -> Tape:
@@ -93,7 +98,7 @@ def pair_roles(size_of: Callable[[int], int], before: Collection[int], after: Co
     return dict(zip(by_size(after), by_size(before), strict=True))
 
 
-def _alive_at(events: Sequence[int], places: Container[int]) -> dict[int, frozenset[int]]:
+def alive_at(events: Sequence[int], places: Container[int]) -> dict[int, frozenset[int]]:
     """Return the tensors that are alive before the events at ``places``, in one pass."""
     alive: set[int] = set()
     found = {0: frozenset[int]()}

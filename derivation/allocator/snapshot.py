@@ -13,10 +13,9 @@ from typing import Any
 from derivation.allocator.allocator import CachingAllocator, _Block, _Pool
 from derivation.allocator.memory import Parameters, allocator_of, load_pipeline
 from derivation.allocator.report import OutOfMemoryError, SegmentInfo
-from derivation.allocator.simulate import replay
+from derivation.allocator.simulate import one_by_one, replay
 from derivation.gpu.cards import lookup
 from derivation.tape.events import Allocation
-from derivation.tape.symbols import evaluate
 from derivation.tape.tape import Tape
 
 Frame = dict[str, Any]
@@ -124,8 +123,7 @@ def snapshot(
 
 
 def _requests(tape: Tape, values: Mapping[str, int], sizes: Any) -> Iterator[Request]:
-    numbered = (a for a in tape.allocations for _ in range(evaluate(a.count, values)))
-    for allocation, nbytes in zip(numbered, sizes, strict=True):
+    for allocation, nbytes in zip(one_by_one(tape, values), sizes, strict=True):
         request = Request(nbytes)
         request.of = allocation
         yield request

@@ -16,6 +16,7 @@ from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, call_of, completing, derivation_of, expanded
 from derivation.config import bundled, bundled_traced, load, traced_folder
 from derivation.errors import DerivationError
+from derivation.export.latex import PEAK
 from derivation.files import write_file
 from derivation.options import Options
 from derivation.text import human
@@ -23,8 +24,6 @@ from derivation.verdict import Verdict
 
 # The newest that torch/utils/viz/MemoryViz.js reads.
 PICKLE_PROTOCOL = 4
-# What the LaTeX is of.
-PEAK = "peak"
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 KNOWN = {
     "model",

@@ -98,8 +98,8 @@ class Compiled:
 def export(equation: Equation, target: str, notes: bool = False, device: bool = True, which: str = PEAK) -> str:
     """Return the peak as the text of ``target``; raises DerivationError.
 
-    LaTeX is of ``which`` ("peak", "terms" or a stage), with its ``notes`` if asked for. With a GPU, code and data hold
-    what the ``device`` shows, too, where its form covers its whole grid.
+    LaTeX is of ``which`` ("peak", "terms", "device" or a stage), with its ``notes`` if asked for. With a GPU, code and
+    data hold what the ``device`` shows, too, where its form covers its whole grid.
     """
     return _written(_target(target), equation, notes, device, which)
 

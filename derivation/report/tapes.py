@@ -12,22 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from itertools import pairwise
-from math import prod
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from derivation.allocator.memory import weight_bytes
+from derivation.allocator.simulate import WORKSPACE
 from derivation.tape.events import Allocation, Category
 from derivation.tape.grid import Range
 from derivation.tape.subject import Parameters
-from derivation.tape.symbols import DTYPE_BYTES, SYMBOLS, Size, as_poly
+from derivation.tape.symbols import Size, as_terms
 from derivation.tape.tape import Tape
-from derivation.walk.pipelines.weights import registered
 
 K = TypeVar("K", bound=Hashable)
 Integers = NDArray[np.int64]
-WORKSPACE = "convolution workspace"
 BIRTH, DEATH, WEIGHT_DIES, EMPTY_CACHE = range(4)
 TENSOR, SCRATCH, OPTIONAL, WEIGHT = range(4)
 LAYERS = {Category.SCRATCH: SCRATCH, Category.WEIGHT: WEIGHT}
@@ -64,7 +63,7 @@ class Tapes:
 
         It holds where its decisions do and, of a recorded one, within ``ranges``.
         """
-        edges = self._edges(tape)
+        edges = tape.edges
         chunks = [self._chunk(tokens.tobytes()) for tokens in self._tokens(tape, edges)]
         place = {edge: i for i, edge in enumerate(edges)}
         return self._numbered(
@@ -116,7 +115,7 @@ class Tapes:
     def document(self) -> dict[str, Any]:
         """Return the tables as JSON values."""
         return {
-            "sizes": [_terms(size) for size in self._size.rows],
+            "sizes": [as_terms(size) for size in self._size.rows],
             "names": self._name.rows,
             "kinds": [list(kind) for kind in self._row.rows],
             "chunks": [np.frombuffer(tokens, dtype=np.int64).tolist() for tokens in self._chunk.rows],
@@ -133,20 +132,8 @@ class Tapes:
 
     def weights(self, resident: Parameters) -> int:
         """Return the number of a list of weights, bytes and names by turns, as ``pipe.to("cuda")`` moves them."""
-        entries = (
-            (prod(model[path][0]) * DTYPE_BYTES[model[path][1]], self._name(path))
-            for model in (resident[name] for name in sorted(resident))
-            for path in registered(model)
-        )
-        found = tuple(value for entry in entries for value in entry)
-        return self._list(found)
-
-    @staticmethod
-    def _edges(tape: Tape) -> list[int]:
-        """Return the events at which a chunk ends and the next begins, the tape's own ends included."""
-        loops = {edge for start, end, _ in tape.loops for edge in (start, end)}
-        marks = {mark.event for mark in tape.marks}
-        return sorted({0, len(tape.events), *marks, *tape.iterations, *loops})
+        entries = ((nbytes, self._name(path)) for path, nbytes in weight_bytes(resident).items())
+        return self._list(tuple(value for entry in entries for value in entry))
 
     def _tokens(self, tape: Tape, edges: list[int]) -> Iterator[Integers]:
         """Yield the events of each chunk as numbers."""
@@ -211,13 +198,3 @@ def _younger(own: Integers, births: Integers, before: int, alive: NDArray[np.boo
     older = np.flatnonzero(alive[:before])
     rank = len(older) - 1 - np.searchsorted(older, own)
     return np.where(own >= before, births - own - 1, births - before + rank)
-
-
-def _terms(size: Size) -> Any:
-    """Return an integer, or [coefficient, symbols ...] of each term, a symbol as often as its power."""
-    if isinstance(size, int):
-        return size
-    return [
-        [int(c), *(SYMBOLS[i].name for i, power in enumerate(monomial) for _ in range(power))]
-        for monomial, c in as_poly(size).items()
-    ]

@@ -9,7 +9,7 @@ from typing import Any
 from derivation.options import Options
 from derivation.tape.events import Allocation, Category, Guard, Mark
 from derivation.tape.grid import Range
-from derivation.tape.symbols import INDEX, RING, SYMBOLS, Size, as_poly, free_names, symbol
+from derivation.tape.symbols import INDEX, RING, SYMBOLS, Size, as_terms, free_names, symbol
 from derivation.tape.tape import Tape
 
 
@@ -102,7 +102,7 @@ def regime_document(regime: Regime) -> dict[str, Any]:
         "checked": [dict(values) for values in regime.checked],
         "assumed": list(regime.assumed),
     }
-    return {**document, "sizes": [_terms(size) for size in sizes]}
+    return {**document, "sizes": [as_terms(size) for size in sizes]}
 
 
 def regime_of(document: Mapping[str, Any], options: Options) -> Regime:
@@ -131,16 +131,6 @@ def regime_of(document: Mapping[str, Any], options: Options) -> Regime:
         tuple(document["checked"]),
         tuple(document["assumed"]),
     )
-
-
-def _terms(size: Size) -> Any:
-    """Return an integer, or [[coefficient, symbol, ...], ...] with a symbol as often as its power."""
-    if isinstance(size, int):
-        return size
-    return [
-        [int(c), *(SYMBOLS[i].name for i, power in enumerate(monomial) for _ in range(power))]
-        for monomial, c in as_poly(size).items()
-    ]
 
 
 def _size(terms: Any) -> Size:

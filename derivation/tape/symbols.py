@@ -129,6 +129,20 @@ def as_poly(size: Size) -> PolyElement:
     return _constant(size) if isinstance(size, int) else size
 
 
+def as_terms(size: Size) -> int | list[list[int | str]]:
+    """Return an integer, or [coefficient, symbol ...] of each term, with a symbol as often as its power.
+
+    >>> as_terms(3 * symbol("h0") ** 2 + 1)
+    [[3, 'h0', 'h0'], [1]]
+    """
+    if isinstance(size, int):
+        return size
+    return [
+        [int(c), *(SYMBOLS[i].name for i, power in enumerate(monomial) for _ in range(power))]
+        for monomial, c in as_poly(size).items()
+    ]
+
+
 @lru_cache(maxsize=65536)
 def _constant(value: int) -> PolyElement:
     return RING(value)

@@ -195,6 +195,12 @@ class Tape:
         self.alive.discard(index)
         self.events.append(-index - 1)
 
+    @property
+    def edges(self) -> list[int]:
+        """Where stages, loops and passes of the denoising loop begin and end, in order, with the tape's own ends."""
+        around = {edge for start, end, _ in self.loops for edge in (start, end)}
+        return sorted({0, len(self.events), *(mark.event for mark in self.marks), *self.iterations, *around})
+
     def mark(self, stage: str) -> None:
         """Begin the stage called ``stage`` at this event."""
         self.marks.append(Mark(len(self.events), stage))
