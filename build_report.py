@@ -50,17 +50,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job and return its exit code: 0, or 2 with one line on stderr."""
-    from rich.console import Console
-
+    from derivation.cli import output
     from derivation.report.job import build_all
 
     args = parser().parse_args(arguments)
-    console, start = Console(stderr=True, highlight=False), time.monotonic()
+    start = time.monotonic()
     try:
         options = given_options(args)
-        with console.status("starting") as status:
-            progress = status.update if console.is_terminal else lambda step: None
-            models = bundled() if args.all else args.models
+        models = bundled() if args.all else args.models
+        with output.telling("report") as progress:
             paths = build_all(models, args.output, args.pdf, args.verify, progress, args.all, **options)
     except DerivationError as error:
         print(f"build_report.py: {error}", file=sys.stderr)
@@ -68,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = round(time.monotonic() - start, 1)
     if args.json:
         print(json.dumps({"files": [str(path) for path in paths], "seconds": seconds}))
-    elif console.is_terminal:
-        console.print(f"wrote {', '.join(str(path) for path in paths)} in {seconds} s", soft_wrap=True)
+    elif sys.stderr.isatty():
+        print(f"wrote {', '.join(str(path) for path in paths)} in {seconds} s", file=sys.stderr)
     return 0
 
 

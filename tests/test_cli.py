@@ -18,7 +18,7 @@ import pytest
 from conftest import SD15, SDXL
 
 from derivation import derive
-from derivation.cli import PANELS, run
+from derivation.cli import PANELS, output, run
 from derivation.config.checkpoint import BUNDLED
 from derivation.measure.validate import measured_calls
 
@@ -487,3 +487,18 @@ def test_an_output_that_cannot_be_written_is_at_most_one_line(shell, code, said)
     environment = {name: value for name, value in os.environ.items() if name != "HOME"} | {"LC_ALL": "C"}
     done = subprocess.run(["bash", "-c", command_line], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_long_work_writes_a_line_a_step_to_a_pipe_and_short_work_none(capsys, monkeypatch):
+    assert list(output.track(range(25), 25, "counting")) == list(range(25))
+    with output.telling("work") as step:
+        step("first")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(output, "QUIET_S", 0)
+    list(output.track(range(25), 25, "counting"))
+    with output.telling("work") as step:
+        step("two\nlines")
+    said = capsys.readouterr()
+    assert said.out == ""
+    counted = [f"counting: {n} of 25" for n in (3, 5, 8, 10, 13, 15, 18, 20, 23, 25)]
+    assert said.err.splitlines() == [*counted, r"work: two\nlines"]

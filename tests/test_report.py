@@ -290,14 +290,15 @@ def test_the_mathematics_passes_katex(report):
     subprocess.run([node, "-e", script], input=json.dumps(formulas), text=True, check=True, cwd=ROOT)
 
 
-def test_the_main_job_is_quiet_in_a_pipe_and_answers_json(tmp_path, monkeypatch, capsys, small):
+def test_the_main_job_logs_its_steps_in_a_pipe_and_answers_json(tmp_path, monkeypatch, capsys, small):
     spec = importlib.util.spec_from_file_location("build_report", ROOT / "build_report.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr("derivation.report.job.ROOT", tmp_path)
     assert module.main(["--output", str(tmp_path / "out"), "--json"]) == 0
     shown = capsys.readouterr()
-    assert shown.err == ""
+    steps = shown.err.splitlines()
+    assert all(step.startswith("report: ") for step in steps) and len(set(steps)) == len(steps)
     assert [Path(name).suffix for name in json.loads(shown.out)["files"]] == [".html"]
     assert any((tmp_path / "formulas").rglob("peak_vram.py"))
 

@@ -225,8 +225,7 @@ def _verify_versions(folder: Path, json: bool) -> None:
     from derivation.libraries import PAIRS
     from derivation.verify.versions import run_versions
 
-    with output.progress() as bar:
-        pairs = list(bar.track(run_versions(folder), total=len(PAIRS), description="comparing"))
+    pairs = list(output.track(run_versions(folder), len(PAIRS), "comparing"))
     matches = not any(pair["failed"] for pair in pairs)
     output.emit({"match": matches, "pairs": pairs}, json, _show_versions)
     if not matches:
@@ -249,8 +248,7 @@ def _survey(path: Path, json: bool) -> None:
     from derivation.verify.verification import circumstances
 
     documents = read(path)
-    with output.progress() as bar:
-        found = list(bar.track(survey(documents), total=len(documents), description="tracing"))
+    found = list(output.track(survey(documents), len(documents), "tracing"))
     rows = [row.as_dict() for row in found]
     output.emit({**circumstances(), **counts(rows), "pipelines": rows}, json, _show_survey)
 
@@ -264,10 +262,9 @@ def _show_survey(result: Mapping[str, Any]) -> None:
 def _compared(cases: Iterable[tuple[object, Sequence[Any]]], count: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Return each mismatch with the line that reproduces it, and the largest traced peak of every case."""
     failed, peaks = [], {}
-    with output.progress() as bar:
-        for case, comparisons in bar.track(cases, total=count, description="comparing"):
-            peaks[str(case)] = max(c.traced_bytes for c in comparisons)
-            failed += [{"reproduce": str(case), **asdict(c)} for c in comparisons if not c.match]
+    for case, comparisons in output.track(cases, count, "comparing"):
+        peaks[str(case)] = max(c.traced_bytes for c in comparisons)
+        failed += [{"reproduce": str(case), **asdict(c)} for c in comparisons if not c.match]
     return failed, peaks
 
 

@@ -67,9 +67,8 @@ def measure(
         raise unsupported("timeout", timeout, "seconds above 0")
     records = Records.open(output_path)
     require_cuda()
-    with output.progress() as bar:
-        task = bar.add_task("measuring", total=sum(not records.done(job.key) for job in jobs))
-        counts = measured(jobs, records, timeout_s=timeout, report=lambda *_: bar.advance(task))
+    with output.steps("measuring", sum(not records.done(job.key) for job in jobs)) as advance:
+        counts = measured(jobs, records, timeout_s=timeout, report=lambda *_: advance())
     output.line(f"wrote {output_path}: " + ", ".join(f"{count} {status}" for status, count in counts.items() if count))
 
 
@@ -131,8 +130,7 @@ def validate(
     from derivation.measure.validate import RECORDS, measured_calls, predictions, summary
 
     records = measured_calls(file or RECORDS)
-    with output.progress() as bar:
-        rows = list(bar.track(predictions(records), total=len(records), description="predicting"))
+    rows = list(output.track(predictions(records), len(records), "predicting"))
     versions = sorted({f"{r['versions']['gpu']}, {described(r['versions'], *LIBRARIES)}" for r in records})
     found = {"measured_on": versions, "counters": summary(rows), "rows": [asdict(row) for row in rows]}
     output.emit(found, json, _show_validated)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from itertools import count
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from derivation.errors import one_line, unsupported
 from derivation.text import human
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+
+T = TypeVar("T")
 
 PIPE_WIDTH = 140
+# Lines that counted work writes to a pipe, and for how long work of any kind writes none there.
+LINES = 10
+QUIET_S = 2.0
 MAX_NUMBER = 2**31 - 1
 
 
@@ -81,19 +87,51 @@ def emit(result: Mapping[str, Any], as_json: bool, show: Callable[[Mapping[str, 
         sys.stdout.flush()
 
 
-def progress() -> Progress:
-    """Return a progress bar on stderr that shows on a terminal alone."""
+@contextmanager
+def steps(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """Yield what counts one of ``total`` steps as done: a bar on a terminal, in a pipe a line each tenth."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+    if sys.stderr.isatty():
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+            task = bar.add_task(description, total=total)
+            yield lambda: bar.advance(task)
+        return
+    done, log = count(1), logged(description)
+
+    def advance() -> None:
+        number = next(done)
+        if number * LINES // total > (number - 1) * LINES // total:
+            log(f"{number} of {total}")
+
+    yield advance
+
+
+def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
+    """Yield ``items``, ``total`` in all, each counted as done when the next is asked for."""
+    with steps(description, total) as advance:
+        for item in items:
+            yield item
+            advance()
 
 
 @contextmanager
-def telling() -> Iterator[Callable[[str], None]]:
-    """Yield what shows a line on stderr in place of the one before, on a terminal alone."""
+def telling(work: str) -> Iterator[Callable[[str], None]]:
+    """Yield what says which step of ``work`` begins: on a terminal in place of the one before, in a pipe a line."""
     if not sys.stderr.isatty():
-        yield lambda _: None
+        yield logged(work)
         return
-    with console(stderr=True).status("") as status:
-        yield lambda line: status.update(f"tracing: {one_line(line)}")
+    with console(stderr=True).status(work) as status:
+        yield lambda step: status.update(f"{work}: {one_line(step)}")
+
+
+def logged(work: str) -> Callable[[str], None]:
+    """Return what writes a line on stderr for a step of ``work``, once that has taken QUIET_S."""
+    start = time.monotonic()
+
+    def log(step: str) -> None:
+        if time.monotonic() - start >= QUIET_S:
+            print(f"{work}: {one_line(step)}", file=sys.stderr, flush=True)
+
+    return log

@@ -205,7 +205,7 @@ def derivation_of(model: str, options: Options, revision: str | None = None) -> 
     """Return the derivation of what a MODEL argument names; options that nobody typed are the model's own."""
     usual = Options().as_dict()
     given: dict[str, Any] = {n: v for n, v in options.as_dict().items() if v != usual[n] or n in _SAID.get()}
-    with telling() as progress:
+    with telling("tracing") as progress:
         return derive(model, revision=revision, progress=progress, **given)
 
 

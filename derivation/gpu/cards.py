@@ -148,8 +148,8 @@ def _by_alias() -> dict[str, Gpu]:
     """Return every spelling: keys, names and aliases, each also without "rtx" or "gtx" before a figure."""
     aliases: dict[str, Gpu] = {}
     for gpu in _table().values():
-        full = {_squeeze(text) for text in (gpu.key, gpu.name, *_entries()[gpu.key]["aliases"])}
-        for alias in full | {re.sub(r"^[rg]tx(?=a?\d)", "", text) for text in full}:
+        full = [_squeeze(text) for text in (gpu.key, gpu.name, *_entries()[gpu.key]["aliases"])]
+        for alias in (*full, *(re.sub(r"^[rg]tx(?=a?\d)", "", text) for text in full)):
             if aliases.setdefault(alias, gpu) is not gpu:
                 raise DerivationError(f"{TABLE.name}: {alias!r} names both {aliases[alias].key} and {gpu.key}")
     return aliases

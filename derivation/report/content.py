@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -78,9 +79,14 @@ class Content:
     walks: tuple[Walk, ...]
     figures: Mapping[str, Picture]
     validation: Validation
-    calculator: Calculator
+    form: Future[Calculator]
     latex: tuple[str, ...]
     device: str
+
+    @property
+    def calculator(self) -> Calculator:
+        """The calculator, waited for where another process makes it."""
+        return self.form.result()
 
     @property
     def peak_terms(self) -> list[PixelTerms]:
@@ -98,17 +104,24 @@ class Content:
         return [side for i, side in enumerate(self.sizes) if row.bytes_at[i] == largest[i]]
 
 
-def content(model: object, given: Mapping[str, Any], command: str, progress: Progress, verify: bool = False) -> Content:
-    """Derive ``model`` under ``given`` options and return everything its report says."""
-    progress("deriving")
+def content(
+    model: object,
+    given: Mapping[str, Any],
+    command: str,
+    progress: Progress,
+    verify: bool = False,
+    executor: Executor | None = None,
+) -> Content:
+    """Derive ``model`` under ``given`` options and return everything its report says.
+
+    Where there is an executor, it records the calculator's calls while this process does the rest.
+    """
+    progress(f"deriving {model}")
     d = derive(model, **given)
+    form = _form(d, executor)
     found = answer(d)
     progress("drawing figures")
     drawn = pictures(d, found) | _attention(d)
-    progress("recording the calls of the calculator")
-    device = _device(d)
-    latex = {"peak": d.latex(), **({"device": d.latex("device")} if device else {})}
-    form = calculator(d, latex)
     progress("comparing with measurements")
     checked = validation(d.name, d.options, predictions(), verify)
     return Content(
@@ -140,10 +153,28 @@ def content(model: object, given: Mapping[str, Any], command: str, progress: Pro
         walks=walks(d),
         figures=drawn,
         validation=checked,
-        calculator=form,
-        latex=tuple(latex),
-        device=device,
+        form=form,
+        latex=tuple(_latex(d)),
+        device=_device(d),
     )
+
+
+def _form(d: Derivation, executor: Executor | None) -> Future[Calculator]:
+    """Return the calculator to come: what is recorded is not walked again, and is large to send."""
+    if executor is not None and isinstance(d.subject, WalkedSubject):
+        return executor.submit(_calculator, d)
+    made: Future[Calculator] = Future()
+    made.set_result(_calculator(d))
+    return made
+
+
+def _calculator(d: Derivation) -> Calculator:
+    return calculator(d, _latex(d))
+
+
+def _latex(d: Derivation) -> dict[str, str]:
+    """Return what the page has to copy."""
+    return {"peak": d.latex(), **({"device": d.latex("device")} if _device(d) else {})}
 
 
 def _device(d: Derivation) -> str:

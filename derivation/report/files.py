@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,39 @@ def build(
     derived or a folder that cannot be written.
     """
     check_folder(output)
-    files: dict[str, str | bytes] = {}
-    contents: list[Content] = []
+    return write(contents(models, command, progress, verify, **options), output, progress, index)
+
+
+def contents(
+    models: Sequence[object],
+    command: str,
+    progress: Progress,
+    verify: bool,
+    executor: Executor | None = None,
+    **options: Any,
+) -> list[Content]:
+    """Return what the reports of ``models`` say; ``executor`` shares the work.
+
+    Raises DerivationError for a model that cannot be derived, or two whose pages would be one.
+    """
+    found: dict[str, Content] = {}
     for model in models:
         given = options if traced_folder(model) else {"pipeline": _usual(model), **options}
-        contents.append(found := content(model, given, command, progress, verify))
-        page = f"{found.slug}.html"
-        if page in files:
+        made = content(model, given, command, progress, verify, executor)
+        if made.slug in found:
+            page = f"{made.slug}.html"
             raise DerivationError(f"two models would write {page}: build them into separate folders (--output)")
-        progress(f"writing {page}")
-        files |= report_files(found)
-    files |= {"index.html": index_page(contents)} if index else {}
+        found[made.slug] = made
+    return list(found.values())
+
+
+def write(found: Sequence[Content], output: Path, progress: Progress, index: bool) -> list[Path]:
+    """Write reports, all or none, and return the HTML pages' paths; raises DerivationError."""
+    files: dict[str, str | bytes] = {}
+    for each in found:
+        progress(f"writing {each.slug}.html")
+        files |= report_files(each)
+    files |= {"index.html": index_page(found)} if index else {}
     write_files(output, files)
     return [output / name for name in sorted(files, key="index.html".__ne__) if name.endswith(".html")]
 

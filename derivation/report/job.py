@@ -6,14 +6,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from derivation.config import bundled
 from derivation.errors import DerivationError
 from derivation.export import generate, write_formulas
+from derivation.files import check_folder
 from derivation.options.row import flag
-from derivation.report.files import build
+from derivation.report.files import contents, write
 
 ROOT = Path(__file__).parent.parent.parent
 # Engines by preference, with the arguments that make them run once, offline and without questions.
@@ -41,9 +44,13 @@ def build_all(
 
     Raises DerivationError where a report cannot be derived or written, or LaTeX stops at an error.
     """
-    pages = build(models, output, _command(models, options), progress, verify, index, **options)
-    progress("refreshing formulas/")
-    write_formulas(ROOT, generate([model for model in map(str, models) if model in bundled()]))
+    check_folder(output)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as executor:
+        found = contents(models, _command(models, options), progress, verify, executor, **options)
+        progress("refreshing formulas/")
+        formulas = generate([model for model in map(str, models) if model in bundled()])
+        pages = write(found, output, progress, index)
+    write_formulas(ROOT, formulas)
     return [*pages, *(_typeset(pages, progress) if pdf else [])]
 
 

@@ -57,6 +57,7 @@ class Tapes:
         self._thin: dict[tuple[int, str], int] = {}
         self._numbers: dict[int, int] = {}
         self._seen: list[Allocation] = []
+        self._owned: dict[str, NDArray[np.bool_]] = {}
 
     def add(self, tape: Tape, weights: int, ranges: Mapping[str, Range] | None = None) -> int:
         """Return the number of a tape on top of a list of weights; equal ones have one number.
@@ -104,13 +105,20 @@ class Tapes:
         """Return the number of a chunk without the tensors whose module is part of a model."""
         if (chunk, model) not in self._thin:
             tokens = np.frombuffer(self._chunk.rows[chunk], dtype=np.int64)
-            named = np.isin(tokens % 4, (BIRTH, WEIGHT_DIES))
+            named = (tokens % 4 == BIRTH) | (tokens % 4 == WEIGHT_DIES)
             steps = tokens[named] // 4
             kinds = np.cumsum(np.where(steps % 2, -(steps + 1) // 2, steps // 2))
-            names = ((n, self._name.rows[self._row.rows[n][0]]) for n in np.unique(kinds))
-            out = np.isin(kinds, [n for n, name in names if name.startswith(f"{model}.")])
+            out = self._belongs(model)[kinds]
             self._thin[chunk, model] = self._chunk(_left(tokens, kinds, out).tobytes()) if out.any() else chunk
         return self._thin[chunk, model]
+
+    def _belongs(self, model: str) -> NDArray[np.bool_]:
+        """Return for each kind whether its module is part of a model."""
+        known = self._owned.get(model, np.zeros(0, dtype=bool))
+        if len(known) < len(self._row.rows):
+            names = (self._name.rows[name] for name, *_ in self._row.rows[len(known) :])
+            self._owned[model] = np.append(known, [name.startswith(f"{model}.") for name in names])
+        return self._owned[model]
 
     def document(self) -> dict[str, Any]:
         """Return the tables as JSON values."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Protocol
 
 from derivation.tape.symbols import Size, evaluate
@@ -40,8 +41,12 @@ class Allocation:
 
     def moved(self, path: str) -> Allocation:
         """Return the same allocation at another module path."""
-        a = self
-        return Allocation(path, a.op, a.shape, a.dtype, a.nbytes, a.category, a.count, a.loaded)
+        return _moved(self, path)
+
+
+@lru_cache(maxsize=65536)
+def _moved(a: Allocation, path: str) -> Allocation:
+    return Allocation(path, a.op, a.shape, a.dtype, a.nbytes, a.category, a.count, a.loaded)
 
 
 class Decider(Protocol):

@@ -142,7 +142,8 @@ class Tape:
         self, shape: tuple[Size, ...], dtype: str, op: str, category: Category, count: Size = 1
     ) -> Storage | None:
         """Record a new storage, or ``count`` alike; returns None where there are no elements."""
-        return self._allocate(".".join(self.path), shape, dtype, op, category, count)
+        made = allocation(".".join(self.path), op, shape, dtype, category, count)
+        return None if made is None else self._appears(made)
 
     def load(self, path: str, shape: tuple[int, ...], dtype: str) -> Storage | None:
         """Record a weight that is moved to the GPU."""
@@ -159,14 +160,6 @@ class Tape:
     def empty_cache(self) -> None:
         """Record a call of torch.cuda.empty_cache()."""
         self.emptied.append(len(self.events))
-
-    def _allocate(
-        self, path: str, shape: tuple[Size, ...], dtype: str, op: str, category: Category, count: Size = 1
-    ) -> Storage | None:
-        nbytes = product((DTYPE_BYTES[dtype], *shape))
-        if nbytes == 0 or count == 0:
-            return None
-        return self._appears(Allocation(path, op, shape, dtype, nbytes, category, count))
 
     def _appears(self, allocation: Allocation) -> Storage:
         index = len(self.allocations)
@@ -243,6 +236,15 @@ class Tape:
             yield self
         finally:
             _ACTIVE.pop()
+
+
+@lru_cache(maxsize=65536)
+def allocation(
+    path: str, op: str, shape: tuple[Size, ...], dtype: str, category: Category, count: Size
+) -> Allocation | None:
+    """Return an allocation, None where there are no elements: tapes share it."""
+    nbytes = product((DTYPE_BYTES[dtype], *shape))
+    return None if nbytes == 0 or count == 0 else Allocation(path, op, shape, dtype, nbytes, category, count)
 
 
 @lru_cache(maxsize=65536)

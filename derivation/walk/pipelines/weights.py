@@ -89,9 +89,14 @@ def registered(paths: Mapping[str, object]) -> list[str]:
 
     Those of a real module stand in its own order already: there a child's come before its parent's.
     """
+    return list(_registered(tuple(paths)))
+
+
+@lru_cache(maxsize=256)
+def _registered(paths: tuple[str, ...]) -> tuple[str, ...]:
     if any(_place(path) is None for path in paths):
-        return list(_children_first(list(paths), 1))
-    return sorted(paths, key=lambda path: _place(path) or ())
+        return tuple(_children_first(list(paths), 1))
+    return tuple(sorted(paths, key=lambda path: _place(path) or ()))
 
 
 def _children_first(paths: list[str], depth: int) -> Iterator[str]:

@@ -119,6 +119,8 @@ def broadcast(shapes: Sequence[tuple[Size, ...]]) -> tuple[Size, ...]:
     >>> broadcast([(), (3, 1, 5), (4, 1)])
     (3, 4, 5)
     """
+    if len(set(shapes)) == 1:
+        return shapes[0]
     ndim = max(len(shape) for shape in shapes)
     padded = [(1,) * (ndim - len(shape)) + shape for shape in shapes]
     return tuple(next((dim for dim in dims if dim != 1), 1) for dims in zip(*padded, strict=True))
