@@ -19,7 +19,6 @@ from derivation.equation.record import Equation
 from derivation.errors import DerivationError, one_of, unsupported
 from derivation.export import compiled
 from derivation.export.latex import latex
-from derivation.gpu.cards import with_memory
 from derivation.options import Options, options_of
 from derivation.peak.record import Record
 from derivation.peak.witness import witness_at
@@ -28,7 +27,7 @@ from derivation.tape.program import Recordings
 from derivation.tape.subject import Parameters, Subject
 from derivation.tape.tape import Tape
 from derivation.trace import store
-from derivation.verdict import Verdict, of_tensors, on_card
+from derivation.verdict import Verdict, free_on, of_tensors, on_card
 from derivation.walk.subject import WalkedSubject
 
 METHODS = ("walk", "trace")
@@ -272,7 +271,7 @@ class Derivation:
         """
         if self.options.gpu is None and free_bytes is not None:
             return of_tensors(self.weights_bytes + max(self.equation.stage_peaks(call).values()), free_bytes)
-        gpu = self._gpu() if free_bytes is None else with_memory(self._gpu(), f"{max(free_bytes, 1)}B", free=True)
+        gpu = free_on(self._gpu(), free_bytes)
         return on_card(gpu, self._replayed(gpu, call))
 
     def _replayed(self, gpu: str, call: Call) -> DeviceMemory:

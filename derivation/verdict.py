@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from derivation.allocator.memory import DeviceMemory
+from derivation.allocator.memory import DeviceMemory, context_of
 from derivation.errors import unsupported
-from derivation.gpu.cards import Gpu, lookup
+from derivation.gpu.cards import Gpu, lookup, with_memory
 from derivation.gpu.profile import documented
 from derivation.text import human
 
@@ -98,7 +98,28 @@ def on_card(gpu: str, memory: DeviceMemory) -> Verdict:
         short = int(failed["short_bytes"])
         return Verdict(memory.device, memory.total, None, short, NO_FIT, trusted, margin, failed)
     said = SLOWER if memory.slower_convolutions else RELEASED if memory.num_alloc_retries else FITS
-    return Verdict(memory.device, memory.total, memory.total - memory.device, 0, said, trusted, margin)
+    return _left(memory.device, memory.total, said, trusted)
+
+
+def in_room(gpu: str, reserved_bytes: int) -> Verdict | None:
+    """Return the verdict on a call that reserves so much where nothing limits it, None where a card has less.
+
+    Raises DerivationError for an unknown GPU.
+    """
+    card = lookup(gpu)
+    context, total = context_of(card)[0], card.total_memory_bytes
+    if context is None or total is None or reserved_bytes + context > total:
+        return None
+    return _left(reserved_bytes + context, total, FITS, confidence(card))
+
+
+def free_on(gpu: str, free_bytes: int | None) -> str:
+    """Return the name of a card with so many bytes free, None: all of it."""
+    return gpu if free_bytes is None else with_memory(gpu, f"{max(free_bytes, 1)}B", free=True)
+
+
+def _left(needs_bytes: int, of_bytes: int, said: str, trusted: str) -> Verdict:
+    return Verdict(needs_bytes, of_bytes, of_bytes - needs_bytes, 0, said, trusted, margin_bytes(needs_bytes, trusted))
 
 
 def of_tensors(needs_bytes: int, of_bytes: int) -> Verdict:

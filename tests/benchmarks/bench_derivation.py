@@ -12,6 +12,8 @@ import pytest
 from conftest import SD15
 
 from derivation import Derivation, Options, derive
+from derivation.ask.quick import Quick
+from derivation.call import Call
 from derivation.config import bundled, load, unet_config
 from derivation.walk.subject import WalkedSubject
 
@@ -75,6 +77,15 @@ def generated(name: str):
 
 def test_generated_python_call(benchmark):
     benchmark(generated("peak_vram.py").peak_vram, 512, 768)
+
+
+@pytest.mark.parametrize("is_quick", [True, False], ids=["closed form", "replay"])
+def test_verdicts_on_new_sizes(benchmark, is_quick):
+    sides = iter([64 * k for k in range(8, 33)])
+    derivation = derive(SD15, gpu="h100")
+    answer = Quick(derivation).verdict if is_quick else derivation.verdict
+    answer(Call(512, 576))
+    benchmark.pedantic(lambda: answer(Call(next(sides), 512)), rounds=20)
 
 
 def test_numpy_million_sizes(benchmark):
