@@ -6,7 +6,7 @@ requested bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import accumulate
@@ -104,13 +104,19 @@ class Replay:
         """Run the events on `allocator` (default: a fresh unlimited one), whose peaks are reset first."""
         return _Run(self, allocator or CachingAllocator()).result()
 
-    def only(self, kept: Callable[[int], bool]) -> Replay:
-        """Return the replay of the tensors whose bytes are ``kept`` alone."""
-        wanted = [event == 0 or kept(self.sizes[abs(event) - 1]) for event in self.events]
+    def holding(self, handles: Mapping[int, int]) -> Replay:
+        """Return the replay in which some tensors are there before, as a library keeps its workspace for the next run.
+
+        ``handles`` are those of the allocator it runs on; raises DerivationError where the run frees such a tensor.
+        """
+        if any(-event - 1 in handles for event in self.events):
+            raise DerivationError(f"tensors {sorted(handles)} are held, and one is freed")
+        wanted = [event - 1 not in handles for event in self.events]
         place = [0, *accumulate(wanted)]
         events = [event for event, is_wanted in zip(self.events, wanted, strict=True) if is_wanted]
         loops = [replace(loop, start=place[loop.start], end=place[loop.end]) for loop in self._loops()]
-        return replace(self, events=events, loops=[loop for loop in loops if loop.start < loop.end])
+        loaded = {**self.loaded, **handles}
+        return replace(self, events=events, loops=[loop for loop in loops if loop.start < loop.end], loaded=loaded)
 
     def _loops(self) -> list[Loop]:
         return sorted(
