@@ -5,7 +5,8 @@ import random
 import pytest
 
 from derivation.allocator.allocator import CachingAllocator
-from derivation.allocator.pools import MOST_CLOSED, SHIFT, Pool, Run, has_room, needs, parts
+from derivation.allocator.config import AllocatorConfig
+from derivation.allocator.pools import MOST_CLOSED, SHIFT, Pages, Pool, Run, has_room, needs, parts
 from derivation.allocator.report import MIB, SMALL_BYTES, SMALL_SEGMENT_BYTES
 
 
@@ -27,9 +28,11 @@ def stream(seed: int, is_small: bool, count: int = 400) -> tuple[list[int], list
 
 @pytest.mark.parametrize("seed", range(30))
 @pytest.mark.parametrize("is_small", [True, False])
-def test_a_pool_is_the_allocator(seed: int, is_small: bool) -> None:
+@pytest.mark.parametrize("kind", [Pool, Pages])
+def test_a_pool_is_the_allocator(seed: int, is_small: bool, kind: type[Pool]) -> None:
     events, sizes = stream(seed, is_small)
-    pool, allocator, handles = Pool(is_small), CachingAllocator(), dict[int, int]()
+    config = AllocatorConfig(expandable_segments=kind is Pages)
+    pool, allocator, handles = kind(is_small), CachingAllocator(config), dict[int, int]()
     for event in events:
         pool.play([event], sizes)
         if event > 0:

@@ -56,7 +56,7 @@ def test_the_last_byte_that_is_free() -> None:
     assert in_room("sm90", reserved) is None  # no card, no verdict that it fits
 
 
-@pytest.mark.parametrize("options", [{"vae_tiling": True}, {"alloc_conf": "expandable_segments:True"}, {"gpu": None}])
+@pytest.mark.parametrize("options", [{"vae_tiling": True}, {"alloc_conf": "max_split_size_mb:64"}, {"gpu": None}])
 def test_without_a_closed_form_nothing_is_quick(options: dict[str, object]) -> None:
     d = derive(SD15, **{"gpu": "t4", **options})
     assert Quick(d).verdict(Call(512, 512)) is None

@@ -1,8 +1,8 @@
 """The most that is allocated at each of many sizes, on a card that has room: requests, and what blocks have beyond.
 
-A block of the large pool is at most 1 MiB larger than its request, one of the small pool is as large. So the peak is
-at an event where requests, and 1 MiB for each of those alive in the large pool, reach the most that requests alone do:
-there the pool's blocks are looked at.
+A block of the large pool is at most 1 MiB larger than its request, one of the small pool, or of pages, is as large. So
+the peak is at an event where requests, and 1 MiB for each of those alive in the large pool, reach the most that
+requests alone do: there the pool's blocks are looked at.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from derivation.allocator.symbolic import Vector
 class Allocated(Opened):
     """The large pool of some requests, its blocks looked at after the events ``looked`` at one point at a time."""
 
-    def __init__(self, requests: Requests) -> None:
-        super().__init__(requests, is_small=False)
+    def __init__(self, requests: Requests, kind: type[Pool] = Pool) -> None:
+        super().__init__(requests, is_small=False, kind=kind)
         events = np.array(requests.tape.events, dtype=np.int64)
         self._tensors, self._signs = np.abs(events) - 1, np.sign(events)
         self._played: set[tuple[int, Key]] = set()
@@ -38,7 +38,7 @@ class Allocated(Opened):
         """Return the most that is allocated beyond the weights' blocks."""
         self.live = self.requested(point)
         is_large = self.requests.bytes[:, point][self.requests.kinds][self._tensors] > SMALL_BYTES
-        reach = self.live + SMALL_BYTES * np.cumsum(self._signs * is_large)
+        reach = self.live + self.loaded.most_rest * np.cumsum(self._signs * is_large)
         self.most = int(self.live.max()) - self.loaded_beyond
         self.looked = frozenset(np.flatnonzero((self._signs > 0) & (reach >= self.most)).tolist())
         self._played.clear()

@@ -63,8 +63,8 @@ class Requests:
 class Opened:
     """What one pool opens for some requests at each point, beyond the segments of the weights."""
 
-    def __init__(self, requests: Requests, is_small: bool) -> None:
-        self.requests, self.is_small = requests, is_small
+    def __init__(self, requests: Requests, is_small: bool, kind: type[Pool] = Pool) -> None:
+        self.requests, self.is_small, self.kind = requests, is_small, kind
         self.mine = (requests.bytes <= SMALL_BYTES) == is_small
         held, always = self.mine.any(axis=1), self.mine.all(axis=1)
         self.mixed = frozenset(np.flatnonzero(held & ~always).tolist())
@@ -81,7 +81,7 @@ class Opened:
     @cached_property
     def loaded(self) -> Pool:
         """The pool before the run; weights that the run drops are at their places."""
-        pool, dropped = Pool(self.is_small), self.requests.dropped
+        pool, dropped = self.kind(self.is_small), self.requests.dropped
         sizes = {path: round_size(nbytes) for path, nbytes in self.requests.weights.items()}
         mine = [(path, size) for path, size in sizes.items() if (size <= SMALL_BYTES) == self.is_small]
         pool.play(range(1, len(mine) + 1), [size for _, size in mine])

@@ -1,4 +1,4 @@
-"""One pool of the caching allocator with default options on a card that has room, fast enough for many sizes.
+"""One pool of the caching allocator on a card that has room, with segments or expandable ones, fast for many sizes.
 
 Lemma 1: free neighbours merge at once, so what a pool does follows from its free blocks. Where two chunks of events
 ask the same of the same free blocks, and free tensors at the same places, they end alike and open the same segments.
@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from operator import xor
 
-from derivation.allocator.report import MIN_BLOCK_BYTES, SMALL_BYTES, segment_size
+from derivation.allocator.report import (
+    LARGE_PAGE_BYTES,
+    MIN_BLOCK_BYTES,
+    SMALL_BYTES,
+    SMALL_SEGMENT_BYTES,
+    segment_size,
+)
 
 # A free block, or the place of a tensor, is one integer: its bytes, then its address.
 SHIFT = 48
@@ -31,6 +37,8 @@ class Pool:
     ``opened`` holds (tensor, bytes) in order, ``top`` is the address of the next segment.
     """
 
+    keeps_tail = False
+
     def __init__(self, is_small: bool) -> None:
         self.is_small, self.most_rest = is_small, 0 if is_small else SMALL_BYTES
         self.free: list[int] = []
@@ -42,7 +50,7 @@ class Pool:
 
     def copy(self) -> Pool:
         """Return a pool in the same state."""
-        other = Pool(self.is_small)
+        other = type(self)(self.is_small)
         other.places, other.opened, other.top = dict(self.places), list(self.opened), self.top
         other.become(self.free)
         return other
@@ -60,12 +68,16 @@ class Pool:
     def play(self, events: Sequence[int], sizes: Sequence[int]) -> None:
         """Allocate tensor i at event i + 1, free it at -(i + 1); ``sizes`` are their bytes, rounded."""
         free, places, starts, ends, most_rest = self.free, self.places, self._starts, self._ends, self.most_rest
+        keeps_tail = self.keeps_tail
         for event in events:
             if event > 0:
                 size = sizes[event - 1]
                 at = bisect_left(free, size << SHIFT)
                 if at == len(free):
                     self._open(event - 1, size)
+                    at = -1
+                elif keeps_tail and at + 1 < len(free) and (free[at] & ADDRESS) + (free[at] >> SHIFT) == self.top:
+                    at += 1
                 block = free.pop(at)
                 found, address = block >> SHIFT, block & ADDRESS
                 del starts[address]
@@ -95,6 +107,31 @@ class Pool:
         self._starts[self.top] = self._ends[self.top + nbytes] = nbytes
         self.free.append(nbytes << SHIFT | self.top)  # no other was large enough
         self.top += nbytes + MIN_BLOCK_BYTES  # segments do not touch
+
+
+class Pages(Pool):
+    """A pool with expandable_segments:True: one range of addresses, mapped from its beginning up to ``top``.
+
+    ``opened`` holds the bytes that are mapped. Of the blocks that a request fits into the last one is taken where
+    there is no other: it can grow (get_free_block of CUDACachingAllocator.cpp).
+    """
+
+    keeps_tail = True
+
+    def __init__(self, is_small: bool) -> None:
+        super().__init__(is_small)
+        self.most_rest, self.page = 0, SMALL_SEGMENT_BYTES if is_small else LARGE_PAGE_BYTES
+
+    def _open(self, tensor: int, size: int) -> None:
+        tail = self._ends.pop(self.top, 0)
+        if tail:
+            del self._starts[self.top - tail]
+            del self.free[bisect_left(self.free, tail << SHIFT | self.top - tail)]
+        mapped = -(-(size - tail) // self.page) * self.page
+        self.opened.append((tensor, mapped))
+        address, self.top = self.top - tail, self.top + mapped
+        self._starts[address] = self._ends[self.top] = tail + mapped
+        self.free.append(tail + mapped << SHIFT | address)  # no other was large enough
 
 
 def has_room(free: Iterable[int], needed: int, largest: int) -> bool:

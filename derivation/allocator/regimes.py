@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from derivation.allocator.config import AllocatorConfig
 from derivation.allocator.opened import Requests
 from derivation.allocator.report import SMALL_BYTES
 from derivation.allocator.symbolic import Atom, Comparison, GridAllocator, Vector
@@ -68,10 +69,10 @@ class Survey:
     are in no group.
     """
 
-    def __init__(self, requests: Requests, most: int) -> None:
+    def __init__(self, requests: Requests, most: int, config: AllocatorConfig | None = None) -> None:
         self.tape, self.points = requests.tape, requests.points
         self.weights, self.dropped = requests.weights, requests.dropped
-        self.runs, self.most, self._left = 0, most, most
+        self.runs, self.most, self._left, self.config = 0, most, most, config
         self.bytes = [requests.bytes[kind] for kind in requests.kinds]
         self.possible = [bool((b > SMALL_BYTES).any()) for b in self.bytes]
 
@@ -174,6 +175,16 @@ class Survey:
         found = [self.points.atom(Atom(n, is_segment=True)) for n in free]
         return np.sort(np.array(found, dtype=np.int64).reshape(-1, len(self.points)), axis=0)
 
+    def reach(self, tensor: int, reference: int) -> int:
+        """Return the number of the bytes before a tensor and its own, when it is first allocated, at one size."""
+        allocator, handles = self._load(reference)
+        for event in self.tape.events[: self.tape.events.index(tensor + 1) + 1]:
+            self._play(allocator, event, handles)
+        [(_, _, before)] = allocator.places({tensor: handles[tensor]})
+        return self.points.total(
+            before, self.points.number_of(allocator.request(self.tape.allocations[tensor].nbytes)), 1
+        )
+
     def _replay(self, group: Group, chunk: Chunk, reference: int) -> tuple[GridAllocator, State]:
         self.runs += 1
         self._left -= sum(len(played.events) for played in (*group.played, chunk))
@@ -201,7 +212,7 @@ class Survey:
 
     def _load(self, reference: int) -> tuple[GridAllocator, dict[int, int]]:
         """Return an allocator with the weights of the large pool, and the handles of those that the run drops."""
-        allocator = GridAllocator(self.points, reference)
+        allocator = GridAllocator(self.points, reference, self.config)
         large = [(path, nbytes) for path, nbytes in self.weights.items() if nbytes > SMALL_BYTES]
         loaded = {path: allocator.malloc(allocator.request(nbytes)) for path, nbytes in large}
         return allocator, {self.dropped[path]: handle for path, handle in loaded.items() if path in self.dropped}

@@ -10,6 +10,7 @@ SMALL_BYTES = 1 * MIB  # kSmallSize: the largest request of the small pool
 SMALL_SEGMENT_BYTES = 2 * MIB  # kSmallBuffer
 MIN_LARGE_BYTES = 10 * MIB  # kMinLargeAlloc: from here on a request gets its own segment
 ROUND_LARGE_BYTES = 2 * MIB  # kRoundLarge
+LARGE_PAGE_BYTES = 20 * MIB  # kLargeBuffer: the pages of the large pool's expandable segments
 
 
 def round_size(nbytes: int, divisions: tuple[int, ...] = (0,) * ROUNDUP_INTERVALS) -> int:
@@ -28,7 +29,7 @@ def round_size(nbytes: int, divisions: tuple[int, ...] = (0,) * ROUNDUP_INTERVAL
     return -(-nbytes // step) * step
 
 
-def segment_size(size: int, large_segment_bytes: int = 20 * MIB) -> int:
+def segment_size(size: int, large_segment_bytes: int = LARGE_PAGE_BYTES) -> int:
     """Bytes asked of cudaMalloc for a block of `size` rounded bytes (get_allocation_size)."""
     if size <= SMALL_BYTES:
         return SMALL_SEGMENT_BYTES

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from derivation.allocator.allocator import CachingAllocator, _Block, _Pool
+from derivation.allocator.config import AllocatorConfig
 from derivation.allocator.report import MIN_LARGE_BYTES, ROUND_LARGE_BYTES, SMALL_BYTES, segment_size
 from derivation.tape.symbols import BLOCK_BYTES, Size, evaluate, free_names
 
@@ -156,8 +157,8 @@ class GridAllocator(CachingAllocator):
     segments were opened for, each with the tensor ``asking``, ``held`` the comparisons that do not hold everywhere.
     """
 
-    def __init__(self, points: Points, reference: int) -> None:
-        super().__init__()
+    def __init__(self, points: Points, reference: int, config: AllocatorConfig | None = None) -> None:
+        super().__init__(config)
         self.points, self.reference, self.guarding = points, reference, False
         self.agree = np.ones(len(points), dtype=bool)
         self.asking = -1
@@ -190,7 +191,9 @@ class GridAllocator(CachingAllocator):
         return nbytes
 
     def segment_bytes(self, size: int) -> int:
-        """Return the bytes of the segment for a request, which know what it was opened for."""
+        """Return the bytes of the segment for a request, which know what it was opened for; of pages, the request's."""
+        if self.config.expandable_segments:
+            return size
         [(atom, count)] = self.points.sums[self.points.number_of(size)]
         nbytes: Size = count if atom is None else atom.nbytes
         self.opened.append((nbytes, self.asking))

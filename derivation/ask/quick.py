@@ -6,7 +6,7 @@ from functools import cache
 
 from derivation.api import Derivation
 from derivation.call import Call
-from derivation.equation.device import DeviceForm
+from derivation.equation.device_pages import device_form
 from derivation.errors import DerivationError
 from derivation.verdict import Verdict, free_on, in_room
 
@@ -37,7 +37,7 @@ class Quick:
     def _reserved_of(self, batch_size: int, prompt_length: int, guidance: bool) -> Reserved:
         try:
             fixed = self.derivation.at(batch_size=batch_size, prompt_length=prompt_length)
-            form = DeviceForm(fixed.equation, guidance)
+            form = device_form(fixed.equation, guidance)
             return dict(zip(form.index, form.reserved_bytes.tolist(), strict=True)) if form.replayed is None else {}
         except DerivationError:
             return {}

@@ -18,12 +18,13 @@ from derivation.allocator.allocator import CachingAllocator
 from derivation.allocator.config import AllocatorConfig
 from derivation.allocator.memory import DeviceMemory, context_of, device_memory, load_pipeline, weight_bytes
 from derivation.allocator.opened import Opened, Requests, reserved_bytes
+from derivation.allocator.pools import Pool
 from derivation.allocator.regimes import Survey
 from derivation.allocator.report import MIN_LARGE_BYTES, ROUND_LARGE_BYTES, segment_size
 from derivation.allocator.symbolic import Atom, Comparison, Points, Vector
 from derivation.call import Call
 from derivation.equation.derived import Derived
-from derivation.equation.device_regime import Part, Regime, piecewise
+from derivation.equation.device_regime import Part, Regime, piecewise, telling
 from derivation.errors import DerivationError, unsupported
 from derivation.gpu.cards import lookup
 from derivation.tape.grid import H, W
@@ -49,6 +50,9 @@ class DeviceForm:
     DerivationError where no GPU is named, or where each size has a run of its own (VAE tiles) and none is fixed.
     """
 
+    config, kind = AllocatorConfig(), Pool
+    rounding = "segments are multiples of 2 MiB"
+
     def __init__(self, derived: Derived, guidance: bool = True) -> None:
         if derived.options.gpu is None:
             raise unsupported("gpu", None, "a GPU's name, for what its allocator does")
@@ -65,8 +69,9 @@ class DeviceForm:
             )
         self.index = {(call.height, call.width): i for i, call in enumerate(held)}
         self.points = Points([derived.sizes(call) for call in held])
-        if AllocatorConfig.parse(derived.options.alloc_conf or "") != AllocatorConfig() and len(held) > 1:
-            raise unsupported("alloc_conf", derived.options.alloc_conf, "none, or sides that are fixed: at()")
+        if AllocatorConfig.parse(derived.options.alloc_conf or "") != self.config and len(held) > 1:
+            supported = "none, expandable_segments:True alone, or sides that are fixed: at()"
+            raise unsupported("alloc_conf", derived.options.alloc_conf, supported)
 
     def _calls(self, guidance: bool) -> Iterator[Call]:
         fixed, factor, unit = self.derived.given, self.derived.factor, lcm(STEP, self.derived.grid.unit)
@@ -84,17 +89,17 @@ class DeviceForm:
     @cached_property
     def small(self) -> Opened:
         """The small pool's segments at each size."""
-        return Opened(self.requests, is_small=True)
+        return Opened(self.requests, is_small=True, kind=self.kind)
 
     @cached_property
     def large(self) -> Opened:
         """The large pool's segments at each size."""
-        return Opened(self.requests, is_small=False)
+        return Opened(self.requests, is_small=False, kind=self.kind)
 
     @cached_property
     def survey(self) -> Survey:
         """The decisions of the large pool."""
-        return Survey(self.requests, MOST_EVENTS)
+        return Survey(self.requests, MOST_EVENTS, self.config)
 
     @cached_property
     def reserved_bytes(self) -> Vector:
@@ -190,34 +195,21 @@ class DeviceForm:
                 names.setdefault(number, []).append(f"{a.path or 'pipeline'}: {a.op}")
             else:
                 constant += int(self.points.vector(number)[0])
-        parts = tuple(Part(self._expression(number, where), tuple(tensors)) for number, tensors in names.items())
+        parts = tuple(Part(self.expression(number, where), tuple(tensors)) for number, tensors in names.items())
         conditions = tuple(self._relation(c, among) for c in comparisons)
         counts = tuple((number, len(tensors)) for number, tensors in names.items())
         return Regime(constant, parts, conditions, where, total, counts)
 
     def _telling(self, own: Vector, others: Vector) -> list[Comparison]:
-        """Return decisions that the allocator takes so at all sizes of ``own``, but not together at any of ``others``.
-
-        Of those that rule out most of what is left the shortest is the next; none where decisions do not suffice.
-        """
         taken = {c for group in self.survey.groups for c in group.held}
-        answers = {c: self.points.compare(c) for c in (*taken, *((right, left, not lt) for left, right, lt in taken))}
-        answers = {c: answer for c, answer in answers.items() if answer[own].all()}
-        left, found = others, list[Comparison]()
-        while left.any() and answers:
-            best = min(answers, key=lambda c: (int((left & answers[c]).sum()), self.points.length(c), c))
-            if not (left & ~answers[best]).any():
-                return []
-            found.append(best)
-            left = left & answers[best]
-        return found
+        return telling(self.points, (*taken, *((right, left, not lt) for left, right, lt in taken)), own, others)
 
     def _relation(self, comparison: Comparison, where: Vector) -> sympy.Basic:
         left, right, is_less = comparison
-        sides = self._expression(left, where), self._expression(right, where)
+        sides = self.expression(left, where), self.expression(right, where)
         return sympy.Lt(*sides) if is_less else sympy.Le(*sides)
 
-    def _expression(self, number: int, where: Vector) -> sympy.Expr:
+    def expression(self, number: int, where: Vector) -> sympy.Expr:
         """Return a sum in H and W."""
         terms = self.points.sums[number]
         return sympy.Add(*(c if atom is None else c * self._atom(atom, where) for atom, c in terms))
@@ -266,12 +258,12 @@ class DeviceForm:
     @cached_property
     def blocks(self) -> Allocated:
         """The large pool's blocks when most is allocated."""
-        return Allocated(self.requests)
+        return Allocated(self.requests, self.kind)
 
     @cached_property
     def loaded_bytes(self) -> int:
         """Bytes of the weights' blocks."""
-        loaded = CachingAllocator()
+        loaded = CachingAllocator(self.config)
         load_pipeline(loaded, self.derived.resident)
         return loaded.allocated_bytes.current
 
@@ -324,15 +316,20 @@ class DeviceForm:
     @property
     def headline(self) -> str:
         """Context, weights and small blocks, bytes a pixel, and what that leaves out, for the regime of most sizes."""
-        regime = self.reserved_regimes[-1]
-        atoms = [(a, count) for number, count in regime.sums for a, _ in self.points.sums[number] if a is not None]
-        own = [(a, n) for a, n in atoms if (self.points.plain(a.nbytes)[regime.where] >= MIN_LARGE_BYTES).all()]
-        pixel = sum(count * self._plain(atom).coeff(H * W) for atom, count in own)
+        regime, pixel = self.reserved_regimes[-1], self.per_pixel
         rest = self.reserved_bytes - np.array([float(pixel) * height * width for height, width in self.index])
         least, most = int(rest[regime.where].min()), int(rest[regime.where].max())
         context = "context" if self.context_bytes is None else f"{self.context_bytes:,} context"
-        left_out = f"at most {most - least:,} more: segments are multiples of 2 MiB"
-        return f"{context} + {least:,} weights and small blocks + {pixel} H W, and {left_out}"
+        usual = f"{least:,} weights and small blocks + {pixel} H W"
+        return f"{context} + {usual}, and at most {most - least:,} more: {self.rounding}"
+
+    @property
+    def per_pixel(self) -> sympy.Expr:
+        """Bytes a pixel of segments of their own in the regime of most sizes."""
+        regime = self.reserved_regimes[-1]
+        atoms = [(a, count) for number, count in regime.sums for a, _ in self.points.sums[number] if a is not None]
+        own = [(a, n) for a, n in atoms if (self.points.plain(a.nbytes)[regime.where] >= MIN_LARGE_BYTES).all()]
+        return sum(count * self._plain(atom).coeff(H * W) for atom, count in own)
 
     def covers(self, height: int, width: int) -> bool:
         """Return whether the forms hold for a size: it is one of theirs, and the card has room for it."""

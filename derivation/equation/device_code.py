@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from derivation.allocator.report import ROUND_LARGE_BYTES
+from derivation.allocator.report import LARGE_PAGE_BYTES, ROUND_LARGE_BYTES
+from derivation.allocator.symbolic import Atom
 from derivation.equation.device import DeviceForm
+from derivation.equation.device_pages import PagesForm
 from derivation.equation.expression import Expression, Let, Name, add, ceil_div, floor_div, mul, polynomial
-from derivation.tape.symbols import MAX_LEVELS
+from derivation.tape.symbols import BLOCK_BYTES, MAX_LEVELS, as_poly
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +40,7 @@ def device_code(form: DeviceForm) -> DeviceCode | None:
     if form.replayed is not None or form.context_bytes is None or len(form.index) != len(heights) ** 2:
         return None
     step, shared = heights[1] - heights[0], form.shared
-    atoms = ((atom, n) for number, n in shared.sums for atom, _ in form.points.sums[number] if atom is not None)
-    parts = (mul(n * ROUND_LARGE_BYTES, ceil_div(polynomial(atom.nbytes, {}), ROUND_LARGE_BYTES)) for atom, n in atoms)
-    value = add(shared.constant_bytes, *parts)
+    value = _pages(form) if isinstance(form, PagesForm) else _segments(form)
     counted = (form.reserved_bytes - shared.total) // ROUND_LARGE_BYTES
     by_pixels: dict[int, set[int]] = {}
     for (height, width), point in form.index.items():
@@ -61,6 +61,27 @@ def device_code(form: DeviceForm) -> DeviceCode | None:
         context=form.context_bytes,
         room=None if total is None else total - form.context_bytes,
     )
+
+
+def _segments(form: DeviceForm) -> Expression:
+    sums = ((atom, n) for number, n in form.shared.sums for atom, _ in form.points.sums[number] if atom is not None)
+    return add(form.shared.constant_bytes, *(_rounded(atom, ROUND_LARGE_BYTES, n) for atom, n in sums))
+
+
+def _pages(form: PagesForm) -> Expression:
+    """Return the pages up to the address reached; sizes of whole blocks are added up without rounding."""
+    whole, others = as_poly(0), list[Expression]()
+    for atom, n in form.points.sums[form.reached]:
+        size = as_poly(1 if atom is None else atom.nbytes)
+        if atom is None or not any(c % BLOCK_BYTES for c in size.values()):
+            whole += n * size
+        else:
+            others.append(_rounded(atom, BLOCK_BYTES, n))
+    return mul(LARGE_PAGE_BYTES, ceil_div(add(*others, polynomial(whole, {})), LARGE_PAGE_BYTES))
+
+
+def _rounded(atom: Atom, step: int, times: int) -> Expression:
+    return mul(times * step, ceil_div(polynomial(atom.nbytes, {}), step))
 
 
 def _names(expression: Expression) -> Iterator[str]:

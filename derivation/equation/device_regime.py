@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import sympy
 
-from derivation.allocator.symbolic import Vector
+from derivation.allocator.symbolic import Comparison, Points, Vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +48,20 @@ def piecewise(regimes: Sequence[Regime], more: sympy.Expr | int = 0) -> sympy.Ex
     if len(regimes) == 1:
         return regimes[0].bytes + more
     return sympy.Piecewise(*((regime.bytes + more, sympy.And(*regime.conditions)) for regime in regimes))
+
+
+def telling(points: Points, taken: Iterable[Comparison], own: Vector, others: Vector) -> list[Comparison]:
+    """Return decisions ``taken`` by the allocator at all sizes of ``own``, but not together at any of ``others``.
+
+    Of those that rule out most of what is left the shortest is the next; none where decisions do not suffice.
+    """
+    answers = {c: points.compare(c) for c in taken}
+    answers = {c: answer for c, answer in answers.items() if answer[own].all()}
+    left, found = others, list[Comparison]()
+    while left.any() and answers:
+        best = min(answers, key=lambda c: (int((left & answers[c]).sum()), points.length(c), c))
+        if not (left & ~answers[best]).any():
+            return []
+        found.append(best)
+        left = left & answers[best]
+    return found

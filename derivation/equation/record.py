@@ -9,6 +9,7 @@ from derivation.equation.crossover import Crossover, Irrelevant, crossovers, doe
 from derivation.equation.derived import Derived
 from derivation.equation.device import DeviceForm
 from derivation.equation.device_code import DeviceCode, device_code
+from derivation.equation.device_pages import device_form
 from derivation.equation.function import Function, Stages, function, stages
 from derivation.equation.limits import Limits, limits
 from derivation.errors import DerivationError
@@ -48,7 +49,7 @@ class Equation(Derived):
     @cached_property
     def device(self) -> DeviceForm:
         """What the GPU's allocator and nvidia-smi show under guidance; raises DerivationError without a GPU."""
-        return DeviceForm(self)
+        return device_form(self)
 
     @cached_property
     def device_code(self) -> DeviceCode | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sympy
 
-from derivation.allocator.report import ROUND_LARGE_BYTES
+from derivation.allocator.report import LARGE_PAGE_BYTES, ROUND_LARGE_BYTES
+from derivation.equation.device_pages import PagesForm
 from derivation.equation.device_regime import Part, Regime
 from derivation.equation.record import Equation
 from derivation.errors import unsupported
@@ -25,13 +26,15 @@ def device(equation: Equation, label: str) -> str:
     if form.context_bytes is None:
         raise unsupported("gpu", form.card.name, "a card whose CUDA context is documented")
     last, *others = reversed(form.reserved_regimes)
+    pages = isinstance(form, PagesForm)
     return render(
         "device.tex.j2",
         equation,
         label=label,
         card=form.card.name,
         context=grouped(form.context_bytes, "{,}"),
-        usual=_rows(last),
+        usual=[_pages(last)] if pages else _rows(last),
+        pages=pages,
         others=[{"rows": _rows(r), "conditions": [relation(c) for c in r.conditions]} for r in reversed(others)],
         counted=sorted({int(n) for n in form.counted}),
         text=text,
@@ -43,6 +46,14 @@ def _rows(regime: Regime) -> list[str]:
     counts = ((len(part.tensors), _segment(part)) for part in regime.parts)
     constant = grouped(regime.constant_bytes // ROUND_LARGE_BYTES, "{,}")
     return rows([f"{constant} + n", *(f"+ {count}\\,{s}" if count > 1 else f"+ {s}" for count, s in counts)])
+
+
+def _pages(regime: Regime) -> str:
+    """Return the number of 2 MiB in pages up to an address."""
+    [address] = (each.args[0] for each in regime.bytes.atoms(sympy.ceiling))
+    sizes = _sum(sympy.expand(address * LARGE_PAGE_BYTES))
+    per_page = LARGE_PAGE_BYTES // ROUND_LARGE_BYTES
+    return rf"{per_page} \left\lceil \frac{{{sizes}}}{{{per_page} \cdot 2^{{21}}}} \right\rceil + n"
 
 
 def _segment(part: Part) -> str:
