@@ -19,7 +19,8 @@ from derivation.cli.arguments import add_options, given_options
 from derivation.config import bundled
 from derivation.errors import one_line
 
-DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+# The report where no model is named.
+USUAL_MODEL, USUAL_OPTIONS = "stable-diffusion-v1-5/stable-diffusion-v1-5", {"pipeline": "img2img"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="example: python build_report.py stabilityai/stable-diffusion-2-1 --pipeline txt2img --output report/",
     )
     models = "bundled ids, folders or Hugging Face Hub ids (org/name, org/name@revision)"
-    result.add_argument("models", metavar="MODEL", nargs="*", default=[DEFAULT_MODEL], help=models)
+    result.add_argument("models", metavar="MODEL", nargs="*", help=f"{models} (default: {USUAL_MODEL}, img2img)")
     result.add_argument("--all", action="store_true", help="every bundled model, and an index page that compares them")
     result.add_argument("--output", type=Path, default=Path("report"), help="folder to write (default: report/)")
     result.add_argument("--pdf", action="store_true", help="also typeset the notes, where a TeX engine is installed")
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     try:
         options = given_options(args)
-        models = bundled() if args.all else args.models
+        models = bundled() if args.all else args.models or [USUAL_MODEL]
+        options = options if args.all or args.models else {**USUAL_OPTIONS, **options}
         with output.telling("report") as progress:
             paths = build_all(models, args.output, args.pdf, args.verify, progress, args.all, **options)
     except DerivationError as error:

@@ -317,7 +317,8 @@ def derive(
 ) -> Derivation:
     """Derive the peak memory of ``model``: a bundled id, a folder, a config file, a Hub id or a live pipeline.
 
-    What is not given is read off a live pipeline, and is Options' default elsewhere. ``gpu`` is a card's name or JSON
+    What is not given is read off a live pipeline, and is Options' default elsewhere, ``pipeline`` that of the class
+    in model_index.json. ``gpu`` is a card's name or JSON
     file, ``memory`` among the options another capacity of it, such as "12GiB". A Hub id is "org/name" or
     "org/name@revision"; with ``local_files_only`` it is read from the Hub's cache alone. The derivation of one
     component's config is that of its calls.
@@ -338,11 +339,10 @@ def derive(
         return Derivation(store.transformer(model, options_of(given)))
     if is_live(model):
         return Derivation(WalkedSubject.live(model, **given))
-    chosen = options_of(given)
     try:
-        checkpoint = load(model, revision, local_files_only, chosen.scheduler)
+        checkpoint = load(model, revision, local_files_only, options_of(given).scheduler)
     except OtherPipeline:
         if method == "walk" or os.path.exists(str(model)):
             raise
         return Derivation(*store.recorded(hub_folder(model, revision, local_files_only), given, progress))
-    return Derivation(WalkedSubject(checkpoint, chosen))
+    return Derivation(WalkedSubject(checkpoint, options_of({"pipeline": checkpoint.task, **given})))

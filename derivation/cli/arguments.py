@@ -15,14 +15,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("options of the derivation")
     for field in fields(Options):
         flag, text = f"--{field.name.replace('_', '-')}", help_of(field.name).replace("%", "%%")
+        kind: dict[str, Any] = {"metavar": "VALUE"}
         if isinstance(field.default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
-        else:
-            group.add_argument(flag, default=field.default, metavar="VALUE", help=text)
+            kind = {"action": argparse.BooleanOptionalAction}
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that differ from their defaults; raises DerivationError for a bad value."""
-    hints, unset = get_type_hints(Options), Options().as_dict()
-    values = {name: value_of(name, hints[name], getattr(arguments, name)) for name in unset}
-    return {name: value for name, value in values.items() if value != unset[name]}
+    """Return the options that somebody typed; raises DerivationError for a bad value."""
+    hints, typed = get_type_hints(Options), vars(arguments)
+    return {f.name: value_of(f.name, hints[f.name], typed[f.name]) for f in fields(Options) if f.name in typed}

@@ -13,7 +13,18 @@ import typer
 
 from derivation.call import parse_size
 from derivation.cli import output
-from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, call_of, completing, derivation_of, expanded
+from derivation.cli.parameters import (
+    Json,
+    Model,
+    Prompt,
+    Revision,
+    Size,
+    call_of,
+    completing,
+    derivation_of,
+    expanded,
+    typed,
+)
 from derivation.config import bundled, bundled_traced, load, traced_folder
 from derivation.errors import DerivationError
 from derivation.export.latex import PEAK
@@ -73,7 +84,7 @@ def estimate(
         sizes = (parse_size(size) for size in then)
         calls = (call, *(replace(call, height=height, width=width) for height, width in sizes))
         result["then"] = [turn.as_dict() for turn in sequence(derivation, calls, empty_cache)[1:]]
-    output.emit(result, json, lambda result: show_estimate(result, options))
+    output.emit(result, json, lambda result: show_estimate(result, derivation.options))
     if any(turn.get("failed") for turn in (result, *result.get("then", ()))):
         raise typer.Exit(1)
 
@@ -213,7 +224,7 @@ def verify(
         if failed:
             raise typer.Exit(1)
         return
-    rows = [row.as_dict() for row in run_verification(checkpoint, [call_of(size, prompt)], **asdict(options))]
+    rows = [row.as_dict() for row in run_verification(checkpoint, [call_of(size, prompt)], **typed(options))]
     matches = all(row["match"] for row in rows)
     output.emit({"match": matches, **circumstances(), "rows": rows}, json, _show_verified)
     if not matches:
@@ -312,5 +323,5 @@ def report(
 
     asked = [name for name in sys.argv[1:] if name.isprintable()]
     models = [load(name, revision, scheduler=options.scheduler) for name in model or [DEFAULT_MODEL]]
-    for path in build(models, output_path, " ".join(["derivation", *asked]), **asdict(options)):
+    for path in build(models, output_path, " ".join(["derivation", *asked]), **typed(options)):
         output.line(f"wrote {path}")

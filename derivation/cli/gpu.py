@@ -13,10 +13,10 @@ import typer
 from derivation.api import Derivation
 from derivation.call import Call
 from derivation.cli import output
-from derivation.cli.parameters import Json, Model, Revision, expanded
+from derivation.cli.parameters import Json, Model, Revision, expanded, typed
 from derivation.config import load
 from derivation.errors import unsupported
-from derivation.options import Options
+from derivation.options import Options, options_of
 from derivation.text import human
 from derivation.walk.subject import WalkedSubject
 
@@ -51,6 +51,7 @@ def measure(
 
     checkpoint = load(model, revision)
     checkpoint.require_whole("measure")
+    options = options_of({"pipeline": checkpoint.task, **typed(options)})
     name = checkpoint.name if checkpoint.source == "bundled" else str(Path(checkpoint.source).resolve())
     found = points(
         name,

@@ -201,12 +201,16 @@ def _checked(key: str, value: Any) -> Any:
     return checked_number(key, value) if isinstance(value, int) else value
 
 
-def derivation_of(model: str, options: Options, revision: str | None = None) -> Derivation:
+def derivation_of(model: str, options: Options, revision: str | None = None, **changes: Any) -> Derivation:
     """Return the derivation of what a MODEL argument names; options that nobody typed are the model's own."""
-    usual = Options().as_dict()
-    given: dict[str, Any] = {n: v for n, v in options.as_dict().items() if v != usual[n] or n in _SAID.get()}
     with telling("tracing") as progress:
-        return derive(model, revision=revision, progress=progress, **given)
+        return derive(model, revision=revision, progress=progress, **{**typed(options), **changes})
+
+
+def typed(options: Options) -> dict[str, Any]:
+    """Return the options that somebody typed."""
+    usual = Options().as_dict()
+    return {name: value for name, value in options.as_dict().items() if value != usual[name] or name in _SAID.get()}
 
 
 def call_of(size: Size, prompt: Prompt) -> Call:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -48,7 +48,7 @@ def fit(
     else:
         best = largest_batch(derivation, budget, *sides, prompt.prompt_length, prompt.guidance)
         answer = {"weights_bytes": derivation.weights_bytes, "largest_batch": None if best is None else asdict(best)}
-    result = {"model": derivation.name, **options.as_dict(), **asdict(prompt), **answer, "counted": said}
+    result = {"model": derivation.name, **derivation.options.as_dict(), **asdict(prompt), **answer, "counted": said}
     output.emit(result, json, _show_fit)
     if not (answer.get("image") or answer.get("largest_batch")):
         raise typer.Exit(1)
@@ -93,7 +93,7 @@ def recommend(
     call = call_of(size, prompt)
     found = recommended(derivation, budget, call)
     sides = {"height": call.height, "width": call.width}
-    result = {"model": derivation.name, **options.as_dict(), **sides, **asdict(prompt), **found.as_dict()}
+    result = {"model": derivation.name, **derivation.options.as_dict(), **sides, **asdict(prompt), **found.as_dict()}
     output.emit({**result, "fits": found.fits, "counted": said}, json, _show_recommendation)
     if not found.fits:
         raise typer.Exit(1)
@@ -147,7 +147,7 @@ def compare(
     from derivation.ask.compare import compare as compared
 
     a = derivation_of(model_a, options, revision)
-    b = derivation_of(model_b or model_a, replace(options, **changes(with_ or [])), None if model_b else revision)
+    b = derivation_of(model_b or model_a, options, None if model_b else revision, **changes(with_ or []))
     found = compared(a, b, batch_size=prompt.batch_size, prompt_length=prompt.prompt_length, guidance=prompt.guidance)
     output.emit(found.as_dict(), json, _show_comparison)
 

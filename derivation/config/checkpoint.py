@@ -30,6 +30,17 @@ PIPELINE_CLASSES = (
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
+# Parts of a class's name; without one it makes images of text alone.
+TASKS = {"Img2Img": "img2img", "Inpaint": "inpaint"}
+
+
+def task_of(class_name: str) -> str:
+    """Return the option ``pipeline`` that a pipeline's class stands for.
+
+    >>> task_of("StableDiffusionXLPipeline"), task_of("FluxImg2ImgPipeline"), task_of("StableDiffusionInpaintPipeline")
+    ('txt2img', 'img2img', 'inpaint')
+    """
+    return next((task for part, task in TASKS.items() if part in class_name), "txt2img")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,11 @@ class Checkpoint:
     def whole(self) -> bool:
         """Whether these are the configs of a pipeline, not of a component alone."""
         return bool(self.pipeline_class)
+
+    @property
+    def task(self) -> str:
+        """The option ``pipeline`` that the class stands for."""
+        return task_of(self.pipeline_class)
 
     def require_whole(self, needed_by: str) -> None:
         """Raise DerivationError for a component alone."""

@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from . import hub
-from .checkpoint import BUNDLED, PIPELINE_CLASSES, read_json
+from .checkpoint import BUNDLED, PIPELINE_CLASSES, read_json, task_of
 from .checks import INDEX
 
 TRACED = Path(__file__).resolve().parent / "traced"
@@ -35,8 +35,7 @@ class TracedFolder:
     @property
     def task(self) -> str:
         """The option ``pipeline`` that the class stands for."""
-        tasks = {"Img2Img": "img2img", "Inpaint": "inpaint"}
-        return next((task for part, task in tasks.items() if part in self.class_name), "txt2img")
+        return task_of(self.class_name)
 
     @cached_property
     def contents(self) -> str:

@@ -7,18 +7,13 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
-from derivation.config import load, traced_folder
 from derivation.errors import DerivationError
-from derivation.export import CHECKED_IN
 from derivation.files import check_folder, write_files
-from derivation.options import Options
 from derivation.report.content import Content, content
 from derivation.report.render import index as index_page
 from derivation.report.render import texts
 
 Progress = Callable[[str], None]
-# The pipeline of a bundled model, where none is asked for: that of its folder in formulas/.
-USUAL = {entry.model: entry.pipeline for entry in CHECKED_IN}
 
 
 def build(
@@ -54,8 +49,7 @@ def contents(
     """
     found: dict[str, Content] = {}
     for model in models:
-        given = options if traced_folder(model) else {"pipeline": _usual(model), **options}
-        made = content(model, given, command, progress, verify, executor)
+        made = content(model, options, command, progress, verify, executor)
         if made.slug in found:
             page = f"{made.slug}.html"
             raise DerivationError(f"two models would write {page}: build them into separate folders (--output)")
@@ -72,10 +66,6 @@ def write(found: Sequence[Content], output: Path, progress: Progress, index: boo
     files |= {"index.html": index_page(found)} if index else {}
     write_files(output, files)
     return [output / name for name in sorted(files, key="index.html".__ne__) if name.endswith(".html")]
-
-
-def _usual(model: object) -> str:
-    return USUAL.get(load(model).name, Options().pipeline)
 
 
 def report_files(found: Content) -> dict[str, str | bytes]:

@@ -43,14 +43,12 @@ class Row:
         }
 
 
-def run_verification(
-    model: object, calls: Sequence[Call] = (Call(512, 512),), pipeline: str = "img2img", **options: Any
-) -> Iterator[Row]:
+def run_verification(model: object, calls: Sequence[Call] = (Call(512, 512),), **options: Any) -> Iterator[Row]:
     """Yield a row for every component and, of a whole checkpoint, every stage of ``model`` at each size.
 
     Raises DerivationError as derive does.
     """
-    derivation = derive(model, pipeline=pipeline, **{**options, **installed()})
+    derivation = derive(model, **{**options, **installed()})
     for call in calls:
         yield from _rows(derivation, call, "component", compare_components(derivation, call))
         if derivation.checkpoint.whole:

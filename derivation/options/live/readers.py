@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from derivation.config.checkpoint import task_of
 from derivation.errors import shown
 from derivation.options import DTYPES, TILE_OVERLAP_FACTOR
 from derivation.options.live.modules import Models, attentions, called, config, first_parameter, option, unsupported
@@ -24,8 +25,7 @@ SLICED = "SlicedAttnProcessor"
 @option
 def pipeline(pipe: Any, models: Models) -> str:
     """The task, by the pipeline's class."""
-    name = type(pipe).__name__
-    return "img2img" if "Img2Img" in name else "inpaint" if "Inpaint" in name else "txt2img"
+    return task_of(type(pipe).__name__)
 
 
 @option
