@@ -16,12 +16,12 @@ from test_pipelines import small_xl
 from derivation import Options, derive
 from derivation.export import compiled
 from derivation.tape.tape import Tape
+from derivation.trace.switches import switches
 from derivation.verify import build_unet
 from derivation.verify.compare import (
     compare_components,
     compare_pipeline,
     read_config,
-    switches,
 )
 from derivation.walk.ops import Conv2d, add, cat, given, pad, upsample_nearest2d
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -258,9 +259,10 @@ def test_an_offload_remedy_saves_what_traced_pipelines_say(offload: str) -> None
     steps = {"num_inference_steps": 3, "strength": 1.0}
     derivation = derive(SD15, **steps)
     [step] = [s for s in recommend(derivation, 1, Call(64, 64)).steps if s.change == {"offload": offload}]
-    options = {"height": 64, "width": 64, "paths": False, **steps}
-    plain = naive_peak(trace_pipeline(BUNDLED / SD15, **options))
-    with_it = naive_peak(trace_pipeline(BUNDLED / SD15, switches=(("offload", offload),), **options))
+    plain, with_it = (
+        naive_peak(trace_pipeline(BUNDLED / SD15, replace(derivation.options, **change), Call(64, 64), paths=False))
+        for change in ({}, {"offload": offload})
+    )
     stay = derive(SD15, offload=offload, **steps).weights
     assert set(stay) >= {"safety_checker"}
     assert step.saves_bytes == derivation.weights_bytes + plain - (sum(stay.values()) + with_it)

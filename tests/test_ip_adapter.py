@@ -17,12 +17,12 @@ from derivation import DerivationError, derive
 from derivation.export import compiled
 from derivation.trace.modules import build_image_encoder
 from derivation.trace.runs import trace_component
+from derivation.trace.switches import switches
 from derivation.verify import build_unet
 from derivation.verify.compare import (
     compare_component,
     compare_pipeline,
     read_config,
-    switches,
 )
 
 TASKS = ("txt2img", "img2img", "inpaint")

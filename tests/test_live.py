@@ -22,6 +22,7 @@ from peft import LoraConfig
 
 from derivation import DerivationError, derive
 from derivation.ask.recommend import REMEDIES
+from derivation.call import Call
 from derivation.config.checkpoint import IMAGE_ENCODER
 from derivation.guard import will_fit
 from derivation.options import Options
@@ -351,7 +352,7 @@ def test_will_fit_says_what_the_real_call_takes(folder: Path, options: dict[str,
     switches = tuple(options.items())
     pipe = build_pipeline(folder, "txt2img", switches=switches)
     size = {"height": 64, "width": 72, "batch_size": 2}
-    traced = trace_pipeline(folder, "txt2img", switches=switches, paths=False, **size, **STEPS)
+    traced = trace_pipeline(folder, Options(pipeline="txt2img", **options, **STEPS), Call(**size), paths=False)
     needed = resident_bytes(pipe) + naive_peak(traced)
     assert will_fit(pipe, **size, **STEPS, free_bytes=needed).fits
     verdict = will_fit(pipe, **size, **STEPS, free_bytes=needed - 1)
@@ -408,7 +409,7 @@ def test_weights_that_are_on_the_gpu_are_not_counted_again(
     monkeypatch.setattr("derivation.guard._device", lambda parameter: "cuda")
     switches = tuple(options.items())
     pipe = build_pipeline(folder, "txt2img", switches=switches)
-    traced = trace_pipeline(folder, "txt2img", height=64, width=64, switches=switches, paths=False, **STEPS)
+    traced = trace_pipeline(folder, Options(pipeline="txt2img", **options, **STEPS), Call(64, 64), paths=False)
     assert will_fit(pipe, 64, 64, free_bytes=0, **STEPS).needed_bytes == naive_peak(traced)
 
 

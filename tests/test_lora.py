@@ -14,8 +14,9 @@ from conftest import SD15, SDXL
 
 from derivation import DerivationError, derive
 from derivation.export import compiled
+from derivation.trace.switches import switches
 from derivation.verify import build_unet
-from derivation.verify.compare import compare_component, compare_pipeline, read_config, switches
+from derivation.verify.compare import compare_component, compare_pipeline, read_config
 
 
 def unet(derivation, height, width, batch_size, length, guidance):

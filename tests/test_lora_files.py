@@ -17,7 +17,8 @@ from derivation import DerivationError, derive
 from derivation.config import load
 from derivation.options import Options
 from derivation.trace.modules import build_text_encoder, build_unet, quiet
-from derivation.verify.compare import compare_pipeline, read_config, switches
+from derivation.trace.switches import switches
+from derivation.verify.compare import compare_pipeline, read_config
 from derivation.verify.random_configs import random_checkpoint
 from derivation.verify.random_lora import FORMATS, lora_tensors, write_safetensors
 from derivation.walk.components import lora_layers

@@ -16,6 +16,8 @@ pytest.importorskip("transformers")
 
 from conftest import SD15, tiny
 
+from derivation.call import NAMES, Call
+from derivation.options import Options
 from derivation.peak.liveness import alive_at
 from derivation.tape.evaluate import Evaluator, stages
 from derivation.tape.tape import Tape
@@ -114,9 +116,7 @@ def test_values_read_back_are_zeros_on_the_cpu_and_count_nothing() -> None:
         ("math", "float16", 64, ["math"]),
     ],
 )
-def test_sdpa_takes_the_backend_that_cuda_would_take(
-    backend: str, dtype: str, head_dim: int, ops: list[str]
-) -> None:
+def test_sdpa_takes_the_backend_that_cuda_would_take(backend: str, dtype: str, head_dim: int, ops: list[str]) -> None:
     names = {"flash": "flash", "efficient": "efficient", "constant_pad_nd": "pad", "softmax": "math"}
     q = meta(1, 2, 4, head_dim, dtype=getattr(torch, dtype))
     with torch.no_grad(), SdpaMode(backend), Tracer(inputs=[q]) as tracer:
@@ -176,17 +176,23 @@ def test_tracking_paths_changes_no_event(component: str, attention: str) -> None
     assert live_curve(traces[0]) == live_curve(traces[1])
 
 
+def traced(folder: Path = CHECKPOINT, paths: bool = True, **given: Any) -> Tape:
+    """Trace a pipeline under options, at a call whose arguments are among them."""
+    call = {name: given.pop(name) for name in NAMES if name in given}
+    return trace_pipeline(folder, Options(**given), Call(**{"height": 512, "width": 512, **call}), paths)
+
+
 def test_no_storage_waits_for_the_cyclic_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
-    without = trace_pipeline(CHECKPOINT, **sizes)
+    without = traced(**sizes)
     monkeypatch.setattr(gc, "disable", lambda: gc.set_threshold(1, 1, 1))
     monkeypatch.setattr(gc, "enable", lambda: gc.set_threshold(700, 10, 10))
-    assert recorded(trace_pipeline(CHECKPOINT, **sizes)) == recorded(without)
+    assert recorded(traced(**sizes)) == recorded(without)
 
 
 @pytest.mark.parametrize("pipeline", ["img2img", "txt2img"])
 def test_a_pipeline_runs_to_its_end_stage_after_stage(pipeline: str) -> None:
-    tape = trace_pipeline(CHECKPOINT, pipeline, num_inference_steps=2)
+    tape = traced(pipeline=pipeline, num_inference_steps=2)
     names = [s if pipeline == "img2img" else s.replace("vae_encode", "prepare_latents") for s in STAGES]
     assert [name for name, _, _ in stages(tape)] == names == list(naive_peaks(tape))
     assert {name: peak for name, (peak, _) in Evaluator(tape).peaks({}).items()} == naive_peaks(tape)
@@ -195,9 +201,9 @@ def test_a_pipeline_runs_to_its_end_stage_after_stage(pipeline: str) -> None:
 
 def test_tracing_a_pipeline_twice_gives_the_same_events_with_and_without_paths() -> None:
     sizes: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
-    first, second = (trace_pipeline(CHECKPOINT, **sizes) for _ in range(2))
+    first, second = (traced(**sizes) for _ in range(2))
     assert recorded(first) == recorded(second)
-    assert trace_pipeline(CHECKPOINT, **sizes, paths=False).events == first.events
+    assert traced(**sizes, paths=False).events == first.events
 
 
 @pytest.mark.parametrize(
@@ -205,9 +211,9 @@ def test_tracing_a_pipeline_twice_gives_the_same_events_with_and_without_paths()
     [
         {"attention": "math", "dtype": "float32"},
         {"attention": "eager", "scheduler": "UniPCMultistepScheduler", "batch_size": 2},
-        {"attention": "flash", "switches": (("offload", "sequential"), ("vae_tiling", True))},
-        {"pipeline": "inpaint", "switches": (("channels_last", True), ("controlnets", 1))},
-        {"strength": 1.0, "switches": (("lora_rank", 4),)},
+        {"attention": "flash", "offload": "sequential", "vae_tiling": True},
+        {"pipeline": "inpaint", "channels_last": True, "controlnets": 1},
+        {"strength": 1.0, "lora_rank": 4},
     ],
     ids=str,
 )
@@ -215,21 +221,21 @@ def test_remembered_kernels_change_no_event(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     size: dict[str, Any] = {"height": 72, "width": 64, "num_inference_steps": 2}
-    call = {"checkpoint_folder": tiny(tmp_path), **size, **options}
-    _, remembered = (trace_pipeline(**call) for _ in range(2))
+    call = {"folder": tiny(tmp_path), **size, **options}
+    _, remembered = (traced(**call) for _ in range(2))
     forgetful = SimpleNamespace(run=lambda func, args, kwargs: func(*args, **kwargs))
     monkeypatch.setattr("derivation.trace.tracer.kernels_for", lambda inputs: forgetful)
-    assert recorded(trace_pipeline(**call)) == recorded(remembered)
+    assert recorded(traced(**call)) == recorded(remembered)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"guidance_scale": 1.0},
+        {"guidance": False},
         {"num_images_per_prompt": 2},
         {"batch_size": 2, "safety_checker": False},
         {"prompt_length": 154},
-        {"prompt_length": 154, "guidance_scale": 1.0},
+        {"prompt_length": 154, "guidance": False},
         {"dtype": "float32", "attention": "flash"},
         {"dtype": "bfloat16", "attention": "eager"},
         {"height": 72, "width": 136, "strength": 0.5, "num_inference_steps": 4},
@@ -239,5 +245,5 @@ def test_remembered_kernels_change_no_event(
 @pytest.mark.parametrize("pipeline", ["img2img", "txt2img"])
 def test_every_option_of_the_pipelines_runs(pipeline: str, options: dict[str, Any]) -> None:
     sizes: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
-    tape = trace_pipeline(CHECKPOINT, pipeline, **(sizes | options), paths=False)
+    tape = traced(pipeline=pipeline, **(sizes | options), paths=False)
     assert list(naive_peaks(tape))[-1] == "postprocess" and tape.marks[0].event == 0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from derivation.config.checkpoint import BUNDLED
 from derivation.measure import device
 from derivation.options import Options
 from derivation.trace.inputs import arguments
-from derivation.trace.modules import build_pipeline, modules_of
+from derivation.trace.modules import modules_of, pipeline_of
 from derivation.trace.offload import ENABLE
-from derivation.verify.compare import switches
 
 # What F.scaled_dot_product_attention may choose from, in this order; others fall through as in PyTorch
 BACKENDS = {
@@ -65,10 +63,7 @@ def loaded(job: Mapping[str, Any], to: str = "cuda") -> Any:
     Under an ``offload`` its models stay on the CPU, from where accelerate moves them.
     """
     options = chosen(job)
-    own: dict[str, Any] = options.as_dict()
-    accepted = {name: own[name] for name in inspect.signature(build_pipeline).parameters if name in own}
-    on_models = tuple(switch for switch in switches(options) if switch[0] != "offload")
-    pipe = build_pipeline(folder(job["model"]), **accepted, switches=on_models)
+    pipe = pipeline_of(folder(job["model"]), replace(options, offload=None))
     for module in modules_of(pipe).values():
         module.to_empty(device="cpu")
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)

@@ -17,9 +17,11 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.utils import logging as diffusers_logging
 
+from derivation.call import DEFAULT_PROMPT_LENGTH
 from derivation.config.checkpoint import IMAGE_ENCODER
+from derivation.options import Options
 from derivation.trace.offload import offload_pipeline
-from derivation.trace.switches import switch_on
+from derivation.trace.switches import switch_on, switches
 
 Config = Mapping[str, Any]
 # options that differ from their defaults, by name
@@ -102,7 +104,7 @@ def build_pipeline(
     attention: str = "efficient",
     *,
     safety_checker: bool = True,
-    prompt_length: int = 77,
+    prompt_length: int = DEFAULT_PROMPT_LENGTH,
     scheduler: str | None = None,
     switches: Switches = (),
 ) -> Any:
@@ -138,6 +140,20 @@ def build_pipeline(
     if (offload := dict(switches).get("offload")) is not None:
         offload_pipeline(pipe, offload)
     return pipe
+
+
+def pipeline_of(folder: str | Path, options: Options, prompt_length: int = DEFAULT_PROMPT_LENGTH) -> Any:
+    """Return the real pipeline of a folder under options, see ``build_pipeline``."""
+    return build_pipeline(
+        folder,
+        options.pipeline,
+        options.dtype,
+        options.attention,
+        safety_checker=options.safety_checker,
+        prompt_length=prompt_length,
+        scheduler=options.scheduler,
+        switches=switches(options),
+    )
 
 
 def _sdxl_parts(

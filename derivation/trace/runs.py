@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from derivation.call import DEFAULT_PROMPT_LENGTH
+from derivation.call import Call as PipelineCall
+from derivation.options import Options
 from derivation.tape.tape import Tape
 from derivation.trace.inputs import arguments, embeddings
 from derivation.trace.modules import (
@@ -17,12 +20,12 @@ from derivation.trace.modules import (
     Switches,
     build_controlnet,
     build_image_encoder,
-    build_pipeline,
     build_safety_checker,
     build_text_encoder,
     build_unet,
     build_vae,
     modules_of,
+    pipeline_of,
     quiet,
 )
 from derivation.trace.offload import meta_as_gpu, offload_model
@@ -31,6 +34,8 @@ from derivation.trace.tracer import Onto, Tracer, marked
 
 # A module, its inputs and the call to watch.
 Call = tuple[torch.nn.Module, dict[str, torch.Tensor], Callable[..., object]]
+# The pipelines' default guidance_scale, and the largest without guidance.
+GUIDED, UNGUIDED = 7.5, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,27 +101,7 @@ def trace_component(
     return tracer.tape
 
 
-def trace_pipeline(
-    checkpoint_folder: str | Path,
-    pipeline: str = "img2img",
-    *,
-    dtype: str = "float16",
-    attention: str = "efficient",
-    height: int = 512,
-    width: int = 512,
-    batch_size: int = 1,
-    num_images_per_prompt: int = 1,
-    prompt_length: int = 77,
-    guidance_scale: float = 7.5,
-    num_inference_steps: int = 6,
-    strength: float | None = None,
-    safety_checker: bool = True,
-    scheduler: str | None = None,
-    negative_prompt: bool = False,
-    clip_skip: int | None = None,
-    switches: Switches = (),
-    paths: bool = True,
-) -> Tape:
+def trace_pipeline(checkpoint_folder: str | Path, options: Options, call: PipelineCall, paths: bool = True) -> Tape:
     """Trace the whole ``__call__`` of a real pipeline, every event marked with its stage.
 
     Stages are contiguous, in this order, and each begins where the one before ends:
@@ -132,41 +117,25 @@ def trace_pipeline(
 
     Image and mask inputs are float32 on the CPU, [batch_size, 3 or 1, height, width]; the output is PIL.
     Prompts are ``batch_size`` strings, or embeddings given as (excluded) inputs where ``prompt_length`` is
-    over 77. ``strength`` None is the class's default. ``switches`` are options set on the models.
+    over 77. ``strength`` None is the class's default.
     """
+    length = call.prompt_length or DEFAULT_PROMPT_LENGTH
     with quiet():
-        pipe = build_pipeline(
-            checkpoint_folder,
-            pipeline,
-            dtype,
-            attention,
-            safety_checker=safety_checker,
-            prompt_length=min(prompt_length, 77),
-            scheduler=scheduler,
-            switches=switches,
-        )
+        pipe = pipeline_of(checkpoint_folder, options, min(length, DEFAULT_PROMPT_LENGTH))
     pipe.set_progress_bar_config(disable=True)
-    sizes = _doubled(pipe.unet.config, Sizes(height, width, batch_size, prompt_length, guidance_scale > 1, dtype))
-    own = {
-        "pipeline": pipeline,
-        "negative_prompt": negative_prompt,
-        "num_images_per_prompt": num_images_per_prompt,
-        "num_inference_steps": num_inference_steps,
-        "strength": strength,
-        "clip_skip": clip_skip,
-    }
+    guided = call.guidance and pipe.unet.config.time_cond_proj_dim is None
     inputs = arguments(
         pipe,
-        own,
-        height=height,
-        width=width,
-        batch_size=batch_size,
-        guidance_scale=guidance_scale,
-        prompt_embeds=embeddings(pipe, batch_size, prompt_length, sizes.guidance, dtype),
+        options.as_dict(),
+        height=call.height,
+        width=call.width,
+        batch_size=call.batch_size,
+        guidance_scale=GUIDED if call.guidance else UNGUIDED,
+        prompt_embeds=embeddings(pipe, call.batch_size, length, guided, options.dtype),
     )
     tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
     tracer = Tracer(modules_of(pipe), tensors, paths=paths, stage="text_encoder")
-    with quiet(), sdpa_mode(attention), meta_as_gpu(), _stages(pipe, pipeline, tracer), tracer:
+    with quiet(), sdpa_mode(options.attention), meta_as_gpu(), _stages(pipe, options.pipeline, tracer), tracer:
         pipe(**inputs)
     return tracer.tape
 

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from derivation.config import image_encoder
 from derivation.config.lora import lora_files
+from derivation.options import Options
 from derivation.registry import Registry
 
 Switch = Callable[[Any, Any], None]
@@ -44,6 +45,12 @@ def switch_on(model: Any, switches: Mapping[str, Any]) -> None:
     for name, value in switches.items():
         if name not in PIPELINE_SWITCHES:
             SWITCHES[name](model, value)
+
+
+def switches(options: Options) -> tuple[tuple[str, Any], ...]:
+    """Return what is switched on of the options that models or pipelines have a switch for."""
+    usual, known = Options().as_dict(), {*SWITCHES, *PIPELINE_SWITCHES}
+    return tuple((name, value) for name, value in options.as_dict().items() if name in known and value != usual[name])
 
 
 @switch(diffusers.AutoencoderKL)

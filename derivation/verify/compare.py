@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,11 +15,9 @@ from derivation.api import Derivation
 from derivation.call import Call, takes_call
 from derivation.config.checkpoint import BUNDLED, IMAGE_ENCODER
 from derivation.errors import DerivationError
-from derivation.libraries import LIBRARIES
-from derivation.options import Options
 from derivation.tape.evaluate import stages
-from derivation.trace.modules import Switches
 from derivation.trace.runs import trace_component, trace_pipeline
+from derivation.trace.switches import switches
 from derivation.verify.streams import births_at, naive_peak, naive_peaks, parting
 from derivation.walk.pipelines import POSTPROCESS
 
@@ -38,8 +35,6 @@ T = TypeVar("T")
 CHUNK = 4
 # trace_component takes latents an eighth of the image's sides.
 TRACE_FACTOR = 8
-# read where a GPU is named: the oracle has none
-GPU_OPTIONS = ("gpu", *LIBRARIES, "scratch", "alloc_conf")
 # Slices are recorded once for all that are alike: there the peaks are compared, not the streams.
 GROUPING_OPTIONS = ("vae_slicing", "attention_slicing")
 
@@ -102,16 +97,7 @@ def compare_pipeline(derivation: Derivation, call: Call) -> list[Verified]:
     """
     values = derivation.sizes(call)
     variant = derivation.program(call.guidance).at(values)
-    tape = trace_pipeline(
-        checkpoint_folder(derivation),
-        height=call.height,
-        width=call.width,
-        batch_size=call.batch_size,
-        prompt_length=values["L"],
-        guidance_scale=7.5 if call.guidance else 1.0,
-        switches=switches(derivation.options),
-        **_trace_options(derivation),
-    )
+    tape = trace_pipeline(checkpoint_folder(derivation), derivation.options, call.filled(values["L"]))
     derived, traced = variant.evaluator.peaks(values), naive_peaks(tape)
     ours, theirs = births_at(variant.tape, values), births_at(tape, {})
     if call.batch_size * derivation.options.num_images_per_prompt > 1:
@@ -138,22 +124,6 @@ def _compared(compare: Callable[[T], list[Verified]], case: T) -> list[Verified]
         return compare(case)
     except Exception as error:
         return [Verified("the whole call", 0, 0, f"it raises {type(error).__name__}: {error}")]
-
-
-def _trace_options(derivation: Derivation) -> dict[str, Any]:
-    """Return the options that trace_pipeline takes by the same name."""
-    known = signature(trace_pipeline).parameters
-    return {name: value for name, value in derivation.options.as_dict().items() if name in known}
-
-
-def switches(options: Options) -> Switches:
-    """Return the other options that are set, which the real models have as switches."""
-    chosen, unset, known = options.as_dict(), Options().as_dict(), signature(trace_pipeline).parameters
-    return tuple(
-        (name, value)
-        for name, value in chosen.items()
-        if name not in known and name not in GPU_OPTIONS and value != unset[name]
-    )
 
 
 def groups(derivation: Derivation) -> bool:
