@@ -112,7 +112,7 @@ def test_the_one_example_of_every_verb_works_as_printed(
         pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("derivation.measure.runner.PROBE", ("false",))
-    monkeypatch.setattr("derivation.report.build", lambda models, folder, *_, **__: [folder / models[0].name])
+    monkeypatch.setattr("derivation.report.build", lambda models, folder, *_, **__: [folder / models[0]])
     monkeypatch.setattr("derivation.measure.validate.measured_calls", lambda _: measured_calls()[:3])
     [example] = re.findall(r"Example: derivation (.*)", VERBS[name][1].__doc__ or "")
     assert example.split()[0] == name
@@ -457,12 +457,13 @@ def test_build_report_says_one_line_and_writes_nothing(
 
 
 def test_a_call_that_does_not_fit_says_so_first_and_last_and_exits_with_one(capsys):
-    asked = ["estimate", SD15, "--gpu", "rtx-3060", "--attention", "eager", "--height", "2048", "--width", "2048"]
+    card = ["--pipeline", "img2img", "--gpu", "rtx-3060"]
+    asked = ["estimate", SD15, *card, "--attention", "eager", "--height", "2048", "--width", "2048"]
     assert run(asked) == 1
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[0] == lines[-1] and "needs more than" in lines[0] and "out of memory at vae.encoder." in lines[0]
     assert "short" in lines[0] and " of 11.66 GiB: " in lines[0]
-    assert run([*asked[:6], "--height", "512", "--width", "512"]) == 0
+    assert run([*asked[:8], "--height", "512", "--width", "512"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[0] == lines[-1] and lines[0].startswith("needs ") and lines[0].endswith(": fits")
 

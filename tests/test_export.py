@@ -46,7 +46,7 @@ def generated(request):
 
 @pytest.fixture(scope="module")
 def d():
-    return derive(SD15)
+    return derive(SD15, pipeline="img2img")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_python_equals_the_replayed_tape_where_sizes_are_one(d, module, guidance
 @pytest.mark.parametrize("options", [{}, {"gpu": "t4", "attention": "sdpa"}], ids=str)
 def test_python_equals_the_replayed_tape_up_to_its_limits(options):
     # Upsample2D copies its input from 2^31 elements on, which each upsampler reaches at another size
-    d = derive(SD_2_1, **options)
+    d = derive(SD_2_1, pipeline="img2img", **options)
     peak_vram, largest, rng = d.lambdify(), d.equation.limits, random.Random(SEED)
     drawn = [
         tuple(int(2 ** rng.uniform(3, log2(most))) for most in (largest.side, largest.side, 5000, largest.batch_size))
@@ -139,7 +139,7 @@ def test_python_equals_the_replayed_tape_up_to_its_limits(options):
 
 def test_branches_equal_the_replayed_tape():
     """Without guidance, eager attention on a batch of one skips copies that larger batches make."""
-    d = derive(SD15, attention="eager")
+    d = derive(SD15, pipeline="img2img", attention="eager")
     peak_vram = compiled(d.equation, "math")
     long_prompts = [(h, w, n, 1, g) for h, w in ((8, 8), (64, 512)) for n in (1, 20_000) for g in (True, False)]
     for case in [*long_prompts, *sizes(16)]:
@@ -156,14 +156,14 @@ def test_regimes_reach_every_decision(d):
 
 
 def test_exporting_leaves_the_derivation_usable(d, texts):
-    before = derive(SD15)
+    before = derive(SD15, pipeline="img2img")
     for sizes_ in ((8, 8, 1, 1), (8, 64, 64, 2), (64, 16, 2, 78)):
         assert d.component_peaks(*sizes_) == before.component_peaks(*sizes_)
         assert d.stage_peaks(*sizes_) == before.stage_peaks(*sizes_)
 
 
 def test_fixed_sizes():
-    d = derive(SD15).at(batch_size=1, prompt_length=77)
+    d = derive(SD15, pipeline="img2img").at(batch_size=1, prompt_length=77)
     peak_vram = compiled(d.equation, "math")
     assert peak_vram(512, 768) == truth(d, 512, 768, 77, 1, True)
     with pytest.raises(ValueError, match="batch_size = 1"):
@@ -362,7 +362,7 @@ VARIANTS = (
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=str)
 def variant(request):
-    return derive(SD15, **request.param)
+    return derive(SD15, **{"pipeline": "img2img", **request.param})
 
 
 def test_every_export_of_other_options_equals_the_replayed_tape(variant, tmp_path):
@@ -640,7 +640,7 @@ def test_checked_in_folders_are_distinct():
 
 @pytest.mark.parametrize("attention", ["efficient", "eager"])
 def test_area_crossovers_are_where_the_winner_changes(attention):
-    d = derive(SD15, attention=attention)
+    d = derive(SD15, pipeline="img2img", attention=attention)
     terms = d.equation.pipeline_stage().terms
     for c in (c for c in d.equation.crossovers() if c.axis == "area"):
         for area, stage in ((int(c.at), c.before), (int(c.at) + 1, c.after)):
@@ -663,13 +663,13 @@ def test_does_not_matter(d):
 
 def test_fewer_steps_never_take_more(module):
     for steps in (1, 2, 3, 4):
-        d = derive(SD15, num_inference_steps=steps, strength=1.0)
+        d = derive(SD15, pipeline="img2img", num_inference_steps=steps, strength=1.0)
         for guidance in (True, False):
             assert truth(d, 512, 512, 77, 1, guidance) <= module.peak_vram(512, 512, guidance=guidance)
 
 
 def test_a_domain_leaves_out_what_its_calls_cannot_reach_and_nothing_else():
-    whole = derive(SD15, attention="math")
+    whole = derive(SD15, pipeline="img2img", attention="math")
     domain = Domain(Sides(136, 1, 512), {"batch_size": Range(1, 2), "prompt_length": Range(1, 154)})
     equation = whole.equation.within(domain)
     assert sum(map(len, equation.function.cases.values())) < sum(map(len, whole.equation.function.cases.values()))

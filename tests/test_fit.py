@@ -257,13 +257,13 @@ def test_an_offload_remedy_saves_what_traced_pipelines_say(offload: str) -> None
     from derivation.verify.streams import naive_peak
 
     steps = {"num_inference_steps": 3, "strength": 1.0}
-    derivation = derive(SD15, **steps)
+    derivation = derive(SD15, pipeline="img2img", **steps)
     [step] = [s for s in recommend(derivation, 1, Call(64, 64)).steps if s.change == {"offload": offload}]
     plain, with_it = (
         naive_peak(trace_pipeline(BUNDLED / SD15, replace(derivation.options, **change), Call(64, 64), paths=False))
         for change in ({}, {"offload": offload})
     )
-    stay = derive(SD15, offload=offload, **steps).weights
+    stay = derive(SD15, pipeline="img2img", offload=offload, **steps).weights
     assert set(stay) >= {"safety_checker"}
     assert step.saves_bytes == derivation.weights_bytes + plain - (sum(stay.values()) + with_it)
 

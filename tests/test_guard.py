@@ -108,7 +108,7 @@ def test_a_pipeline_on_the_cpu_needs_its_weights_too() -> None:
 
 
 def test_weights_on_the_gpu_are_not_counted_twice() -> None:
-    weights = derive(SD15).weights
+    weights = derive(SD15, pipeline="img2img").weights
     on_gpu = StableDiffusionImg2ImgPipeline(device="cuda")
     assert will_fit(on_gpu, 512, 512, free_bytes=0).needed_bytes == expected(512, 512) - sum(weights.values())
     on_gpu.unet.weight.device = Device("cpu")
@@ -187,7 +187,7 @@ def test_the_arguments_of_the_pipelines_own_call() -> None:
     image = SimpleNamespace(size=(768, 512))
     asked = {"prompt": ["a", "b"], "image": image, "generator": object(), "output_type": "pil", "free_bytes": 0}
     assert will_fit(pipe, **asked).needed_bytes == expected(512, 768, 2)
-    alone = derive(SD15).estimate(512, 768, guidance=False)["peak_tensor_bytes"]
+    alone = derive(SD15, pipeline="img2img").estimate(512, 768, guidance=False)["peak_tensor_bytes"]
     assert will_fit(pipe, prompt="a", image=[image], guidance_scale=1.0, free_bytes=0).needed_bytes == alone
     array = SimpleNamespace(shape=(1, 3, 256, 320))
     assert will_fit(pipe, image=array, strength=0.4, negative_prompt="x", free_bytes=0).needed_bytes == expected(
@@ -199,7 +199,7 @@ def test_the_arguments_of_the_pipelines_own_call() -> None:
 
 
 def test_a_card_that_is_named_is_asked_about_whole() -> None:
-    pipe, card = StableDiffusionImg2ImgPipeline(device="cuda"), derive(SD15, gpu="rtx-3060")
+    pipe, card = StableDiffusionImg2ImgPipeline(device="cuda"), derive(SD15, pipeline="img2img", gpu="rtx-3060")
     found = will_fit(pipe, 1024, 1024, batch_size=2, gpu="rtx-3060")
     assert found.verdict == card.verdict(1024, 1024, 2) and (found.free_bytes, found.resident_bytes) == (None, 0)
     # weights that are on the card already are counted once: in what is needed of what is free beside them
@@ -228,12 +228,12 @@ class FakeCuda(SimpleNamespace):
 
 def test_the_card_torch_and_what_is_held_are_read_off_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = StableDiffusionImg2ImgPipeline(device="cuda")
-    weights = sum(derive(SD15).weights.values())
+    weights = sum(derive(SD15, pipeline="img2img").weights.values())
     held, cached = 100 << 20, 300 << 20
     fake = FakeCuda("NVIDIA GeForce RTX 3060", 6 << 30, weights + held + cached, weights + held)
     monkeypatch.setitem(sys.modules, "torch", fake)
     found = will_fit(pipe, 1024, 1024)
-    d = derive(SD15, gpu="rtx-3060", torch="2.9.1+cu126", attention="sdpa")
+    d = derive(SD15, pipeline="img2img", gpu="rtx-3060", torch="2.9.1+cu126", attention="sdpa")
     assert found.free_bytes == (6 << 30) + cached
     assert found.verdict == d.verdict(1024, 1024, free_bytes=(6 << 30) + cached + weights)
     assert found.needed_bytes == d.device_memory(1024, 1024).reserved - weights

@@ -91,7 +91,7 @@ def test_the_image_encoder_has_the_published_number_of_parameters():
 
 
 def test_the_exported_function_equals_the_stages():
-    derivation, rng = derive(SD15, ip_adapter_tokens=4), random.Random(7)
+    derivation, rng = derive(SD15, pipeline="img2img", ip_adapter_tokens=4), random.Random(7)
     peak_vram = compiled(derivation.equation)
     for guidance in (True, True, False, True, False):
         height, width, length, batch = (rng.randint(*bounds) for bounds in ((8, 1400), (8, 1400), (1, 77), (1, 5)))

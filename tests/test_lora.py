@@ -75,7 +75,7 @@ def test_a_fused_lora_keeps_its_weights_and_adds_no_activation():
 
 
 def test_the_exported_function_equals_the_stages():
-    derivation, rng = derive(SD15, lora_rank=96), random.Random(5)
+    derivation, rng = derive(SD15, pipeline="img2img", lora_rank=96), random.Random(5)
     peak_vram = compiled(derivation.equation)
     for _ in range(5):
         height, width, length, batch = (rng.randint(*bounds) for bounds in ((8, 1400), (8, 1400), (1, 77), (1, 5)))

@@ -298,7 +298,7 @@ def test_guidance_distilled_unets_with_a_controlnet_equal_the_trace(tmp_path: Pa
     for comparison in compare_components(derive(folder, pipeline="txt2img", controlnets=1), 64, 72):
         assert comparison.match, comparison
     with pytest.raises(DerivationError, match="time_cond_proj_dim = 256 is not supported with controlnets in img2img"):
-        _ = derive(folder, controlnets=1).program(True).generic
+        _ = derive(folder, pipeline="img2img", controlnets=1).program(True).generic
 
 
 CONSISTENCY: list[tuple[int, int, bool, dict[str, Any]]] = [
@@ -321,7 +321,7 @@ def test_latent_consistency_pipelines_equal_the_trace(
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"num_inference_steps": 50}, "above original_inference_steps = 50 x strength = 0.8"),
+        ({"pipeline": "img2img", "num_inference_steps": 50}, "above original_inference_steps = 50 x strength = 0.8"),
         ({"pipeline": "inpaint"}, "pipeline = inpaint"),
         ({"num_inference_steps": 4, "negative_prompt": True}, "negative_prompt = True"),
         ({"pipeline": "txt2img", "controlnets": 1}, "controlnets = 1"),
@@ -359,7 +359,7 @@ def test_the_upcast_vae_of_sdxl_grows_by_the_size_of_its_weights() -> None:
         (SD15, {"scheduler": "RePaintScheduler"}, "scheduler = 'RePaintScheduler' is not supported"),
         (SD15, {"scheduler": "TCDScheduler", "num_inference_steps": 51}, "above original_inference_steps = 50"),
         (SD15, {"clip_skip": 0}, "clip_skip = 0"),
-        (SD15, {"strength": 0.01}, "denoises no step"),
+        (SD15, {"pipeline": "img2img", "strength": 0.01}, "denoises no step"),
         (SD15, {"scheduler": "LCMScheduler", "num_inference_steps": 51}, "above original_inference_steps = 50"),
         (INPAINTING, {"pipeline": "txt2img"}, "in_channels = 9"),
         (REFINER, {"pipeline": "txt2img"}, "6 time ids"),

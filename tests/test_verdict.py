@@ -76,7 +76,7 @@ def test_how_well_a_card_is_known() -> None:
 
 
 def test_the_words_of_a_verdict() -> None:
-    d = derive(SD15, gpu="rtx-3060", attention="sdpa")
+    d = derive(SD15, pipeline="img2img", gpu="rtx-3060", attention="sdpa")
     fits, none = d.verdict(1024, 1024, 2), d.verdict(2520, 2520)
     assert (fits.verdict, fits.sure, fits.short_bytes) == (FITS, True, 0)
     assert str(fits) == "needs 9.53 GiB of 11.66 GiB: fits"

@@ -37,7 +37,7 @@ from derivation.config.checkpoint import BUNDLED
 if __name__ == "__main__":
     assert Path(derivation.__file__).is_relative_to(sys.argv[1])
     Path("vae.json").write_bytes((BUNDLED / "stable-diffusion-v1-5/stable-diffusion-v1-5/vae/config.json").read_bytes())
-    print(derivation.derive("stable-diffusion-v1-5").estimate(512, 512)["peak_tensor_bytes"])
+    print(derivation.derive("stable-diffusion-v1-5", pipeline="img2img").estimate(512, 512)["peak_tensor_bytes"])
     for arguments in json.loads(sys.argv[2]):
         assert cli.run(arguments) == 0, arguments
 """

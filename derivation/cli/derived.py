@@ -322,6 +322,6 @@ def report(
     from derivation.report import build
 
     asked = [name for name in sys.argv[1:] if name.isprintable()]
-    models = [load(name, revision, scheduler=options.scheduler) for name in model or [DEFAULT_MODEL]]
-    for path in build(models, output_path, " ".join(["derivation", *asked]), **typed(options)):
+    models, command = model or [DEFAULT_MODEL], " ".join(["derivation", *asked])
+    for path in build(models, output_path, command, revision=revision, **typed(options)):
         output.line(f"wrote {path}")

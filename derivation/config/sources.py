@@ -59,7 +59,7 @@ def bundled() -> tuple[str, ...]:
 
 def is_live(source: object) -> bool:
     """Return whether ``source`` is an object with a pipeline's components."""
-    return hasattr(source, "unet") or hasattr(source, "vae")
+    return not isinstance(source, Checkpoint) and (hasattr(source, "unet") or hasattr(source, "vae"))
 
 
 def _local(path: str, scheduler: str | None) -> Checkpoint | None:
