@@ -53,6 +53,7 @@ DEVICE = (
     "What nvidia-smi shows on {}, for sides that are multiples of 64 up to 2048: {}. The LaTeX has every segment; the "
     "form above replays any other call."
 )
+SEGMENTS = "The sum that nvidia-smi shows, segment by segment"
 WHERE = "where the VAE works in overlapping tiles, their sides in pixels:"
 
 
@@ -63,6 +64,7 @@ def answer_section(c: Content) -> Section:
         Formula("The equation", c.equation, tuple((name, COPIES[name]) for name in c.latex)),
     ]
     blocks += [Paragraph(prose(DEVICE, c.options.gpu or "", Code(c.device)))] if c.device else []
+    blocks += [Details(SEGMENTS, (c.segments,), printed=True)] if c.segments else []
     if c.where:
         rows = tuple(Row((x.math, x.meaning)) for x in c.where)
         columns = (Column("Symbol"), Column("Meaning"))

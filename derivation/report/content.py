@@ -25,11 +25,12 @@ from derivation.report.answer import (
 )
 from derivation.report.assumptions import assumptions, chips, counted, summary
 from derivation.report.calculator import Calculator, calculator
-from derivation.report.document import Math, Picture
+from derivation.report.document import Math, Picture, Table
 from derivation.report.mathml import equation
 from derivation.report.offload import OffloadRow, placements
 from derivation.report.pictures import attention_picture, pictures
 from derivation.report.reduction import StageReduction, reductions
+from derivation.report.segments import segments_table
 from derivation.report.text import PixelTerms, slug
 from derivation.report.tiles import Definition, definitions
 from derivation.report.validation import Validation, validation
@@ -82,6 +83,7 @@ class Content:
     form: Future[Calculator]
     latex: tuple[str, ...]
     device: str
+    segments: Table | None
 
     @property
     def calculator(self) -> Calculator:
@@ -156,6 +158,7 @@ def content(
         form=form,
         latex=tuple(_latex(d)),
         device=_device(d),
+        segments=segments_table(d, SIZES),
     )
 
 
