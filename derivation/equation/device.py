@@ -56,7 +56,7 @@ class DeviceForm:
     def __init__(self, derived: Derived, guidance: bool = True) -> None:
         if derived.options.gpu is None:
             raise unsupported("gpu", None, "a GPU's name, for what its allocator does")
-        self.derived, self.card = derived, lookup(derived.options.gpu)
+        self.derived, self.guidance, self.card = derived, guidance, lookup(derived.options.gpu)
         self.context_bytes, self.context_source = context_of(self.card)
         calls = list(self._calls(guidance))
         # sides stay symbols where they are fixed, so that terms can be traced

@@ -7,7 +7,8 @@ from functools import cached_property
 from derivation.equation.cases import Case, exact_cases
 from derivation.equation.crossover import Crossover, Irrelevant, crossovers, does_not_matter
 from derivation.equation.derived import Derived
-from derivation.equation.device import DeviceForm
+from derivation.equation.device import STEP, DeviceForm
+from derivation.equation.device_bound import Bound, Progress, device_bound
 from derivation.equation.device_code import DeviceCode, device_code
 from derivation.equation.device_pages import device_form
 from derivation.equation.function import Function, Stages, function, stages
@@ -50,6 +51,10 @@ class Equation(Derived):
     def device(self) -> DeviceForm:
         """What the GPU's allocator and nvidia-smi show under guidance; raises DerivationError without a GPU."""
         return device_form(self)
+
+    def device_bound(self, step: int = STEP, progress: Progress = lambda _: None) -> Bound:
+        """Return what is reserved at most where sides are multiples of ``step``; raises as ``device_bound`` does."""
+        return device_bound(self.device, step, progress=progress)
 
     @cached_property
     def device_code(self) -> DeviceCode | None:
