@@ -97,6 +97,7 @@ def svg(figure: Figure) -> str:
     buffer = io.StringIO()
     with mpl.rc_context(STYLE):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    figure.set_layout_engine("none")  # what is saved next keeps these places
     return buffer.getvalue()
 
 
