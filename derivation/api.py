@@ -290,9 +290,10 @@ class Derivation:
             raise unsupported("gpu", None, "a GPU's name, for what its allocator does")
         return self.options.gpu
 
-    def latex(self, which: str = "peak", notes: bool = False) -> str:
-        """Return the peak's labelled equation, a stage's, its "terms" or the "device"'s; raises DerivationError."""
-        return latex(self.equation, which, notes)
+    def latex(self, which: str = "peak", notes: bool = False, gpu: str | None = None) -> str:
+        """Return the labelled equation of the "peak", a stage's, "terms" or "device"'s, on ``gpu`` or the own card."""
+        here = self if gpu is None else Derivation(self.subject.changed(gpu=gpu), self.fixed)
+        return latex(here.equation, which, notes)
 
     def lambdify(self, target: str = "math") -> Callable[..., Any]:
         """Return peak_vram(height, width, prompt_length, batch_size, guidance) in bytes, exact at every size.

@@ -332,3 +332,9 @@ def test_the_latex_fits_a_column(sd15: Derivation, tmp_path: Path) -> None:
 def test_the_latex_of_the_device_needs_a_gpu() -> None:
     with pytest.raises(DerivationError, match="gpu"):
         derive(SD15).latex("device")
+
+
+def test_the_latex_takes_another_card(sd15: Derivation) -> None:
+    plain = Derivation(sd15.subject.changed(gpu=None), sd15.fixed)
+    assert plain.latex("device", gpu=sd15.options.gpu) == sd15.latex("device")
+    assert plain.latex("tensors") == plain.latex() != sd15.latex("tensors") == plain.latex(gpu=sd15.options.gpu)

@@ -159,7 +159,7 @@ def export(
     options: Options,
     to: Annotated[str, To] = "python",
     notes: Annotated[bool, typer.Option("--notes", help="With LaTeX: assumptions, every stage, crossovers.")] = False,
-    which: Annotated[str, typer.Option(help="With LaTeX: peak, device (nvidia-smi), terms or a stage.")] = PEAK,
+    which: Annotated[str, typer.Option(help="With LaTeX: tensors, device (nvidia-smi), terms or a stage.")] = PEAK,
     output_path: Annotated[Path | None, typer.Option("--output", help="Folder to write into, else stdout.")] = None,
     revision: Revision = None,
 ) -> None:

@@ -20,7 +20,7 @@ from derivation.tape.tiles import IN_PIXELS
 from derivation.text import grouped
 
 GUIDANCE = {True: "with classifier-free guidance", False: "without guidance"}
-PEAK, TERMS, DEVICE = "peak", "terms", "device"
+PEAK, TENSORS, TERMS, DEVICE = "peak", "tensors", "terms", "device"
 # Squares of the table, in pixels: multiples of every walked pipeline's unit.
 SIDES = (512, 768, 1024)
 
@@ -28,14 +28,14 @@ SIDES = (512, 768, 1024)
 def latex(equation: Equation, which: str = PEAK, notes: bool = False) -> str:
     """Return the peak, or one stage's bytes, as labelled equations that fit a column of 229 pt, with definitions.
 
-    ``which`` is "peak", the name of a stage, "terms" for a table of the peak's, or "device" for what nvidia-smi shows;
-    with ``notes`` follow assumptions, every stage, crossovers and what does not matter. Raises DerivationError for an
-    unknown stage, and for "device" without a GPU.
+    ``which`` is "peak" or "tensors", the name of a stage, "terms" for a table of the peak's, or "device" for what
+    nvidia-smi shows; with ``notes`` follow assumptions, every stage, crossovers and what does not matter. Raises
+    DerivationError for an unknown stage, and for "device" without a GPU.
     """
-    one_of("which", which, (PEAK, TERMS, DEVICE, *equation.stages(True)))
+    one_of("which", which, (PEAK, TENSORS, TERMS, DEVICE, *equation.stages(True)))
     if which in (TERMS, DEVICE):
         return _terms(equation) if which == TERMS else device(equation, _label(equation, True, DEVICE))
-    chosen = _peak if which == PEAK else _stage
+    chosen = _peak if which in (PEAK, TENSORS) else _stage
     return render(
         "peak_vram.tex.j2",
         equation,
