@@ -5,7 +5,8 @@ import random
 import re
 import shutil
 import subprocess
-from itertools import product
+from collections import Counter
+from itertools import compress, product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from derivation.equation.device import BEYOND, N
 from derivation.errors import DerivationError
 from derivation.export import export
 from derivation.tape.grid import H, W
-from derivation.tape.symbols import free_names, symbol
+from derivation.tape.symbols import symbol
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDES = range(512, 2049, 64)
@@ -39,15 +40,30 @@ def sd15() -> Derivation:
     return derive("stable-diffusion-v1-5/stable-diffusion-v1-5", pipeline="img2img", attention="sdpa", gpu="t4")
 
 
-def test_few_replays_stand_for_all_sizes(sd15: Derivation) -> None:
-    survey = sd15.equation.device.survey
-    assert (sum(group.where for group in survey.groups) == 1).all() and survey.runs <= 80
-    [*opened] = ([str(n) for n in group.state[0] if free_names(n)] for group in survey.groups)
+def test_four_sums_of_segments_stand_for_all_sizes(sd15: Derivation) -> None:
+    form = sd15.equation.device
     always = ["16384*h0*w0"] * 3 + ["32768*h0*w0 + 294912"] * 2 + ["32768*h0*w0 + 4718592", "65536*h0*w0 + 1179648"]
     at_times = {"384*h0*w0", "20480*h0*w0 + 2048*h0 + 2048*w0 + 295168"}
-    assert len(opened) == 4
-    for names in opened:
+    assert (sum(regime.where for regime in form.reserved_regimes) == 1).all()
+    for regime in form.reserved_regimes:
+        counts = ((form.points.sums[number][0][0].nbytes, n) for number, n in regime.sums)
+        names = [str(nbytes) for nbytes, n in counts for _ in range(n)]
         assert sorted(n for n in names if n not in at_times) == sorted(always)
+
+
+def test_more_regimes_are_told_apart_and_are_the_replay() -> None:
+    d = derive(SD15, attention="sdpa", gpu="t4")
+    form, regimes = d.equation.device, d.equation.device.reserved_regimes
+    assert [int(regime.where.sum()) for regime in regimes] == [1, 2, 6, 8, 15, 593]
+    assert len(d.reserved.args) == len(regimes) and form.headline.count("4420 H W") == 1
+    for regime in regimes:
+        for height, width in list(compress(form.index, regime.where))[:2]:
+            at = {H: height, W: width, N: form.counted_at(height, width)}
+            assert all(condition.subs(at) for condition in regime.conditions)
+            found = d.device_memory(height=height, width=width)
+            assert d.reserved.subs(at) == found.reserved
+            # besides these are segments of 2 MiB, and those of 20 MiB that requests below 10 MiB share
+            assert 42 <= at[N] <= 85
 
 
 def test_a_carried_number_adds_up_at_every_point() -> None:
@@ -70,10 +86,13 @@ def test_two_hundred_sizes_are_what_the_replay_says(sd15: Derivation, seed: int)
         allocator = CachingAllocator()
         weights = load_pipeline(allocator, parameters)
         replayed = replay(form.variant.tape, values, weights).run(allocator)
-        small = sum(segment.segment_type == "small" for segment in allocator.snapshot())
+        opened = Counter(segment.total_size for segment in allocator.snapshot())
         [regime] = (regime for regime in form.reserved_regimes if regime.where[form.index[height, width]])
-        large = int(regime.total[form.index[height, width]])
-        assert large + SMALL_SEGMENT_BYTES * small == replayed.reserved_bytes.nbytes
+        point = form.index[height, width]
+        for number, n in regime.sums:
+            assert opened[int(form.points.vector(number)[point])] >= n
+        told = int(regime.total[point]) + SMALL_SEGMENT_BYTES * int(form.counted[point])
+        assert told == form.reserved_bytes[point] == replayed.reserved_bytes.nbytes
         assert form.allocated_bytes[form.index[height, width]] == replayed.allocated_bytes.nbytes
         met += 1
     assert met == 50

@@ -46,7 +46,7 @@ class Points:
         self._totals: dict[tuple[int, int, int], int] = {}
         self._atoms: dict[Atom, Vector] = {}
         self._vectors: dict[int, Vector] = {}
-        self._answers: dict[Comparison, Vector | None] = {}
+        self._answers: dict[Comparison, bool] = {}
 
     def __len__(self) -> int:
         return len(self.values)
@@ -102,11 +102,10 @@ class Points:
             self._vectors[number] = total
         return self._vectors[number]
 
-    def answer(self, comparison: Comparison) -> Vector | None:
-        """Return where a comparison holds, None for everywhere."""
+    def holds_everywhere(self, comparison: Comparison) -> bool:
+        """Return whether a comparison holds at all sizes."""
         if comparison not in self._answers:
-            found = self.compare(comparison)
-            self._answers[comparison] = None if found.all() else found
+            self._answers[comparison] = bool(self.compare(comparison).all())
         return self._answers[comparison]
 
     def compare(self, comparison: Comparison) -> Vector:
@@ -153,16 +152,12 @@ def segment_bytes(blocks: Vector) -> Vector:
 class GridAllocator(CachingAllocator):
     """The allocator at one of some sizes, with its decisions compared with those at all others.
 
-    ``agree`` is where every decision since ``guarding`` was set is the same; ``opened`` holds the requests that
-    segments were opened for, each with the tensor ``asking``, ``held`` the comparisons that do not hold everywhere.
+    ``held`` are the comparisons since ``guarding`` was set that do not hold everywhere.
     """
 
     def __init__(self, points: Points, reference: int, config: AllocatorConfig | None = None) -> None:
         super().__init__(config)
         self.points, self.reference, self.guarding = points, reference, False
-        self.agree = np.ones(len(points), dtype=bool)
-        self.asking = -1
-        self.opened: list[tuple[Size, int]] = []
         self.held: set[Comparison] = set()
 
     def request(self, nbytes: Size) -> Carried:
@@ -191,13 +186,11 @@ class GridAllocator(CachingAllocator):
         return nbytes
 
     def segment_bytes(self, size: int) -> int:
-        """Return the bytes of the segment for a request, which know what it was opened for; of pages, the request's."""
+        """Return the bytes of the segment for a request, which know what it is opened for; of pages, the request's."""
         if self.config.expandable_segments:
             return size
         [(atom, count)] = self.points.sums[self.points.number_of(size)]
-        nbytes: Size = count if atom is None else atom.nbytes
-        self.opened.append((nbytes, self.asking))
-        return self._carried(Atom(nbytes, is_segment=True))
+        return self._carried(Atom(count if atom is None else atom.nbytes, is_segment=True))
 
     def _find_free(self, pool: _Pool, size: int) -> _Block | None:
         if self.guarding:
@@ -224,7 +217,5 @@ class GridAllocator(CachingAllocator):
 
     def _hold(self, left: int, right: int, strict: bool) -> None:
         comparison = self.points.number_of(left), self.points.number_of(right), strict
-        answer = self.points.answer(comparison)
-        if answer is not None:
-            self.agree &= answer
+        if not self.points.holds_everywhere(comparison):
             self.held.add(comparison)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property, reduce
 from itertools import product
 from math import lcm
-from operator import and_
+from operator import and_, or_
 
 import numpy as np
 import sympy
@@ -19,12 +19,12 @@ from derivation.allocator.config import AllocatorConfig
 from derivation.allocator.memory import DeviceMemory, context_of, device_memory, load_pipeline, weight_bytes
 from derivation.allocator.opened import Opened, Requests, reserved_bytes
 from derivation.allocator.pools import Pool
-from derivation.allocator.regimes import Survey
+from derivation.allocator.regimes import Decisions
 from derivation.allocator.report import MIN_LARGE_BYTES, ROUND_LARGE_BYTES, segment_size
 from derivation.allocator.symbolic import Atom, Comparison, Points, Vector
 from derivation.call import Call
 from derivation.equation.derived import Derived
-from derivation.equation.device_regime import Part, Regime, piecewise, telling
+from derivation.equation.device_regime import Part, Regime, piecewise, spread, telling
 from derivation.errors import DerivationError, unsupported
 from derivation.gpu.cards import lookup
 from derivation.tape.grid import H, W
@@ -32,10 +32,10 @@ from derivation.tape.symbols import BLOCK_BYTES, SYMBOLS, Size, as_poly, free_na
 
 # The image sides at which the allocator's decisions are compared.
 LEAST_SIDE, MOST_SIDE, STEP = 512, 2048, 64
-# Events that the replays of one part of the run may take in all; a size that they do not reach is told by at().
-MOST_EVENTS = 40_000
 # Regimes that are told apart by decisions of the allocator; where there are more, what they do not share is counted.
-MOST_REGIMES = 4
+MOST_REGIMES = 8
+# Sizes whose decisions are looked at for those that tell a regime from the others.
+MOST_REFERENCES = 12
 # 2 MiB each: the small pool's segments, and those of the large pool that a form does not spell out, by replay.
 N = sympy.Symbol("n", integer=True, nonnegative=True)
 # 512 bytes each: what blocks have beyond their requests when most is allocated, against what most is asked for.
@@ -97,9 +97,9 @@ class DeviceForm:
         return Opened(self.requests, is_small=False, kind=self.kind)
 
     @cached_property
-    def survey(self) -> Survey:
+    def decisions(self) -> Decisions:
         """The decisions of the large pool."""
-        return Survey(self.requests, MOST_EVENTS, self.config)
+        return Decisions(self.large, self.config)
 
     @cached_property
     def reserved_bytes(self) -> Vector:
@@ -119,17 +119,12 @@ class DeviceForm:
     def reserved_regimes(self) -> tuple[Regime, ...]:
         """Segments by what they were opened for, those that are counted left out; the most special regime first."""
         if self.replayed is not None:
-            return self._as_replayed(self.replayed.reserved, self._opened, lambda: self._small_bytes(0))
-        if len({frozenset(self._asked(point).items()) for point in self.index.values()}) <= MOST_REGIMES:
-            with suppress(DerivationError):
-                found = self._opened()
-                told = all(regime.conditions for regime in found[:-1])
-                if told and np.any([regime.where for regime in found], axis=0).all():
-                    return found
+            return self._as_replayed(self.replayed.reserved)
+        if len(groups := self._groups()) <= MOST_REGIMES:
+            found = self._regimes(groups)
+            if all(regime.conditions for regime in found[:-1]):
+                return found
         return (self.shared,)
-
-    def _small_bytes(self, point: int) -> int:
-        return self.small.loaded_bytes + sum(nbytes for _, nbytes in self.small.at(point))
 
     def _asked(self, point: int) -> Counter[Size]:
         """Return the requests that segments of their own are opened for at a size, and vary."""
@@ -149,32 +144,32 @@ class DeviceForm:
                 sums.append((self.points.number_of_atom(Atom(nbytes, is_segment=True)), tensor))
         return self._regime(self.large.loaded_bytes, sums, (), everywhere, everywhere)
 
-    def _as_replayed(
-        self, nbytes: int, make: Callable[[], tuple[Regime, ...]], counted: Callable[[], int]
-    ) -> tuple[Regime, ...]:
+    def _as_replayed(self, nbytes: int) -> tuple[Regime, ...]:
         """Return the form at one size if it is what the replay says, else the figure alone: on a card that is full."""
         with suppress(DerivationError):
-            found = make()
-            if found and int(found[0].total[0]) + counted() == nbytes:
-                return found
+            if int(reserved_bytes(self.small, self.large)[0]) == nbytes:
+                return self._regimes(self._groups())
         return (Regime(nbytes, (), (), np.ones(1, dtype=bool), np.array([nbytes])),)
 
-    def _opened(self) -> tuple[Regime, ...]:
+    def _groups(self) -> list[tuple[Vector, list[tuple[int, int]]]]:
+        """Return sizes with the same segments of their own, numbered, each with its tensor; the largest group last."""
         found: dict[Hashable, tuple[Vector, list[tuple[int, int]]]] = {}
-        for group in self.survey.groups:
-            numbers = [self.points.number_of_atom(Atom(n, is_segment=True)) for n in group.state[0]]
-            key = frozenset(Counter(numbers).items())
-            where, opened = found.get(key, (group.where, list(zip(numbers, group.origins, strict=True))))
-            found[key] = where | group.where, opened
-        return self._regimes(0, found)
+        for point in range(len(self.points)):
+            own = [tensor for tensor, _ in self.large.at(point) if self._is_own(tensor, point)]
+            nbytes = (self.requests.tape.allocations[tensor].nbytes for tensor in own)
+            numbers = [self.points.number_of_atom(Atom(n, is_segment=True)) for n in nbytes]
+            group = np.zeros(len(self.points), dtype=bool), list(zip(numbers, own, strict=True))
+            where, _ = found.setdefault(frozenset(Counter(numbers).items()), group)
+            where[point] = True
+        return sorted(found.values(), key=lambda group: int(group[0].sum()))
 
-    def _regimes(
-        self, constant: int, found: Mapping[Hashable, tuple[Vector, list[tuple[int, int]]]]
-    ) -> tuple[Regime, ...]:
-        ordered = sorted(found.values(), key=lambda entry: int(entry[0].sum()))
-        regimes = []
-        for i, (where, sums) in enumerate(ordered):
-            others = np.any([w for w, _ in ordered[i + 1 :]], axis=0) if ordered[i + 1 :] else np.zeros_like(where)
+    def _is_own(self, tensor: int, point: int) -> bool:
+        return bool(self.requests.bytes[self.requests.kinds[tensor], point] >= MIN_LARGE_BYTES)
+
+    def _regimes(self, groups: Sequence[tuple[Vector, list[tuple[int, int]]]]) -> tuple[Regime, ...]:
+        constant, regimes = self.large.loaded_bytes, list[Regime]()
+        for i, (where, sums) in enumerate(groups):
+            others = reduce(or_, (w for w, _ in groups[i + 1 :]), np.zeros_like(where))
             regimes.append(self._regime(constant, sums, self._telling(where, others), where, where | others))
         return tuple(regimes)
 
@@ -201,8 +196,16 @@ class DeviceForm:
         return Regime(constant, parts, conditions, where, total, counts)
 
     def _telling(self, own: Vector, others: Vector) -> list[Comparison]:
-        taken = {c for group in self.survey.groups for c in group.held}
-        return telling(self.points, (*taken, *((right, left, not lt) for left, right, lt in taken)), own, others)
+        """Return decisions at some sizes, or their opposites, that tell ``own`` from ``others``; none if none do."""
+        taken = set[Comparison]()
+        few = MOST_REFERENCES // 2
+        for point in (*spread(own, few), *spread(others, few)) if others.any() else ():
+            taken |= {
+                c for left, right, lt in self.decisions.at(point) for c in ((left, right, lt), (right, left, not lt))
+            }
+            if found := telling(self.points, taken, own, others):
+                return found
+        return []
 
     def _relation(self, comparison: Comparison, where: Vector) -> sympy.Basic:
         left, right, is_less = comparison

@@ -59,7 +59,7 @@ class PagesForm(DeviceForm):
         """The size with most reserved bytes, or, as long as its address is beyond what another has, that one."""
         point = int(np.argmax(self.reserved_bytes))
         for _ in range(MOST_REFERENCES):
-            reached = self.survey.reach(self._last(point), point)
+            reached = self.decisions.reach(self._last(point), point)
             beyond = self._mapped(reached) - self.reserved_bytes
             if (beyond <= 0).all():
                 return point, reached

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import sympy
 
 from derivation.allocator.symbolic import Comparison, Points, Vector
@@ -65,3 +66,9 @@ def telling(points: Points, taken: Iterable[Comparison], own: Vector, others: Ve
         found.append(best)
         left = left & answers[best]
     return found
+
+
+def spread(where: Vector, most: int) -> list[int]:
+    """Return at most so many of some sizes, the first and the last among them."""
+    points = np.flatnonzero(where)
+    return [int(points[i]) for i in np.linspace(0, len(points) - 1, min(most, len(points)), dtype=int)]

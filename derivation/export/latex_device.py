@@ -58,13 +58,13 @@ def _pages(regime: Regime) -> str:
 
 def _segment(part: Part) -> str:
     """Return s of a request's bytes; below 10 MiB a Piecewise says that the segment is shared."""
-    found = part.bytes.args[-1].expr if isinstance(part.bytes, sympy.Piecewise) else part.bytes
-    return _sum(found.replace(sympy.ceiling, _bytes) / ROUND_LARGE_BYTES)
+    return _sum(part.bytes.replace(sympy.ceiling, _bytes) / ROUND_LARGE_BYTES)
 
 
 def relation(condition: sympy.Basic) -> str:
     """Return a comparison of two requests as the allocator makes it."""
-    sides = (_sum(side.replace(sympy.ceiling, _bytes)) for side in condition.args)
+    own = (side.replace(sympy.Piecewise, lambda *cases: cases[-1].expr) for side in condition.args)
+    sides = (_sum(side.replace(sympy.ceiling, _bytes)) for side in own)
     return (" < " if isinstance(condition, sympy.StrictLessThan) else r" \le ").join(sides)
 
 
