@@ -142,6 +142,10 @@ def test_an_index_compares_models_and_links_their_reports(tmp_path, small):
     assert all((tmp_path / link).exists() for link in found.links)
     assert {page.name for page in pages} <= set(found.links)
     text = index.read_text().replace("\u202f", " ")
+    rows = re.findall(r"<tbody>.*?</tbody>", text, re.S)
+    assert [re.findall(r"<span>(txt2img|inpaint)</span>", row) for row in rows] == [["txt2img"], ["inpaint"]]
+    # what the page's own policy refuses is an error on the console
+    assert 'href="data:,"' in text and "img-src data:" in text
     for d in (derive(SD15), derive(inpainting, pipeline="inpaint")):
         assert human(d.weights_bytes + max(d.stage_peaks(1024, 1024).values())) in text
 
