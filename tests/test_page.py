@@ -85,6 +85,11 @@ def settings(count):
     found = []
     for _ in range(count):
         state = {name: str(chosen.choice(values)) for name, (_, values) in SWITCHES.items()}
+        state |= {"num_images_per_prompt": "1", "vae_tiling": "False"}
+        if not chosen.randrange(4):
+            images, tiled = chosen.choice((("1", "True"), ("2", "False"), ("4", "False")))
+            usual = {"dtype": "float16", "attention": "sdpa", "offload": "None"}
+            state |= usual | {"num_images_per_prompt": images, "vae_tiling": tiled}
         sides = [chosen.choice((512, 768, 1024, 8 * chosen.randint(16, 256))) for _ in "hw"]
         state |= {"size": "x".join(map(str, sides)), "batch": str(chosen.choice((1, 1, 2, 3, 7)))}
         found.append(state | {"card": chosen.choice(CARDS), "free": chosen.choice(("", "", "", "6GiB"))})
@@ -94,7 +99,8 @@ def settings(count):
 def options(state):
     """Return a state's options as ``derive`` takes them."""
     words = {"True": True, "False": False, "None": None}
-    return {name: words.get(state[name], state[name]) for name in SWITCHES}
+    found = {name: words.get(state[name], state[name]) for name in SWITCHES}
+    return {**found, "num_images_per_prompt": int(state["num_images_per_prompt"])}
 
 
 @cache
@@ -140,9 +146,34 @@ def test_random_settings_are_the_estimate_s_to_the_byte_and_in_verdict(page, tmp
             assert not verdict.fits or sum(each["layers"]) == verdict.needs_bytes, state
 
 
+def test_images_a_prompt_and_tiles_are_the_estimate_s(page, tmp_path):
+    usual = {"dtype": "float16", "attention": "sdpa", "offload": "None", "vae_slicing": "False", "free": ""}
+    tiled = {"vae_tiling": "True", "num_images_per_prompt": "1", "card": "12", "safety_checker": "True"}
+    several = {"vae_tiling": "False", "safety_checker": "False"}
+    states = [
+        *(
+            {**usual, **tiled, "pipeline": pipeline, "size": size, "batch": batch}
+            for pipeline, size, batch in (
+                ("txt2img", "512x512", "1"),
+                ("img2img", "1024x1024", "2"),
+                ("inpaint", "1536x520", "1"),
+                ("txt2img", "2048x1800", "3"),
+            )
+        ),
+        *(
+            {**usual, **several, "pipeline": pipeline, "size": "512x768", "batch": batch, "card": card} | images
+            for pipeline, batch, card in (("txt2img", "1", "t4"), ("img2img", "2", "h100"), ("inpaint", "1", "12"))
+            for images in ({"num_images_per_prompt": "2"}, {"num_images_per_prompt": "4", "vae_slicing": "True"})
+        ),
+    ]
+    for state, each in zip(states, shown(page, states, tmp_path), strict=True):
+        assert each["verdict"] != "none" and int(each["needs"]) == expected(state).needs_bytes, state
+
+
 def test_what_does_not_fit_has_a_remedy_that_does_and_a_largest_size(page, tmp_path):
     asked = {**settings(1)[0], "pipeline": "txt2img", "dtype": "float16", "attention": "eager", "offload": "None"}
     asked |= {"card": "rtx-3060", "size": "1024x1024", "batch": "1", "free": "", "safety_checker": "True"}
+    asked |= {"num_images_per_prompt": "1", "vae_tiling": "False"}
     [found] = shown(page, [asked], tmp_path, searched=1)
     assert found["verdict"] == "no" and not expected(asked).fits
     assert (
@@ -164,7 +195,7 @@ def test_what_does_not_fit_has_a_remedy_that_does_and_a_largest_size(page, tmp_p
     ],
 )
 def test_the_old_answer_goes_on_bad_input(page, tmp_path, change, said):
-    good = {**settings(1)[0], "size": "512x512"}
+    good = {**settings(1)[0], "size": "512x512", "num_images_per_prompt": "1", "vae_tiling": "False"}
     first, bad = shown(page, [good, {**good, **change}], tmp_path)
     assert not first["gone"] and bad["gone"] and said in bad["error"]
 

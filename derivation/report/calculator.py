@@ -23,8 +23,10 @@ from derivation.options import DTYPES, EAGER, OFFLOADS, PIPELINES, SDPA, TABLE
 from derivation.options.row import flag
 from derivation.report.answer import STAGE_TITLES
 from derivation.report.tapes import Tapes
+from derivation.tape.program import Recordings
 from derivation.tape.recorded import RecordedSubject
 from derivation.tape.subject import Subject
+from derivation.tape.tape import Tape
 from derivation.text import GIB
 from derivation.verdict import confidence, worst
 from derivation.walk.pipelines import SAFETY_CHECKER
@@ -33,6 +35,8 @@ from derivation.walk.subject import WalkedSubject
 MAX_SIDE, MAX_BATCH = 2048, 16
 USUAL_SIDE = 512
 HALVES = ("float16", "bfloat16")
+# Sides of squares, in VAE tiles, whose tilings the page holds.
+TILED_SIDES = (1, 2, 3, 5)
 # A kind of card that fewer of the table are is left out, but for the report's own.
 LEAST_CARDS = 3
 # What the form switches: the option, its label, what it may be.
@@ -41,7 +45,9 @@ SWITCHES: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "dtype": ("Precision", DTYPES),
     "attention": ("Attention", (SDPA, EAGER)),
     "offload": ("CPU offload", (None, *OFFLOADS)),
+    "num_images_per_prompt": ("Images per prompt", (1, 2, 4)),
     "vae_slicing": ("VAE slicing", (False, True)),
+    "vae_tiling": ("VAE tiling", (False, True)),
     "safety_checker": ("Safety checker", (True, False)),
 }
 
@@ -141,21 +147,36 @@ def _own(d: Derivation, name: str) -> tuple[str, ...]:
 
 def _programs(d: Derivation, held: Tapes, kernel: Kernel) -> Iterator[tuple[str, list[int]]]:
     """Yield the tapes of every setting of a kernel, by the card whose tapes they are and the values of SWITCHES."""
-    pipelines, offloads, slicings = (SWITCHES[name][1] for name in ("pipeline", "offload", "vae_slicing"))
-    for gpu, pipeline, offload in product(dict.fromkeys(kernel.kinds.values()), pipelines, offloads):
-        single: list[int] = []
-        for slicing in slicings:
-            chosen = {"pipeline": pipeline, "attention": kernel.attention, "offload": offload, "vae_slicing": slicing}
-            with suppress(DerivationError):
-                subject = d.subject.changed(**chosen, gpu=gpu, dtype=kernel.dtypes[0])
-                if subject.options.pipeline != pipeline:  # a traced class is one pipeline
-                    continue
-                numbers = _tapes(d, subject, held, single)
-                single = numbers[1:]
-                for checker, those in _checked(subject, held, numbers):
-                    for dtype in kernel.shown(gpu):
-                        named = {**chosen, "dtype": dtype, "safety_checker": checker}
-                        yield "|".join(map(str, (gpu, *(named[name] for name in SWITCHES)))), those
+    names = ("pipeline", "offload", "num_images_per_prompt", "vae_tiling", "vae_slicing")
+    settings = product(dict.fromkeys(kernel.kinds.values()), *(SWITCHES[name][1] for name in names))
+    known: dict[tuple[Any, ...], list[int]] = {}
+    for gpu, *values in settings:
+        chosen = {"attention": kernel.attention, **dict(zip(names, values, strict=True))}
+        if not _is_held(d, kernel, gpu, chosen):
+            continue
+        with suppress(DerivationError):
+            subject = d.subject.changed(**chosen, gpu=gpu, dtype=kernel.dtypes[0])
+            if subject.options.pipeline != chosen["pipeline"]:  # a traced class is one pipeline
+                continue
+            unsliced = (gpu, *values[:-1])
+            numbers = _tapes(d, subject, held, known.get(unsliced, []))
+            known[unsliced] = numbers[1:] if chosen["num_images_per_prompt"] == 1 else []
+            for checker, those in _checked(subject, held, numbers):
+                for dtype in kernel.shown(gpu):
+                    named = {**chosen, "dtype": dtype, "safety_checker": checker}
+                    yield "|".join(map(str, (gpu, *(named[name] for name in SWITCHES)))), those
+
+
+def _is_held(d: Derivation, kernel: Kernel, gpu: str | None, chosen: Mapping[str, Any]) -> bool:
+    """Return whether the page holds a setting: several images a prompt and VAE tiles for what is usual alone.
+
+    Tiles are walked each where a card's allocator is replayed, as many as the size has: without a card they are not.
+    """
+    images, tiled = chosen["num_images_per_prompt"], chosen["vae_tiling"]
+    own = images == d.options.num_images_per_prompt and tiled == d.options.vae_tiling
+    usual = kernel.attention == SDPA and kernel.dtypes[0] in HALVES and chosen["offload"] is None
+    alone = images == 1 and gpu is None and not chosen["vae_slicing"]
+    return own or (usual and (alone or not tiled))
 
 
 def _tapes(d: Derivation, subject: Subject, held: Tapes, single: list[int]) -> list[int]:
@@ -167,11 +188,23 @@ def _tapes(d: Derivation, subject: Subject, held: Tapes, single: list[int]) -> l
         own = [regime for regime in subject.regimes if regime.guidance] or list(subject.regimes)
         return [held.add(regime.decided().tape, weights, regime.ranges) for regime in own]
     program = subject.program(True, {"L": d.prompt_length, **d.fixed})
+    if subject.grid.tile is not None:
+        return [held.add(tape, weights) for tape in _tilings(Derivation(subject, d.fixed), program)]
     tapes = [program.generic.tape]
     if not single:
         least = 2 * d.grid.unit
         tapes.append(program.regime(d.sizes(least, least, 1)).tape)
     return [*(held.add(tape, weights) for tape in tapes), *single]
+
+
+def _tilings(d: Derivation, program: Recordings) -> list[Tape]:
+    """Return the tapes of one and several images in one and several VAE tiles, whose count is a symbol."""
+    assert d.grid.tile is not None
+    side = d.grid.tile.side * d.grid.vae_scale_factor
+    sides = [n * side for n in TILED_SIDES if n * side <= MAX_SIDE]
+    calls = product((2, 1), sides, sides)
+    variants = (program.regime(d.sizes(height, width, batch)) for batch, height, width in calls)
+    return list({id(variant): variant.tape for variant in variants}.values())
 
 
 def _checked(subject: Subject, held: Tapes, numbers: list[int]) -> Iterator[tuple[bool, list[int]]]:
@@ -260,7 +293,7 @@ def _card(card: Gpu, kernels: tuple[Kernel, ...]) -> dict[str, Any]:
 
 def _grid(d: Derivation) -> dict[str, Any]:
     """Return what the symbols of a call follow from: pixels a latent, levels, the VAE's tile, what has one value."""
-    grid, tile = d.grid, d.grid.tile
+    grid, tile = d.grid, _tiled(d).grid.tile
     fixed = {"L": d.prompt_length, **d.fixed}
     if grid.frames is not None:
         fixed.setdefault("F", grid.frames.latent(None))
@@ -272,6 +305,13 @@ def _grid(d: Derivation) -> dict[str, Any]:
         "tile": None if tile is None else [tile.side, tile.step],
         "fixed": fixed,
     }
+
+
+def _tiled(d: Derivation) -> Subject:
+    """Return the subject with VAE tiles, where it can have them."""
+    with suppress(DerivationError):
+        return d.subject.changed(vae_tiling=True)
+    return d.subject
 
 
 def _remedies(switched: set[str]) -> list[dict[str, Any]]:
