@@ -19,7 +19,7 @@ from typing import Any
 from derivation.api import Derivation
 from derivation.ask.fit import fit, peak_tensor_bytes
 from derivation.ask.quick import Quick
-from derivation.ask.recommend import recommend
+from derivation.ask.recommend import EXPANDABLE, recommend
 from derivation.call import Call
 from derivation.config import is_live
 from derivation.errors import DerivationError, unsupported
@@ -282,6 +282,8 @@ def _advice(derivation: Derivation, budget: int | None, call: Call) -> tuple[str
         return ("free some GPU memory: not even the weights fit",)
     found = recommend(derivation, budget, call)
     lines = [f"{step.name} saves {step.adds_bytes:,} bytes: {step.call}" for step in found.needed]
+    if found.expandable is not None and found.expandable.fits:
+        lines.insert(0, f"{EXPANDABLE.name} are enough: {EXPANDABLE.call}")
     if not found.fits:
         shape, rest = (call.width, call.height), (call.batch_size, call.prompt_length, call.guidance)
         largest = fit(derivation, budget, shape, *rest).image

@@ -65,6 +65,11 @@ class Verdict:
         """Whether what is left is at least the margin."""
         return self.left_bytes is not None and self.margin_bytes is not None and self.left_bytes >= self.margin_bytes
 
+    def beats(self, other: Verdict) -> bool:
+        """Return whether a call runs with less trouble than by another verdict on a card."""
+        ease = (FITS, RELEASED, SLOWER, NO_FIT)
+        return {self.verdict, other.verdict} <= {*ease} and ease.index(self.verdict) < ease.index(other.verdict)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name, ready for JSON."""
         return {**asdict(self), "fits": self.fits, "sure": self.sure}

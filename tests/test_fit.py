@@ -281,3 +281,16 @@ def test_a_larger_image_that_needs_less_is_offered() -> None:
     assert (larger.reserved_bytes, larger.saves_bytes) == (found, asked - found) and asked > found
     assert not cheaper_sizes(d, Call(1024, 1024))
     assert not cheaper_sizes(derive(SD15), Call(1920, 1920))  # no GPU is named
+
+
+def test_expandable_segments_are_offered_where_they_make_a_difference() -> None:
+    sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
+    given = {"pipeline": "txt2img", "attention": "sdpa", "gpu": "rtx-3060", "num_inference_steps": 4}
+    d, pages = derive(sdxl, **given), derive(sdxl, **given, alloc_conf="expandable_segments:True")
+    offered = {side: recommend(d, None, Call(side, side)).expandable for side in (768, 1024, 1280, 1536)}
+    for side, found in offered.items():
+        verdict, asked = pages.verdict(side, side), d.verdict(side, side)
+        assert found == (verdict if verdict.beats(asked) else None)
+    assert [found is not None and found.fits for found in offered.values()] == [False, True, True, False]
+    assert recommend(pages, None, Call(1280, 1280)).expandable is None  # they are already
+    assert recommend(derive(SD15), 1 << 30, Call(512, 512)).expandable is None  # no GPU is named

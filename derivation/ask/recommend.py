@@ -15,7 +15,16 @@ from derivation.errors import DerivationError
 from derivation.gpu.profile import lacks_fused_attention
 from derivation.options import TABLE, Options
 from derivation.options.row import Remedy
+from derivation.verdict import FITS, Verdict
 
+# How the allocator is configured where a process is started: what is reserved may change, tensors do not.
+EXPANDABLE = Remedy(
+    "expandable segments",
+    {"alloc_conf": "expandable_segments:True"},
+    "none; on Linux",
+    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, before the process starts",
+    0,
+)
 # In order of cost.
 REMEDIES = tuple(sorted((remedy for row in TABLE.values() for remedy in row.remedies), key=lambda r: r.rank))
 
@@ -40,13 +49,17 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """The verdict as asked, which remedies are needed, the verdict with them, and larger images that need less."""
+    """The verdict as asked, which remedies are needed, the verdict with them, and larger images that need less.
+
+    ``expandable`` is the verdict as asked where the allocator's segments are expandable, if that is a better one.
+    """
 
     budget_bytes: int
     as_asked: Image
     with_needed: Image
     steps: tuple[Step, ...]
     cheaper_sizes: tuple[Nearby, ...] = ()
+    expandable: Verdict | None = None
 
     @property
     def fits(self) -> bool:
@@ -113,7 +126,16 @@ def recommend(derivation: Derivation, budget_bytes: int | None, call: Call) -> R
     chosen = _minimal(peaks, list(alone))
     steps = (_step(peaks, remedy, saves, chosen) for remedy, saves in alone.items())
     kept = tuple(step for step in steps if step.needed or step.saves_bytes > 0)
-    return Recommendation(budget, peaks.image(()), peaks.image(chosen), kept, cheaper_sizes(derivation, call))
+    expandable, cheaper = _expandable(peaks, derivation.options), cheaper_sizes(derivation, call)
+    return Recommendation(budget, peaks.image(()), peaks.image(chosen), kept, cheaper, expandable)
+
+
+def _expandable(peaks: _Peaks, options: Options) -> Verdict | None:
+    asked = peaks.image(()).verdict
+    if options.gpu is None or options.alloc_conf is not None or asked.verdict == FITS:
+        return None
+    found = peaks.image((EXPANDABLE,)).verdict
+    return found if found.beats(asked) else None
 
 
 def _step(peaks: _Peaks, remedy: Remedy, saves_bytes: int, chosen: Sequence[Remedy]) -> Step:

@@ -100,6 +100,8 @@ def recommend(
 
 
 def _show_recommendation(result: Mapping[str, Any]) -> None:
+    from derivation.ask.recommend import EXPANDABLE
+
     asked, final = (Verdict.read(result[name]["verdict"]) for name in ("as_asked", "with_needed"))
     output.line(f"as asked: {asked}", style="bold")
     rows = [
@@ -116,6 +118,8 @@ def _show_recommendation(result: Mapping[str, Any]) -> None:
     for size in result["cheaper_sizes"]:
         less = f"the allocator reserves {human(size['saves_bytes'])} less, {human(size['reserved_bytes'])}"
         output.line(f"{size['height']} x {size['width']} is larger and needs less: {less}")
+    if (expandable := Verdict.read(result["expandable"] or {})) is not None:
+        output.line(f"with {EXPANDABLE.call}: {expandable}")
     output.line(result["counted"])
 
 
