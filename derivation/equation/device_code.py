@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from derivation.allocator.report import LARGE_PAGE_BYTES, ROUND_LARGE_BYTES
 from derivation.allocator.symbolic import Atom
 from derivation.equation.device import DeviceForm
-from derivation.equation.device_pages import PagesForm
+from derivation.equation.device_pages import PagesForm, is_whole
 from derivation.equation.expression import Expression, Let, Name, add, ceil_div, floor_div, mul, polynomial
 from derivation.tape.symbols import BLOCK_BYTES, MAX_LEVELS, as_poly
 
@@ -73,7 +73,7 @@ def _pages(form: PagesForm) -> Expression:
     whole, others = as_poly(0), list[Expression]()
     for atom, n in form.points.sums[form.reached]:
         size = as_poly(1 if atom is None else atom.nbytes)
-        if atom is None or not any(c % BLOCK_BYTES for c in size.values()):
+        if atom is None or is_whole(size):
             whole += n * size
         else:
             others.append(_rounded(atom, BLOCK_BYTES, n))

@@ -16,6 +16,7 @@ from derivation.equation.device import DeviceForm
 from derivation.equation.device_regime import Part, Regime
 from derivation.errors import DerivationError
 from derivation.tape.grid import H, W
+from derivation.tape.symbols import BLOCK_BYTES, Size, as_poly
 
 # Sizes that are tried for an address that all others reach as well.
 MOST_REFERENCES = 8
@@ -54,6 +55,16 @@ class PagesForm(DeviceForm):
         """The number of the sum that the address is."""
         return self._reference[1]
 
+    @property
+    def reached_bytes(self) -> Size:
+        """What the address is, or, where sizes are no whole blocks, up to 511 bytes more for each of them."""
+        total: Size = 0
+        for atom, n in self.points.sums[self.reached]:
+            size: Size = 1 if atom is None else atom.nbytes
+            rest = 0 if atom is None or is_whole(size) else BLOCK_BYTES - 1
+            total = total + n * (size + rest)
+        return total
+
     @cached_property
     def _reference(self) -> tuple[int, int]:
         """The size with most reserved bytes, or, as long as its address is beyond what another has, that one."""
@@ -84,3 +95,8 @@ def device_form(derived: Derived, guidance: bool = True) -> DeviceForm:
     """Return the form for how the allocator is configured; raises DerivationError as DeviceForm does."""
     is_expandable = AllocatorConfig.parse(derived.options.alloc_conf or "") == PagesForm.config
     return (PagesForm if is_expandable else DeviceForm)(derived, guidance)
+
+
+def is_whole(size: Size) -> bool:
+    """Return whether a request is of whole blocks at every size."""
+    return not any(coefficient % BLOCK_BYTES for coefficient in as_poly(size).values())
