@@ -85,9 +85,11 @@ def settings(count):
     found = []
     for _ in range(count):
         state = {name: str(chosen.choice(values)) for name, (_, values) in SWITCHES.items()}
-        state |= {"num_images_per_prompt": "1", "vae_tiling": "False"}
+        state |= {"num_images_per_prompt": "1", "vae_tiling": "False", "guidance": "True"}
         if not chosen.randrange(4):
-            images, tiled = chosen.choice((("1", "True"), ("2", "False"), ("4", "False")))
+            images, tiled = chosen.choice((("1", "True"), ("2", "False"), ("4", "False"), ("1", "False")))
+            if (images, tiled) == ("1", "False"):
+                state |= {"guidance": "False", "pipeline": "txt2img"}
             usual = {"dtype": "float16", "attention": "sdpa", "offload": "None"}
             state |= usual | {"num_images_per_prompt": images, "vae_tiling": tiled}
         sides = [chosen.choice((512, 768, 1024, 8 * chosen.randint(16, 256))) for _ in "hw"]
@@ -99,7 +101,7 @@ def settings(count):
 def options(state):
     """Return a state's options as ``derive`` takes them."""
     words = {"True": True, "False": False, "None": None}
-    found = {name: words.get(state[name], state[name]) for name in SWITCHES}
+    found = {name: words.get(state[name], state[name]) for name in SWITCHES if name != "guidance"}
     return {**found, "num_images_per_prompt": int(state["num_images_per_prompt"])}
 
 
@@ -116,7 +118,7 @@ def expected(state):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         d = derived(tuple({**options(state), "gpu": gpu}.items()))
-        return d.verdict(height, width, int(state["batch"]), free_bytes=free)
+        return d.verdict(height, width, int(state["batch"]), guidance=state["guidance"] == "True", free_bytes=free)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +148,17 @@ def test_random_settings_are_the_estimate_s_to_the_byte_and_in_verdict(page, tmp
             assert not verdict.fits or sum(each["layers"]) == verdict.needs_bytes, state
 
 
-def test_images_a_prompt_and_tiles_are_the_estimate_s(page, tmp_path):
+def test_images_a_prompt_tiles_and_no_guidance_are_the_estimate_s(page, tmp_path):
     usual = {"dtype": "float16", "attention": "sdpa", "offload": "None", "vae_slicing": "False", "free": ""}
-    tiled = {"vae_tiling": "True", "num_images_per_prompt": "1", "card": "12", "safety_checker": "True"}
-    several = {"vae_tiling": "False", "safety_checker": "False"}
+    tiled = {
+        "vae_tiling": "True",
+        "num_images_per_prompt": "1",
+        "card": "12",
+        "safety_checker": "True",
+        "guidance": "True",
+    }
+    unguided = {"num_images_per_prompt": "1", "guidance": "False", "pipeline": "txt2img"}
+    several = {"guidance": "True", "vae_tiling": "False", "safety_checker": "False"}
     states = [
         *(
             {**usual, **tiled, "pipeline": pipeline, "size": size, "batch": batch}
@@ -163,7 +172,11 @@ def test_images_a_prompt_and_tiles_are_the_estimate_s(page, tmp_path):
         *(
             {**usual, **several, "pipeline": pipeline, "size": "512x768", "batch": batch, "card": card} | images
             for pipeline, batch, card in (("txt2img", "1", "t4"), ("img2img", "2", "h100"), ("inpaint", "1", "12"))
-            for images in ({"num_images_per_prompt": "2"}, {"num_images_per_prompt": "4", "vae_slicing": "True"})
+            for images in (
+                {"num_images_per_prompt": "2"},
+                {"num_images_per_prompt": "4", "vae_slicing": "True"},
+                unguided,
+            )
         ),
     ]
     for state, each in zip(states, shown(page, states, tmp_path), strict=True):
@@ -173,7 +186,7 @@ def test_images_a_prompt_and_tiles_are_the_estimate_s(page, tmp_path):
 def test_what_does_not_fit_has_a_remedy_that_does_and_a_largest_size(page, tmp_path):
     asked = {**settings(1)[0], "pipeline": "txt2img", "dtype": "float16", "attention": "eager", "offload": "None"}
     asked |= {"card": "rtx-3060", "size": "1024x1024", "batch": "1", "free": "", "safety_checker": "True"}
-    asked |= {"num_images_per_prompt": "1", "vae_tiling": "False"}
+    asked |= {"num_images_per_prompt": "1", "vae_tiling": "False", "guidance": "True"}
     [found] = shown(page, [asked], tmp_path, searched=1)
     assert found["verdict"] == "no" and not expected(asked).fits
     assert (

@@ -39,13 +39,14 @@ HALVES = ("float16", "bfloat16")
 TILED_SIDES = (1, 2, 3, 5)
 # A kind of card that fewer of the table are is left out, but for the report's own.
 LEAST_CARDS = 3
-# What the form switches: the option, its label, what it may be.
+# What the form switches: the option or the call's guidance, its label, what it may be.
 SWITCHES: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "pipeline": ("Pipeline", PIPELINES),
     "dtype": ("Precision", DTYPES),
     "attention": ("Attention", (SDPA, EAGER)),
     "offload": ("CPU offload", (None, *OFFLOADS)),
     "num_images_per_prompt": ("Images per prompt", (1, 2, 4)),
+    "guidance": ("Guidance", (True, False)),
     "vae_slicing": ("VAE slicing", (False, True)),
     "vae_tiling": ("VAE tiling", (False, True)),
     "safety_checker": ("Safety checker", (True, False)),
@@ -140,14 +141,14 @@ def _json(value: object) -> str:
 
 
 def _own(d: Derivation, name: str) -> tuple[str, ...]:
-    """Return the report's own value of a switch, SDPA's for what it comes to without a GPU."""
-    own = getattr(d.options, name)
+    """Return the report's own value of a switch, SDPA's for what it comes to without a GPU; guidance is on."""
+    own = getattr(d.options, name, True)
     return () if name == "attention" and own == "efficient" else (str(own),)
 
 
 def _programs(d: Derivation, held: Tapes, kernel: Kernel) -> Iterator[tuple[str, list[int]]]:
     """Yield the tapes of every setting of a kernel, by the card whose tapes they are and the values of SWITCHES."""
-    names = ("pipeline", "offload", "num_images_per_prompt", "vae_tiling", "vae_slicing")
+    names = ("pipeline", "offload", "num_images_per_prompt", "guidance", "vae_tiling", "vae_slicing")
     settings = product(dict.fromkeys(kernel.kinds.values()), *(SWITCHES[name][1] for name in names))
     known: dict[tuple[Any, ...], list[int]] = {}
     for gpu, *values in settings:
@@ -155,11 +156,12 @@ def _programs(d: Derivation, held: Tapes, kernel: Kernel) -> Iterator[tuple[str,
         if not _is_held(d, kernel, gpu, chosen):
             continue
         with suppress(DerivationError):
-            subject = d.subject.changed(**chosen, gpu=gpu, dtype=kernel.dtypes[0])
+            changed = {name: value for name, value in chosen.items() if name != "guidance"}
+            subject = d.subject.changed(**changed, gpu=gpu, dtype=kernel.dtypes[0])
             if subject.options.pipeline != chosen["pipeline"]:  # a traced class is one pipeline
                 continue
             unsliced = (gpu, *values[:-1])
-            numbers = _tapes(d, subject, held, known.get(unsliced, []))
+            numbers = _tapes(d, subject, held, known.get(unsliced, []), chosen["guidance"])
             known[unsliced] = numbers[1:] if chosen["num_images_per_prompt"] == 1 else []
             for checker, those in _checked(subject, held, numbers):
                 for dtype in kernel.shown(gpu):
@@ -168,7 +170,7 @@ def _programs(d: Derivation, held: Tapes, kernel: Kernel) -> Iterator[tuple[str,
 
 
 def _is_held(d: Derivation, kernel: Kernel, gpu: str | None, chosen: Mapping[str, Any]) -> bool:
-    """Return whether the page holds a setting: several images a prompt and VAE tiles for what is usual alone.
+    """Return whether the page holds a setting: several images a prompt, VAE tiles and no guidance for usual ones alone.
 
     Tiles are walked each where a card's allocator is replayed, as many as the size has: without a card they are not.
     """
@@ -176,18 +178,20 @@ def _is_held(d: Derivation, kernel: Kernel, gpu: str | None, chosen: Mapping[str
     own = images == d.options.num_images_per_prompt and tiled == d.options.vae_tiling
     usual = kernel.attention == SDPA and kernel.dtypes[0] in HALVES and chosen["offload"] is None
     alone = images == 1 and gpu is None and not chosen["vae_slicing"]
+    if not chosen["guidance"]:
+        return own and usual and chosen["pipeline"] == d.options.pipeline and isinstance(d.subject, WalkedSubject)
     return own or (usual and (alone or not tiled))
 
 
-def _tapes(d: Derivation, subject: Subject, held: Tapes, single: list[int]) -> list[int]:
-    """Return the numbers of a subject's tapes under guidance: for several images, and for one where ``single`` is not
-    known, which a sliced VAE does not change.
+def _tapes(d: Derivation, subject: Subject, held: Tapes, single: list[int], guidance: bool) -> list[int]:
+    """Return the numbers of a subject's tapes: for several images, and for one where ``single`` is not known, which a
+    sliced VAE does not change.
     """
     weights = held.weights(subject.resident)
     if isinstance(subject, RecordedSubject):
         own = [regime for regime in subject.regimes if regime.guidance] or list(subject.regimes)
         return [held.add(regime.decided().tape, weights, regime.ranges) for regime in own]
-    program = subject.program(True, {"L": d.prompt_length, **d.fixed})
+    program = subject.program(guidance, {"L": d.prompt_length, **d.fixed})
     if subject.grid.tile is not None:
         return [held.add(tape, weights) for tape in _tilings(Derivation(subject, d.fixed), program)]
     tapes = [program.generic.tape]
