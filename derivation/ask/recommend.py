@@ -134,8 +134,10 @@ def _expandable(peaks: _Peaks, options: Options) -> Verdict | None:
     asked = peaks.image(()).verdict
     if options.gpu is None or options.alloc_conf is not None or asked.verdict == FITS:
         return None
-    found = peaks.image((EXPANDABLE,)).verdict
-    return found if found.beats(asked) else None
+    with suppress(DerivationError):  # a traced pipeline has no such option
+        found = peaks.image((EXPANDABLE,)).verdict
+        return found if found.beats(asked) else None
+    return None
 
 
 def _step(peaks: _Peaks, remedy: Remedy, saves_bytes: int, chosen: Sequence[Remedy]) -> Step:
