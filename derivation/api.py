@@ -13,7 +13,7 @@ import sympy
 from derivation.allocator.memory import DeviceMemory, device_memory
 from derivation.allocator.snapshot import snapshot
 from derivation.call import Call, takes_call
-from derivation.config import Checkpoint, OtherPipeline, hub_folder, is_live, load, traced_folder
+from derivation.config import Checkpoint, OtherPipeline, hub_folder, is_live, is_live_traced, load, traced_folder
 from derivation.equation.derived import Stage, peaks_of
 from derivation.equation.record import Equation
 from derivation.errors import DerivationError, one_of, unsupported
@@ -319,10 +319,9 @@ def derive(
     """Derive the peak memory of ``model``: a bundled id, a folder, a config file, a Hub id or a live pipeline.
 
     What is not given is read off a live pipeline, and is Options' default elsewhere, ``pipeline`` that of the class
-    in model_index.json. ``gpu`` is a card's name or JSON
-    file, ``memory`` among the options another capacity of it, such as "12GiB". A Hub id is "org/name" or
-    "org/name@revision"; with ``local_files_only`` it is read from the Hub's cache alone. The derivation of one
-    component's config is that of its calls.
+    in model_index.json. ``gpu`` is a card's name or JSON file, ``memory`` among the options another capacity of it,
+    such as "12GiB". A Hub id is "org/name" or "org/name@revision"; with ``local_files_only`` it is read from the Hub's
+    cache alone. The derivation of one component's config is that of its calls.
 
     ``method`` "walk" interprets diffusers' blocks, for the classes that are walked the default; "trace" runs the real
     code: a pipeline of any other class, called on ``meta`` at a few sizes and interpolated (shipped for the bundled
@@ -338,6 +337,8 @@ def derive(
         return Derivation(*store.recorded(folder, given, progress))
     if method == "trace":
         return Derivation(store.transformer(model, options_of(given)))
+    if is_live_traced(model):
+        return Derivation(*store.live(model, given, progress))
     if is_live(model):
         return Derivation(WalkedSubject.live(model, **given))
     try:

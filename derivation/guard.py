@@ -16,18 +16,17 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from derivation.api import Derivation
+from derivation.api import Derivation, derive
 from derivation.ask.fit import fit, peak_tensor_bytes
 from derivation.ask.quick import Quick
 from derivation.ask.recommend import EXPANDABLE, recommend
 from derivation.call import Call
-from derivation.config import is_live
+from derivation.config import is_live, is_live_traced
 from derivation.errors import DerivationError, unsupported
 from derivation.gpu.cards import lookup
 from derivation.options.live import FREEU
 from derivation.options.live.modules import MODELS, attentions, first_parameter, models_of, tuners, up_blocks
 from derivation.verdict import Verdict, of_tensors
-from derivation.walk.subject import WalkedSubject
 
 # What a pipeline can set on its VAE
 VAE_SWITCHES = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_overlap_factor")
@@ -42,6 +41,8 @@ IGNORED = (
     "negative_crops_coords_top_left negative_target_size aesthetic_score negative_aesthetic_score prompt_2 "
     "negative_prompt_2"
 )
+# What a traced call does not depend on: no pass holds more than those recorded, guidance has a negative prompt.
+RECORDED = ("num_inference_steps", "negative_prompt")
 # More than any GPU has: what is reserved where nothing has to be released.
 UNLIMITED = 1 << 50
 
@@ -153,11 +154,12 @@ def will_fit(
     for the first, a new one does, too: on a GPU where both sides are multiples of 64 from 512 to 2048 and nothing has
     to be released, without one everywhere. Raises DerivationError, with one line, for what is not supported.
     """
-    if not is_live(pipe):
+    if not (is_live(pipe) or is_live_traced(pipe)):
         raise unsupported("pipe", pipe, "a DiffusionPipeline")
     try:
         given = {"height": height, "width": width, "batch_size": batch_size, "guidance": guidance}
         sizes, options = _read_arguments(pipe, given, arguments)
+        prompt_length = options.pop("max_sequence_length", None) if prompt_length is None else prompt_length
         machine = Machine.here() if options.get("gpu") is None else Machine()
         known = _known(pipe, compiled, {**machine.options, **options})
         call = Call(prompt_length=prompt_length, **sizes).filled(known.derivation.prompt_length)
@@ -179,7 +181,8 @@ def _read_arguments(
     pipe: Any, given: dict[str, Any], arguments: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the sizes of a call, and the options, from the arguments of the pipeline's ``__call__``."""
-    own = {name: value for name, value in arguments.items() if name not in IGNORED.split()}
+    ignored = (*IGNORED.split(), *(RECORDED if is_live_traced(pipe) else ()))
+    own = {name: value for name, value in arguments.items() if name not in ignored}
     prompt, image, scale = own.pop("prompt", None), own.pop("image", None), own.pop("guidance_scale", None)
     own = {name: value for name, value in own.items() if not name.endswith("prompt_embeds")}
     if "negative_prompt" in own and not isinstance(own["negative_prompt"], bool):
@@ -216,7 +219,7 @@ def _known(pipe: Any, compiled: bool, options: dict[str, Any]) -> _Known:
         models = models_of(pipe)
         parameters = {name: first_parameter(model) for name, model in models.items()}
         watched = _watch(models, parameters)
-        derivation = Derivation(WalkedSubject.live(pipe, **options))
+        derivation = derive(pipe, **options)
         peak = _peak(derivation, compiled)
         quick = Quick(derivation) if compiled and peak is None else None
         known = _Known((given, watched(pipe)), watched, parameters, derivation, peak, quick, {})
@@ -301,19 +304,23 @@ def _watch(models: Mapping[str, Any], parameters: Mapping[str, Callable[[], Any]
 
     def watched(pipe: Any) -> tuple[object, ...]:
         return (
-            *[id(getattr(pipe, name, None)) for name in (*MODELS, "scheduler")],
+            *[id(getattr(pipe, name, None)) for name in (*dict.fromkeys((*MODELS, *models)), "scheduler")],
             *[getattr(parameter(), "dtype", None) for parameter in first],
             *[_strides(parameter()) for parameter in first],
-            *[(type(module.processor), getattr(module.processor, "slice_size", None)) for module in modules],
+            *[_processor(module.processor) for module in modules],
             *[getattr(vae, switch, None) for switch in VAE_SWITCHES],
             *[getattr(block, FREEU[0], None) for block in blocks],
-            *[id(getattr(model, "_hf_hook", None)) for model in models.values()],
+            *[id(getattr(model, hook, None)) for model in models.values() for hook in ("_hf_hook", "_diffusers_hook")],
             id(getattr(unet, "encoder_hid_proj", None)),
             tuple(getattr(unet, "peft_config", ())),
             *[(bool(layer.merged), bool(layer.disable_adapters)) for layer in loras],
         )
 
     return watched
+
+
+def _processor(processor: Any) -> tuple[object, ...]:
+    return type(processor), *(getattr(processor, name, None) for name in ("slice_size", "_attention_backend"))
 
 
 def _strides(parameter: Any) -> object:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from conftest import SD15
+from peft import LoraConfig
 
 from derivation import DerivationError, derive
 from derivation.api import Derivation
@@ -24,6 +26,7 @@ from derivation.call import Call
 from derivation.config.traced import TRACED, bundled_traced, traced_folder
 from derivation.export import export
 from derivation.gpu.profile import hardware
+from derivation.guard import will_fit
 from derivation.options import Options
 from derivation.tape.grid import Range
 from derivation.tape.recorded import RecordedSubject
@@ -34,7 +37,7 @@ from derivation.trace.build import Description, build
 from derivation.trace.interpolate import Parted, fit, normalised, parting, points
 from derivation.trace.modules import modules_of
 from derivation.trace.offloaded import with_model_offload
-from derivation.trace.pipeline import TracedPipeline
+from derivation.trace.pipeline import TracedPipeline, same
 from derivation.trace.quantized import Linear4bit
 from derivation.trace.regimes import entries, record
 from derivation.trace.scratch import with_scratch
@@ -402,6 +405,59 @@ def test_a_size_that_no_polynomial_gives_is_told() -> None:
     with pytest.raises(Parted) as error:
         fit(padded, through, held)
     assert error.value.symbols == {"h1"}
+
+
+# live pipelines
+
+
+@pytest.fixture
+def live() -> Any:
+    pipe = build(description(DOCUMENTS["FluxPipeline"]), "float32")
+    for model in modules_of(pipe).values():
+        model.to_empty(device="cpu")
+    pipe.text_encoder_2.tie_weights()
+    return pipe
+
+
+def test_a_live_pipeline_is_traced_from_its_configs(flux, live, monkeypatch, tmp_path) -> None:
+    plain, recorded = flux
+    asked: list[Description] = []
+
+    def once(described: Description, options: Options, *_: object, **__: object) -> RecordedSubject:
+        asked.append(described)
+        return replace(recorded, options=options)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("derivation.trace.regimes.record", once)
+    derivation, call = derive(live, attention="efficient"), Call(256, 128, 2, 64)
+    traced = TracedPipeline(asked[0], OPTIONS, arguments(DOCUMENTS["FluxPipeline"]), SIDES)
+    peak = derivation.weights_bytes + naive_peak(traced.trace(call))
+    assert same(traced.trace(call), plain.trace(call)) and peak == derivation.estimate(call)["peak_tensor_bytes"]
+    for free_bytes in (peak, peak - 1):
+        sizes = {"max_sequence_length": 64, "prompt": ["a", "b"], "num_inference_steps": 9, "attention": "efficient"}
+        assert will_fit(live, 256, 128, free_bytes=free_bytes, **sizes).fits == (free_bytes == peak)
+    with pytest.raises(DerivationError, match="FluxPipeline, which is traced"):
+        will_fit(live, 256, 128, free_bytes=1, num_images_per_prompt=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda pipe: pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn),
+            "transformer's hooks = layerwise",
+        ),
+        (lambda pipe: pipe.transformer.set_attention_backend("_native_math"), "transformer's attention = "),
+        (lambda pipe: pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"])), r"to_q = an adapter's layer"),
+        (lambda pipe: pipe.vae.enable_tiling(), "vae.use_tiling = True"),
+        (lambda pipe: pipe.text_encoder.half(), "dtype = "),
+        (lambda pipe: setattr(pipe, "tokenizer", Path()), "FluxPipeline.tokenizer = PosixPath"),
+    ],
+)
+def test_what_is_not_read_off_a_live_pipeline_is_told(live, change, said) -> None:
+    change(live)
+    with pytest.raises(DerivationError, match=said):
+        derive(live)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

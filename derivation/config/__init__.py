@@ -14,7 +14,7 @@ from .models import (
 )
 from .schedulers import SchedulerConfig, scheduler_config
 from .sources import bundled, is_live, load
-from .traced import TracedFolder, bundled_traced, hub_folder, traced_folder
+from .traced import TracedFolder, bundled_traced, hub_folder, is_live_traced, traced_folder
 
 __all__ = [
     "VAE_SCALE_FACTOR",
@@ -34,6 +34,7 @@ __all__ = [
     "hub_folder",
     "image_encoder",
     "is_live",
+    "is_live_traced",
     "load",
     "scheduler_config",
     "traced_folder",

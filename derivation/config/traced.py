@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
+
+from derivation.errors import DerivationError
 
 from . import hub
 from .checkpoint import BUNDLED, PIPELINE_CLASSES, read_json, task_of
 from .checks import INDEX
 
 TRACED = Path(__file__).resolve().parent / "traced"
+# Whose classes the components of a live pipeline are, or are made from.
+LIBRARIES = ("diffusers", "transformers")
 # The files of a component that a pipeline is built from.
 FILES = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -43,6 +49,63 @@ class TracedFolder:
         files = sorted(path for path in self.path.rglob("*.json") if path.is_file())
         content = [[str(path.relative_to(self.path)), path.read_text()] for path in files]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class LiveConfigs:
+    """What a live pipeline is made of: its components' (library, class, config) by name, None where it has none."""
+
+    class_name: str
+    name: str
+    components: Mapping[str, tuple[str, str, Mapping[str, Any]] | None]
+    arguments: Mapping[str, Any]
+
+    @property
+    def source(self) -> str:
+        """The class of the pipeline."""
+        return self.class_name
+
+    @property
+    def task(self) -> str:
+        """The option ``pipeline`` that the class stands for."""
+        return task_of(self.class_name)
+
+    @cached_property
+    def contents(self) -> str:
+        """A digest of all configs."""
+        content = json.dumps([self.class_name, self.components, self.arguments], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def is_live_traced(source: object) -> bool:
+    """Return whether ``source`` is a live pipeline of one of diffusers' classes that are not walked."""
+    own, name = type(source).__module__.startswith("diffusers."), type(source).__name__
+    return own and hasattr(source, "components") and name.endswith("Pipeline") and name not in PIPELINE_CLASSES
+
+
+def live_configs(pipe: Any) -> LiveConfigs:
+    """Return the configs of a live pipeline's components; raises DerivationError for one without."""
+    index, name = dict(pipe.config), type(pipe).__name__
+    parts = {own: None if part is None else _live_part(f"{name}.{own}", part) for own, part in pipe.components.items()}
+    rest = {key: value for key, value in index.items() if key not in parts and not key.startswith("_")}
+    return LiveConfigs(name, str(index.get("_name_or_path") or name), parts, rest)
+
+
+def _live_part(where: str, part: Any) -> tuple[str, str, Mapping[str, Any]]:
+    part = getattr(part, "_orig_mod", part)  # torch.compile
+    classes = [(cls.__module__.partition(".")[0], cls.__name__) for cls in type(part).__mro__]
+    own = next((each for each in classes if each[0] in LIBRARIES), None)
+    if own is None:
+        supported = f"those of {' and '.join(LIBRARIES)}"
+        raise DerivationError(f"{where} = {type(part).__name__} is not supported (supported: {supported})")
+    if isinstance(length := getattr(part, "model_max_length", None), int):
+        return *own, {"model_max_length": length}
+    config: Any = getattr(part, "config", part)
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    known = dict(config) if isinstance(config, Mapping) else {}
+    if callable(to_dict := getattr(known.get("quantization_config"), "to_dict", None)):
+        known["quantization_config"] = to_dict()
+    return *own, {key: value for key, value in known.items() if not key.startswith("_")}
 
 
 @cache

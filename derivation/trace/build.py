@@ -19,6 +19,7 @@ import transformers
 from diffusers.utils.import_utils import DummyObject
 from transformers.initialization import no_init_weights
 
+from derivation.config.traced import LiveConfigs
 from derivation.errors import DerivationError, UnsupportedConfig, shown
 from derivation.trace.modules import modules_of, quiet
 from derivation.trace.quantized import quantize
@@ -60,6 +61,12 @@ class Description:
         parts = {n: _part(folder / n, *value) for n, value in entries.items() if isinstance(value, list)}
         arguments = {n: value for n, value in entries.items() if not isinstance(value, list)}
         return cls(str(index.get("_class_name")), parts, arguments)
+
+    @classmethod
+    def live(cls, configs: LiveConfigs) -> Description:
+        """Return what a live pipeline's components say."""
+        parts = {name: None if part is None else Part(*part) for name, part in configs.components.items()}
+        return cls(configs.class_name, parts, configs.arguments)
 
     @property
     def pipeline_class(self) -> Any:

@@ -14,12 +14,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from derivation.config.traced import TracedFolder
+from derivation.config.traced import LiveConfigs, TracedFolder, live_configs
 from derivation.errors import DerivationError
 from derivation.files import write_files
 from derivation.gpu.profile import hardware
 from derivation.libraries import LIBRARIES as VERSIONED
 from derivation.options import Options
+from derivation.options.live import live_traced_options, refuse_other_weights
 from derivation.tape.recorded import FORMAT, RecordedSubject
 from derivation.tape.subject import Subject
 from derivation.tape.tape import Tape
@@ -34,18 +35,19 @@ APPLICABLE = ("dtype", "attention", "pipeline", "gpu", "scratch", "offload", *VE
 LIBRARIES = ("torch", "diffusers", "transformers")
 
 Progress = Callable[[str], None]
+Configs = TracedFolder | LiveConfigs
 
 
 class Tracing:
     """Traces one folder's pipeline under some options, when it is first asked."""
 
-    def __init__(self, folder: TracedFolder, options: Options) -> None:
+    def __init__(self, folder: Configs, options: Options) -> None:
         self.folder, self.options = folder, options
 
     @cached_property
     def _pipeline(self) -> Any:
         module = _module("regimes")
-        return module.prepared(module.Description.of(self.folder.path), self.options)
+        return module.prepared(_description(module, self.folder), self.options)
 
     def __call__(self, guidance: bool, values: Mapping[str, int]) -> Tape:
         """Return the tape of a call at integers."""
@@ -53,7 +55,7 @@ class Tracing:
         return replace(tape, fixed=dict(values))
 
 
-def subject(folder: TracedFolder, given: Mapping[str, Any], progress: Progress = lambda _: None) -> RecordedSubject:
+def subject(folder: Configs, given: Mapping[str, Any], progress: Progress = lambda _: None) -> RecordedSubject:
     """Return the recorded pipeline of a folder: shipped, cached, or traced now and cached.
 
     Raises DerivationError for an option that tracing does not obey, and without torch where nothing is recorded.
@@ -76,26 +78,41 @@ def subject(folder: TracedFolder, given: Mapping[str, Any], progress: Progress =
 
 
 def recorded(
-    folder: TracedFolder, given: Mapping[str, Any], progress: Progress = lambda _: None
+    folder: Configs, given: Mapping[str, Any], progress: Progress = lambda _: None
 ) -> tuple[RecordedSubject, dict[str, int]]:
     """Return the recorded pipeline of a folder, and the symbols that have one value in it."""
     found = subject(folder, given, progress)
     return found, found.fixed
 
 
-def _recorded(folder: TracedFolder, options: Options, progress: Progress) -> RecordedSubject:
+def live(
+    pipe: object, given: Mapping[str, Any], progress: Progress = lambda _: None
+) -> tuple[RecordedSubject, dict[str, int]]:
+    """Return the recorded pipeline of a live one; raises DerivationError for what is not read off it."""
+    found, fixed = recorded(live_configs(pipe), live_traced_options(pipe, **given), progress)
+    refuse_other_weights(pipe, found.parameters)
+    return found, fixed
+
+
+def _recorded(folder: Configs, options: Options, progress: Progress) -> RecordedSubject:
     retrace = Tracing(folder, options)
-    for path in (folder.path / RECORDED, cache_path(folder, options)):
+    shipped = (folder.path / RECORDED,) if isinstance(folder, TracedFolder) else ()
+    for path in (*shipped, cache_path(folder, options)):
         if path.is_file():
             found = read(path, retrace)
             if found is not None and found.options == options:
                 return found
     module = _module("regimes")
     made: RecordedSubject = module.record(
-        module.Description.of(folder.path), options, str(folder.source), folder.name, progress=progress
+        _description(module, folder), options, folder.source, folder.name, progress=progress
     )
     store(made, cache_path(folder, options))
     return replace(made, retrace=retrace)
+
+
+def _description(module: Any, folder: Configs) -> Any:
+    description = module.Description
+    return description.of(folder.path) if isinstance(folder, TracedFolder) else description.live(folder)
 
 
 def _module(name: str) -> Any:
@@ -120,7 +137,7 @@ def from_document(document: Mapping[str, Any]) -> Subject:
     return found
 
 
-def cache_path(folder: TracedFolder, options: Options) -> Path:
+def cache_path(folder: Configs, options: Options) -> Path:
     """Return the file of the cache for a folder's configs, options and the installed versions."""
     key = [FORMAT, folder.contents, options.as_dict(), [_version(name) for name in LIBRARIES]]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

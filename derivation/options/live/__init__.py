@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
+from derivation.config import is_live_traced
 from derivation.errors import shown
 from derivation.libraries import LIBRARIES
 from derivation.options import Options, options_of
-from derivation.options.live import adapters, readers
+from derivation.options.live import adapters, readers, traced
 from derivation.options.live.foreign import refuse_foreign, refuse_other_weights
 from derivation.options.live.modules import MODELS, READERS, Models, called, models_of, unsupported, up_blocks
 
-__all__ = ["FREEU", "MODELS", "adapters", "live_options", "readers", "refuse_other_weights"]
+__all__ = ["FREEU", "MODELS", "adapters", "live_options", "live_traced_options", "readers", "refuse_other_weights"]
 
 # free_u: what enable_freeu sets on the up blocks of a UNet
 FREEU = ("s1", "s2", "b1", "b2")
@@ -26,6 +28,20 @@ def live_options(pipe: Any, **given: Any) -> Options:
     _refuse(pipe, models)
     found = {name: read(pipe, models) for name, read in READERS.items() if name not in given}
     return options_of({**_installed(), **_environment(), **found, **given})
+
+
+def live_traced_options(pipe: Any, **given: Any) -> dict[str, Any]:
+    """Return the options that a live pipeline of a traced class runs with; raises DerivationError for others."""
+    models = models_of(pipe)
+    _refuse(pipe, models)
+    traced.refuse(models)
+    readable: dict[str, Callable[[], Any]] = {
+        "attention": readers.sdpa_backend,
+        "dtype": lambda: traced.dtype(models),
+        "offload": lambda: readers.offload(pipe, models),
+    }
+    found = {name: read() for name, read in readable.items() if name not in given}
+    return {**_installed(), **_environment(), **found, **given}
 
 
 def _environment() -> dict[str, str]:
@@ -49,7 +65,8 @@ def _refuse(pipe: Any, models: Models) -> None:
         if hooks := sorted({hook for module in called(model, "modules") for hook in _hooks(module)}):
             raise unsupported(f"{name}'s hooks", ", ".join(hooks), "none of diffusers' own")
         backend = getattr(getattr(model, "config", None), "_attn_implementation", None)
-        if name in CLIP and backend not in (None, "sdpa"):
+        fused = getattr(model, "_supports_sdpa", False) if is_live_traced(pipe) else name in CLIP
+        if fused and backend not in (None, "sdpa"):
             raise unsupported(f"{name}'s attn_implementation", shown(backend), "sdpa")
     refuse_foreign(models)
 

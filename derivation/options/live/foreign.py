@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from derivation.errors import shown
-from derivation.options.live.modules import Models, called, models_of, tuners, unsupported
+from derivation.options.live.modules import Models, called, is_module, models_of, tuners, unsupported
 
 # Whose forward() methods are mirrored, or leave a module's tensors as they are.
 LIBRARIES = frozenset({"torch", "diffusers", "transformers", "peft", "accelerate"})
@@ -24,7 +24,7 @@ def refuse_foreign(models: Models) -> None:
     for own, model in models.items():
         for path, module in called(model, "named_modules"):
             where = ".".join(filter(None, (own, path)))
-            if not _is_module(module):
+            if not is_module(module):
                 continue
             forward = getattr(type(module), "forward", None)
             if forward is not None and not _of_a_library(forward):
@@ -39,10 +39,11 @@ def refuse_foreign(models: Models) -> None:
 def refuse_other_weights(pipe: Any, parameters: Mapping[str, Mapping[str, tuple[tuple[int, ...], str]]]) -> None:
     """Raise DerivationError where a model's parameters or buffers are not those that its config implies.
 
-    Models that adapters extended are left out: what adapters add is read by itself.
+    Models that adapters extended are left out: what adapters add is read by itself; quantised ones, too, whose layers
+    keep tensors beside parameters and buffers.
     """
     for name, model in models_of(pipe).items():
-        if name in parameters and _is_module(model) and not _extended(model):
+        if name in parameters and is_module(model) and not _extended(model):
             derived, found = Counter(parameters[name].values()), dict(_weights(model))
             real = Counter(found.values())
             for path, entry in found.items():
@@ -66,8 +67,5 @@ def _weights(model: Any) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
 
 
 def _extended(model: Any) -> bool:
-    return next(tuners(model), None) is not None or getattr(model, "encoder_hid_proj", None) is not None
-
-
-def _is_module(module: Any) -> bool:
-    return any(cls.__module__.startswith("torch.nn.") for cls in type(module).__mro__)
+    quantised = getattr(model, "hf_quantizer", None) is not None
+    return quantised or next(tuners(model), None) is not None or getattr(model, "encoder_hid_proj", None) is not None

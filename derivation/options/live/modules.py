@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from derivation.config import is_live_traced
 from derivation.errors import DerivationError
 from derivation.registry import Registry
 
@@ -16,8 +17,9 @@ READERS: Registry[Reader] = Registry("option reader")
 
 
 def models_of(pipe: Any) -> dict[str, Any]:
-    """Return the pipeline's models by name."""
-    models = {name: inner(getattr(pipe, name, None)) for name in MODELS}
+    """Return the pipeline's models by name: those of MODELS, or all of one that is traced."""
+    names = [n for n, part in pipe.components.items() if is_module(inner(part))] if is_live_traced(pipe) else MODELS
+    models = {name: inner(getattr(pipe, name, None)) for name in names}
     return {name: model for name, model in models.items() if model is not None}
 
 
@@ -58,6 +60,11 @@ def tuners(model: Any) -> Iterator[tuple[str, Any]]:
 def inner(model: Any) -> Any:
     """Return the module that torch.compile wrapped."""
     return getattr(model, "_orig_mod", model)
+
+
+def is_module(module: Any) -> bool:
+    """Return whether ``module`` is one of torch's."""
+    return any(cls.__module__.startswith("torch.nn.") for cls in type(module).__mro__)
 
 
 def called(model: Any, name: str) -> Iterator[Any]:

@@ -48,7 +48,7 @@ def attention(pipe: Any, models: Models) -> str:
         for module in attentions([model])
         if name not in sliceable or type(module.processor).__name__ != SLICED
     }
-    backends = {PROCESSORS[name] or _sdpa_backend() for name in names & PROCESSORS.keys()} or {_sdpa_backend()}
+    backends = {PROCESSORS[name] or sdpa_backend() for name in names & PROCESSORS.keys()} or {sdpa_backend()}
     if len(backends) != 1 or not names <= PROCESSORS.keys():
         supported = f"one of {', '.join(PROCESSORS)}; {SLICED} by enable_attention_slicing"
         raise unsupported("attn_processors", sorted(names), supported)
@@ -160,7 +160,7 @@ def _hooks(module: Any) -> list[Any]:
     return [] if hook is None else list(getattr(hook, "hooks", (hook,)))
 
 
-def _sdpa_backend() -> str:
+def sdpa_backend() -> str:
     """Return the backend that F.scaled_dot_product_attention takes: flash since sm80, else memory-efficient."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
