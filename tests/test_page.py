@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import warnings
+from fractions import Fraction
 from functools import cache
 
 import pytest
@@ -39,6 +40,7 @@ PROBE = """<script>
       ...document.getElementById("answer-verdict").dataset, said: text("answer-verdict"),
       error: document.getElementById("ask-error").hidden ? "" : text("ask-error"),
       gone: document.getElementById("answer-box").hidden, command: text("answer-command"),
+      latex: document.getElementById("answer-device").hidden ? "" : text("device-latex"),
       layers: [...document.querySelectorAll("#answer-legend li")].map((li) => Number(li.dataset.bytes)),
     });
     if (found.length > SEARCHED) continue;
@@ -181,6 +183,47 @@ def test_images_a_prompt_tiles_and_no_guidance_are_the_estimate_s(page, tmp_path
     ]
     for state, each in zip(states, shown(page, states, tmp_path), strict=True):
         assert each["verdict"] != "none" and int(each["needs"]) == expected(state).needs_bytes, state
+
+
+def read_back(latex, height, width, batch):
+    """Return the bytes that an equation of nvidia-smi says at a size."""
+    context = re.search(r"underbrace\{([\d{,}]+)\}_", latex)[1]
+    body = latex[latex.index("&N =") : latex.index(r"\end{aligned}")].replace("{,}", "")
+    values = {"B": batch, "H": height, "W": width}
+    for letter, side in (("h", height), ("w", width)):
+        level = -(-side // 8)
+        for k in range(4):
+            values[f"{letter}{k}"], level = level, -(-level // 2)
+    count = int(re.search(r"N = (\d+)", body)[1])
+    for times, inside in re.findall(r"\+ (?:(\d+)\\,)?s\((.*?)\)", body):
+        nbytes = 0
+        for sign, top, bottom, letters in re.findall(
+            r"([+-]?) ?(?:\\tfrac\{)?(\d+)\}?(?:\{(\d+)\})?(?:\\,([A-Zhw_{}0-9^ ]*))?", inside
+        ):
+            part = Fraction(int(f"{sign}{top}"), int(bottom or 1))
+            for name, power in re.findall(r"([BHW]|[hw]_\{\d\})(?:\^\{(\d)\})?", letters):
+                part *= values[re.sub("[_{}]", "", name)] ** int(power or 1)
+            nbytes += part
+        count += int(times or 1) * -(-nbytes // (2 << 20))
+    return int(context.replace("{,}", "")) + count * (2 << 20)
+
+
+def test_the_latex_of_nvidia_smi_on_the_chosen_card_reads_back_to_what_is_needed(page, tmp_path):
+    usual = {**settings(1)[0], "num_images_per_prompt": "1", "vae_tiling": "False", "guidance": "True", "free": ""}
+    usual |= {"dtype": "float16", "attention": "sdpa", "vae_slicing": "False", "safety_checker": "True"}
+    states = [
+        {**usual, "card": card, "size": size, "batch": batch, "offload": offload, "pipeline": pipeline}
+        for card, size, batch, offload, pipeline in (
+            ("rtx-3060", "512x512", "1", "None", "txt2img"),
+            ("t4", "1024x768", "2", "None", "img2img"),
+            ("h100", "1000x776", "3", "None", "inpaint"),
+            ("rtx-4090", "2048x1536", "1", "model", "txt2img"),
+        )
+    ]
+    for state, each in zip(states, shown(page, states, tmp_path), strict=True):
+        size = map(int, state["size"].split("x"))
+        assert each["latex"].count("s(") > 2
+        assert read_back(each["latex"], *size, int(state["batch"])) == int(each["needs"]) == expected(state).needs_bytes
 
 
 def test_what_does_not_fit_has_a_remedy_that_does_and_a_largest_size(page, tmp_path):
