@@ -10,16 +10,22 @@ import re
 import shutil
 import subprocess
 import warnings
+from contextlib import suppress
 from fractions import Fraction
 from functools import cache
+from itertools import product
+from pathlib import Path
 
 import pytest
 from conftest import SD15
+from devtools import DOWN, ENTER, SPACE, TAB, Tab
 
-from derivation import derive
+from derivation import DerivationError, derive
+from derivation.gpu.cards import lookup
 from derivation.report import build
 from derivation.report.calculator import SWITCHES
 from derivation.report.tapes import Tapes
+from derivation.text import parse_bytes
 
 CHROMIUM = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -286,32 +292,92 @@ def options_word(text):
     return None if text == "None" else text
 
 
-FRAMES = """<html><body>{frames}<script>
-onload = async () => {{
-  const frames = [...document.querySelectorAll("iframe")];
-  const isReady = (frame) => frame.contentDocument.documentElement.dataset.ready;
-  while (!frames.every(isReady)) await new Promise((done) => setTimeout(done, 5));
-  const said = frames.map((frame) => {{
-    const page = frame.contentDocument;
-    const verdict = page.getElementById("answer-verdict").getBoundingClientRect();
-    const stops = [...page.querySelectorAll("#ask input, #ask select")].every((field) => field.tabIndex === 0);
-    return {{ bottom: verdict.bottom, wide: page.documentElement.scrollWidth, stops, shown: verdict.height > 0 }};
-  }});
-  const out = document.createElement("pre");
-  out.id = "collected";
-  out.textContent = JSON.stringify(said);
-  document.body.append(out);
-}};
-</script></body></html>"""
+SHOWN = """(() => {
+  const verdict = document.getElementById("answer-verdict").getBoundingClientRect();
+  const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  return { bottom: verdict.bottom, shown: verdict.height > 0, wide };
+})()"""
 
 
 def test_the_first_answer_needs_no_scrolling_and_no_page_is_wider_than_its_screen(page, tmp_path):
-    screens = ((390, 844), (768, 1024), (1280, 800))
-    frame = '<iframe src="{}" style="border:0;width:{}px;height:{}px"></iframe>'
-    outer = tmp_path / "frames.html"
-    outer.write_text(FRAMES.format(frames="".join(frame.format(page.as_uri(), *screen) for screen in screens)))
-    dom = browse(outer, tmp_path, "--allow-file-access-from-files")
-    [text] = re.findall(r'<pre id="collected">(.*?)</pre>', dom, re.S)
-    for (width, height), found in zip(screens, json.loads(html.unescape(text)), strict=True):
-        assert found["shown"] and found["bottom"] <= height and found["stops"]
-        assert found["wide"] <= width
+    with Tab(CHROMIUM, tmp_path / "profile") as tab:
+        for (width, height), scheme in product(((390, 844), (768, 1024), (1280, 800)), ("light", "dark")):
+            tab.open(page, width, height, scheme)
+            found = tab.value(SHOWN)
+            assert found["shown"] and found["bottom"] <= height and found["wide"] <= 0, (width, scheme)
+            if "PICTURES" in os.environ:
+                tab.picture(Path(os.environ["PICTURES"]) / f"page_{width}_{scheme}.png")
+        assert tab.logged == []
+
+
+FOCUSED = """(() => {
+  const { activeElement: at } = document;
+  const { outlineStyle, outlineWidth } = getComputedStyle(at);
+  const ring = outlineStyle !== "none" && outlineWidth !== "0px";
+  return { name: at.name ?? "", summary: at.tagName === "SUMMARY", ring };
+})()"""
+
+
+def test_the_keyboard_alone_reaches_every_field_and_gets_an_answer(page, tmp_path):
+    with Tab(CHROMIUM, tmp_path / "profile") as tab:
+        tab.open(page, 1280, 800)
+        fields = tab.value("[...document.querySelectorAll('#ask input, #ask select')].map(({ name }) => name)")
+        typed = {"card": "T4", "size": "768x512", "batch": "2", "pipeline": DOWN, "safety_checker": SPACE}
+        reached = []
+        for _ in range(60):
+            tab.press(TAB)
+            focused = tab.value(FOCUSED)
+            assert focused["ring"], focused
+            reached.append(focused["name"])
+            given = typed.get(focused["name"])
+            if isinstance(given, str):
+                tab.type(given)
+            elif given:
+                tab.press(given)
+            if focused["summary"] and len(set(reached)) > len(fields):
+                break
+        assert [name for name in reached if name] == fields
+        tab.press(ENTER)
+        assert tab.value("document.getElementById('answer-device').open")
+        needs = int(tab.value("document.getElementById('answer-verdict').dataset.needs"))
+        d = derived((("gpu", "t4"), ("pipeline", "img2img"), ("attention", "sdpa"), ("safety_checker", False)))
+        assert needs == d.verdict(768, 512, 2).needs_bytes
+        assert tab.logged == []
+
+
+CARD_TEXTS = (
+    "A100 40 GB", "rtx 4090", "NVIDIA GeForce RTX 3060", "rtx 3060 12gb", "RTX 3060 (12 GB)", "rtx 3060 12", "T4 15G",
+    "rtx 3060 8 GiB free", "t4 6000MiB free", "24", "24G", "24GB", "1.5 TiB", "8192MiB", "rtx 9999", "24X", "0",
+    "radeon rx 7900", "rtx 4090 zero", "", "rtx 9999 12gb", "-3", "12 GiB free",
+)  # fmt: skip
+
+
+def test_a_card_is_read_as_the_command_line_reads_it(page, tmp_path):
+    usual = {**settings(1)[0], "num_images_per_prompt": "1", "vae_tiling": "False", "guidance": "True", "free": ""}
+    usual |= {"dtype": "float16", "attention": "sdpa", "offload": "None", "size": "512x512", "batch": "1"}
+    states = [{**usual, "card": text} for text in CARD_TEXTS]
+    for state, each in zip(states, shown(page, states, tmp_path), strict=True):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                wanted = of_text(state)
+        except DerivationError:
+            assert each["gone"] and "card" in each["error"], state["card"]
+        else:
+            assert not each["gone"], (state["card"], each["error"])
+            assert (int(each["needs"]), int(each["of"])) == (wanted.needs_bytes, wanted.of_bytes), state["card"]
+
+
+def of_text(state):
+    """Return the verdict on what a text names: a card, else a memory."""
+    chosen = {**options(state), "gpu": None}
+    with suppress(DerivationError):
+        chosen["gpu"] = lookup(state["card"]) and state["card"]
+    free = None if chosen["gpu"] else parse_bytes(state["card"])
+    return derived(tuple(chosen.items())).verdict(512, 512, free_bytes=free)
+
+
+def test_a_card_of_another_memory_is_left_to_the_command_that_is_named(page, tmp_path):
+    asked = {**settings(1)[0], "card": "rtx 3060 8GiB", "size": "512x512"}
+    [found] = shown(page, [asked], tmp_path)
+    assert found["gone"] and '--gpu "rtx 3060 8GiB"' in found["error"]

@@ -291,7 +291,8 @@ def _card(card: Gpu, kernels: tuple[Kernel, ...]) -> dict[str, Any]:
         if card.key in kernel.kinds
         for dtype in kernel.shown(card.key)
     }
-    figures = {"name": card.name, "total": card.total_memory_bytes, "context": context_of(card)[0]}
+    nominal = round((card.nvidia_smi_bytes or card.total_memory_bytes or 0) / GIB)
+    figures = {"name": card.name, "total": card.total_memory_bytes, "context": context_of(card)[0], "nominal": nominal}
     return {**figures, "confidence": trusted, "margin": worst(trusted), "kinds": kinds}
 
 
