@@ -78,9 +78,10 @@ class LiveConfigs:
 
 
 def is_live_traced(source: object) -> bool:
-    """Return whether ``source`` is a live pipeline of one of diffusers' classes that are not walked."""
+    """Return whether ``source`` is a live pipeline of a class of diffusers that is not walked, ControlNets aside."""
     own, name = type(source).__module__.startswith("diffusers."), type(source).__name__
-    return own and hasattr(source, "components") and name.endswith("Pipeline") and name not in PIPELINE_CLASSES
+    other = name.endswith("Pipeline") and name.replace("ControlNet", "") not in PIPELINE_CLASSES
+    return own and other and hasattr(source, "components")
 
 
 def live_configs(pipe: Any) -> LiveConfigs:
