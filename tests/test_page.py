@@ -9,12 +9,14 @@ import random
 import re
 import shutil
 import subprocess
+import time
 import warnings
 from contextlib import suppress
 from fractions import Fraction
 from functools import cache
 from itertools import product
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from conftest import SD15
@@ -381,3 +383,18 @@ def test_a_card_of_another_memory_is_left_to_the_command_that_is_named(page, tmp
     asked = {**settings(1)[0], "card": "rtx 3060 8GiB", "size": "512x512"}
     [found] = shown(page, [asked], tmp_path)
     assert found["gone"] and '--gpu "rtx 3060 8GiB"' in found["error"]
+
+
+def test_every_figure_is_downloaded_as_svg_in_colours_of_its_own(page, tmp_path):
+    with Tab(CHROMIUM, tmp_path / "profile") as tab:
+        tab.open(page, 1280, 800, "dark")
+        tab.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+        names = tab.value("[...document.querySelectorAll('figure')].map(({ id }) => id)")
+        for name in names:
+            tab.value(f"document.querySelector('button[data-figure=\"{name}\"]').click()")
+            until = time.monotonic() + 20
+            while not (tmp_path / f"{name}.svg").exists() and time.monotonic() < until:
+                tab.value("new Promise((done) => setTimeout(done, 50))")
+            text = (tmp_path / f"{name}.svg").read_text()
+            assert ElementTree.fromstring(text).tag.endswith("}svg") and "var(" not in text, name
+        assert len(names) > 3 and tab.logged == []
