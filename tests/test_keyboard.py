@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from test_page import CHROMIUM, expected, page  # noqa: F401
@@ -18,7 +19,7 @@ from test_page import CHROMIUM, expected, page  # noqa: F401
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(None in (CHROMIUM, DRIVER), reason="no Chromium with its chromedriver is installed")
 # https://www.w3.org/TR/webdriver2/#keyboard-actions
-TAB, ENTER, CONTROL, RIGHT = "\ue004", "\ue007", "\ue009", "\ue014"
+TAB, ENTER, CONTROL, RIGHT, DOWN = "\ue004", "\ue007", "\ue009", "\ue014", "\ue015"
 WINDOWS = ((1280, 800), (768, 1024), (390, 844))
 # WCAG 2.1, success criterion 1.4.3
 CONTRAST = 4.5
@@ -135,7 +136,7 @@ def test_an_answer_is_had_by_keys_alone(browser: Browser, page: Path) -> None:  
         focused(browser, name)
         browser.replace(text)
     focused(browser, "pipeline")
-    browser.press(*"inpaint")
+    browser.press(DOWN, DOWN)
     own = browser.run("return Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")
     usual = {"dtype": "float16", "attention": "sdpa", "offload": "None", "vae_slicing": "False"}
     assert own["pipeline"] == "inpaint" and own.items() >= {"card": "rtx 4090", "size": "768x512", "batch": "2"}.items()
@@ -157,6 +158,27 @@ def test_the_curve_is_walked_by_arrow_keys(browser: Browser, page: Path) -> None
     browser.press(RIGHT, RIGHT)
     assert int(browser.run("return document.getElementById('curve').ariaValueNow")) > int(before)
     assert " alive beyond " in browser.run("return document.getElementById('curve-said').textContent")
+
+
+def test_every_figure_is_downloaded_as_svg_in_colours_of_its_own(
+    browser: Browser,
+    page: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    browser.window(1280, 800, "dark")
+    browser.open(page)
+    browser.devtools("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    names = browser.run("return [...document.querySelectorAll('figure')].map(({ id }) => id)")
+    assert len(names) > 3
+    for name in names:
+        browser.run(f"document.querySelector('button[data-figure={name}]').click()")
+        found = tmp_path / f"{name}.svg"
+        for _ in range(200):
+            if found.exists():
+                break
+            time.sleep(0.1)
+        text = found.read_text()
+        assert ElementTree.fromstring(text).tag.endswith("}svg") and "var(" not in text, name
 
 
 MEASURED = """
