@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from threading import RLock
 from typing import Any
 
 from derivation.gpu.profile import Hardware
@@ -230,12 +231,13 @@ class Tape:
 
     @contextmanager
     def running(self) -> Iterator[Tape]:
-        """Make this the tape that operators record on."""
-        _ACTIVE.append(self)
-        try:
-            yield self
-        finally:
-            _ACTIVE.pop()
+        """Make this the tape that operators record on; other threads wait for their turn."""
+        with _TURN:
+            _ACTIVE.append(self)
+            try:
+                yield self
+            finally:
+                _ACTIVE.pop()
 
 
 @lru_cache(maxsize=65536)
@@ -255,6 +257,7 @@ def weight(path: str, shape: tuple[int, ...], dtype: str, loaded: bool = False) 
 
 
 _ACTIVE: list[Tape] = []
+_TURN = RLock()
 
 
 def tape() -> Tape:
