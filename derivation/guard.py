@@ -307,7 +307,10 @@ def _watch(models: Mapping[str, Any], parameters: Mapping[str, Callable[[], Any]
             *[id(getattr(pipe, name, None)) for name in (*dict.fromkeys((*MODELS, *models)), "scheduler")],
             *[getattr(parameter(), "dtype", None) for parameter in first],
             *[_strides(parameter()) for parameter in first],
-            *[_processor(module.processor) for module in modules],
+            *[
+                (type(p := module.processor), getattr(p, "slice_size", None), getattr(p, "_attention_backend", None))
+                for module in modules
+            ],
             *[getattr(vae, switch, None) for switch in VAE_SWITCHES],
             *[getattr(block, FREEU[0], None) for block in blocks],
             *[id(getattr(model, hook, None)) for model in models.values() for hook in ("_hf_hook", "_diffusers_hook")],
@@ -317,10 +320,6 @@ def _watch(models: Mapping[str, Any], parameters: Mapping[str, Callable[[], Any]
         )
 
     return watched
-
-
-def _processor(processor: Any) -> tuple[object, ...]:
-    return type(processor), *(getattr(processor, name, None) for name in ("slice_size", "_attention_backend"))
 
 
 def _strides(parameter: Any) -> object:

@@ -81,7 +81,7 @@ def is_live_traced(source: object) -> bool:
     """Return whether ``source`` is a live pipeline of a class of diffusers that is not walked, ControlNets aside."""
     own, name = type(source).__module__.startswith("diffusers."), type(source).__name__
     other = name.endswith("Pipeline") and name.replace("ControlNet", "") not in PIPELINE_CLASSES
-    return own and other and hasattr(source, "components")
+    return own and other and hasattr(type(source), "components")
 
 
 def live_configs(pipe: Any) -> LiveConfigs:
