@@ -170,17 +170,19 @@ def _programs(d: Derivation, held: Tapes, kernel: Kernel) -> Iterator[tuple[str,
 
 
 def _is_held(d: Derivation, kernel: Kernel, gpu: str | None, chosen: Mapping[str, Any]) -> bool:
-    """Return whether the page holds a setting: several images a prompt, VAE tiles and no guidance for usual ones alone.
+    """Return whether the page holds a setting: VAE tiles for usual ones alone, several images a prompt and no guidance
+    for those of the report's own pipeline.
 
     Tiles are walked each where a card's allocator is replayed, as many as the size has: without a card they are not.
     """
     images, tiled = chosen["num_images_per_prompt"], chosen["vae_tiling"]
     own = images == d.options.num_images_per_prompt and tiled == d.options.vae_tiling
     usual = kernel.attention == SDPA and kernel.dtypes[0] in HALVES and chosen["offload"] is None
-    alone = images == 1 and gpu is None and not chosen["vae_slicing"]
+    same = usual and chosen["pipeline"] == d.options.pipeline and isinstance(d.subject, WalkedSubject)
     if not chosen["guidance"]:
-        return own and usual and chosen["pipeline"] == d.options.pipeline and isinstance(d.subject, WalkedSubject)
-    return own or (usual and (alone or not tiled))
+        return own and same
+    alone = images == 1 and gpu is None and not chosen["vae_slicing"]
+    return own or (usual and alone if tiled else same)
 
 
 def _tapes(d: Derivation, subject: Subject, held: Tapes, single: list[int], guidance: bool) -> list[int]:
