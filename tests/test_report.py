@@ -134,6 +134,17 @@ def test_the_notes_are_four_pages_and_end_with_how_they_were_checked(report):
     assert "## Block by block" in report.with_suffix(".appendix.md").read_text()
 
 
+def test_every_figure_has_its_data(report, derivation):
+    figures = dict(re.findall(r'<figure id="figure-(\w+)">(.*?)</figure>', report.read_text(), re.S))
+    tables = {
+        name: re.findall(r"<tr>(.*?)</tr>", text[text.index("Data</summary>") :]) for name, text in figures.items()
+    }
+    assert {len(rows) > 1 for rows in tables.values()} == {True} and len(figures) == 9
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in tables["curves"]]
+    peaks = next(row for row in cells if row[:1] == ["768"])[1:]
+    assert [int(cell.replace("\u202f", "")) for cell in peaks] == list(derivation.stage_peaks(768, 768).values())
+
+
 def test_an_index_compares_models_and_links_their_reports(tmp_path, small):
     inpainting = "runwayml/stable-diffusion-inpainting"  # 9 channels: no img2img
     index, *pages = build([SD15, inpainting], tmp_path, index=True)

@@ -126,7 +126,10 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One figure: its name, what it shows, and the same drawing as SVG file, PDF file and page fragment."""
+    """One figure: its name, what it shows, and the same drawing as SVG file, PDF file and page fragment.
+
+    ``data`` is what a page lists below it: the columns' titles, then the rows; numbers are bytes or pixels.
+    """
 
     name: str
     title: str
@@ -134,6 +137,7 @@ class Picture:
     svg: str
     pdf: bytes
     inline: Markup
+    data: tuple[tuple[str | int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from markupsafe import Markup, escape
 
 from derivation.report import document as doc
+from derivation.text import grouped
 
 TAGS = {"strong": "<strong>{}</strong>", "em": "<i>{}</i>", "below": '<br><span class="dim small">{}</span>'}
 NO_FORM = Markup()
@@ -85,7 +86,26 @@ def _figure(picture: doc.Picture) -> Markup:
         picture.title, picture.caption, picture.inline
     )
     said = Markup("<figcaption><strong>{}.</strong> {}</figcaption>").format(picture.title, picture.caption)
-    return Markup('<figure id="figure-{}">\n{}\n{}\n</figure>').format(picture.name, _scroll(picture.title, art), said)
+    whole = Markup('<figure id="figure-{}">\n{}\n{}\n{}\n</figure>')
+    return whole.format(picture.name, _scroll(picture.title, art), said, _data(picture))
+
+
+def _data(picture: doc.Picture) -> Markup:
+    """Return a figure's data as a table to open."""
+    if not picture.data:
+        return Markup()
+    head, *rows = picture.data
+    titles = Markup().join(Markup('<th scope="col">{}</th>').format(title) for title in head)
+    lines = Markup("\n").join(Markup("<tr>{}</tr>").format(Markup().join(map(_datum, row))) for row in rows)
+    table = Markup("<table>\n<thead><tr>{}</tr></thead>\n<tbody>{}</tbody>\n</table>").format(titles, lines)
+    label = f"Data of the figure: {picture.title}"
+    return Markup("<details>\n<summary>Data</summary>\n{}\n</details>").format(_scroll(label, table))
+
+
+def _datum(value: str | int) -> Markup:
+    if isinstance(value, str):
+        return Markup("<td>{}</td>").format(value)
+    return Markup('<td class="num">{}</td>').format(grouped(value))
 
 
 def _scroll(label: str, body: Markup, style: str = "scroll") -> Markup:

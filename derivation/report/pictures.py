@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from markupsafe import Markup
@@ -33,10 +33,10 @@ LARGEST_SIDE = 4096
 SEGMENTS = 3
 
 
-def picture(name: str, title: str, caption: str, figure: Figure) -> Picture:
-    """Render a figure."""
-    source = figures.svg(figure)
-    return Picture(name, title, caption, source, figures.pdf(figure), Markup(figures.inline_svg(source, name)))
+def picture(name: str, title: str, caption: str, figure: Figure, data: Iterable[Sequence[str | int]] = ()) -> Picture:
+    """Render a figure; ``data`` are the titles of its columns and its rows."""
+    source, rows = figures.svg(figure), tuple(map(tuple, data))
+    return Picture(name, title, caption, source, figures.pdf(figure), Markup(figures.inline_svg(source, name)), rows)
 
 
 def pictures(d: Derivation, found: Answer) -> dict[str, Picture]:
@@ -59,6 +59,10 @@ def pictures(d: Derivation, found: Answer) -> dict[str, Picture]:
                 "their level returns. Shapes are those of each block's output under guidance (2B rows: the prompt's "
                 "and the negative prompt's).",
                 unet_diagram(walked.checkpoint.unet),
+                [
+                    ("Level", "channels"),
+                    *((str(k), c) for k, c in enumerate(walked.checkpoint.unet.block_out_channels)),
+                ],
             )
         )
     return {p.name: p for p in drawn}
@@ -83,6 +87,7 @@ def _stage_picture(d: Derivation, found: Answer) -> Picture:
         f"The stages of {d.options.pipeline}" if d.subject.whole else "The component's calls",
         f"What each stage hands on, and its peak beyond the weights at 512 × 512 (B = 1, L = {d.prompt_length}).",
         stage_diagram(d, found),
+        [("Stage", f"{SIZES[0]} × {SIZES[0]}, bytes"), *((row.title, row.bytes_at[0]) for row in found.stages)],
     )
 
 
@@ -96,7 +101,11 @@ def _live(d: Derivation) -> Picture:
         "Live bytes over the program",
         f"{side} × {side}, B = 1, L = {d.prompt_length}, guidance on; weights excluded. The peak is "
         f"{human(int(live.max()))}.",
-        figures.live_bytes(live, stages(variant.tape), STAGE_TITLES),
+        figures.live_bytes(live, spans := stages(variant.tape), STAGE_TITLES),
+        [
+            ("Stage", "first event", "events", "most live bytes"),
+            *((STAGE_TITLES.get(n, n), a, b - a, int(live[a : b + 1].max())) for n, a, b in spans),
+        ],
     )
 
 
@@ -106,11 +115,13 @@ def _composition(d: Derivation, found: Answer) -> Picture:
     parts = [_parts(row, i) for i, row in enumerate(winners)]
     for label in dict.fromkeys(label for part in parts for label in part):
         segments.append(figures.Segment(label, tuple(part.get(label, 0) for part in parts)))
+    squares = [f"{side} × {side}" for side in SIZES]
     return picture(
         "composition",
         "What the peak is made of",
         "Weights, then the tensors alive at the peak: the largest by operator and module, the rest together.",
-        figures.composition([f"{s} × {s}" for s in SIZES], segments, "peak (GiB)"),
+        figures.composition(squares, segments, "peak (GiB)"),
+        [("Bytes of", *squares), *(_row(s.label, s.nbytes) for s in segments)],
     )
 
 
@@ -144,7 +155,20 @@ def _curves(d: Derivation, sides: Sequence[int]) -> Picture:
         f"Square images, B = 1, L = {d.prompt_length}, guidance on. Dashed: what a card leaves once the weights "
         f"({human(d.weights_bytes)}) are on it, before scratch memory and the CUDA context.{note}",
         figures.stage_curves(sides, by_stage, d.weights_bytes, crossings),
+        _by_side(sides, by_stage),
     )
+
+
+def _by_side(sides: Sequence[int], named: Mapping[str, Sequence[int]]) -> list[tuple[str | int, ...]]:
+    """Return bytes at each side as titles and rows."""
+    return [
+        ("Side, pixels", *named),
+        *(_row(side, [each[i] for each in named.values()]) for i, side in enumerate(sides)),
+    ]
+
+
+def _row(name: object, values: Iterable[int]) -> tuple[str | int, ...]:
+    return (str(name), *map(int, values))
 
 
 def _crossings(sides: Sequence[int], peaks: Sequence[Mapping[str, int]]) -> list[tuple[float, float, str]]:
@@ -158,6 +182,7 @@ def _crossings(sides: Sequence[int], peaks: Sequence[Mapping[str, int]]) -> list
 
 
 def _map(d: Derivation, found: Answer, largest: int) -> Picture:
+    some = np.arange(512, largest + 1, 512, dtype=np.int64)
     sides = np.arange(256, largest + 1, max(d.grid.unit, largest // 48 // d.grid.unit * d.grid.unit), dtype=np.int64)
     return picture(
         "map",
@@ -165,6 +190,10 @@ def _map(d: Derivation, found: Answer, largest: int) -> Picture:
         "Weights and peak tensors for one image, height against width; a card needs some memory more for what is "
         "not counted. 1 GiB = 2³⁰ bytes; cards are named by their nominal memory.",
         figures.fits_map(sides, _totals(d, found, sides)),
+        [
+            ("Height \\ width, pixels", *map(str, some)),
+            *map(_row, some, _totals(d, found, some)),
+        ],
     )
 
 
@@ -190,4 +219,5 @@ def attention_picture(sides: Sequence[int], totals: Mapping[str, Sequence[int]])
         "score matrix, which grows with the square of the image area; fused kernels never store it. Backends "
         "within 0.1 % of each other share a line.",
         figures.attention_curves(sides, totals),
+        _by_side(sides, totals),
     )

@@ -205,6 +205,10 @@ def _measured(rows: Sequence[Prediction]) -> Picture:
         "Bars: half of the last printed digit of the measurement; most are narrower than the dots. The scale is linear "
         "within ±0.1 % and logarithmic beyond.",
         figures.measured_ratio(shown),
+        [
+            ("Call", "measured, bytes", "predicted, bytes"),
+            *((s.label, round(s.measured), round(s.derived)) for s in shown),
+        ],
     )
 
 
@@ -237,4 +241,8 @@ def _rules(rows: Sequence[Prediction]) -> Picture:
         f"Mean relative error on the same {len(errors[OURS])} measured calls of whole pipelines, and the worst. "
         "Rows that a coefficient of the derivation was fitted on are left out.",
         figures.rule_errors(labels, [fmean(errors[n]) for n in names], names.index(OURS)),
+        [
+            ("Rule", "mean error", "worst"),
+            *((name, f"{fmean(errors[name]):.3g} %", f"{max(errors[name]):.3g} %") for name in names),
+        ],
     )
