@@ -247,6 +247,14 @@ def test_json_agrees(texts, expected):
     assert found == expected
 
 
+def test_every_checked_in_file_fits_the_schema():
+    schema = Draft202012Validator(json.loads((FORMULAS / "schema.json").read_text()))
+    files = sorted(FORMULAS.glob("*/peak_vram.json"))
+    assert len(files) == len(CHECKED_IN)
+    for file in files:
+        schema.validate(json.loads(file.read_text()))
+
+
 def test_json_fits_the_schema(texts):
     schema = json.loads((FORMULAS / "schema.json").read_text())
     Draft202012Validator.check_schema(schema)

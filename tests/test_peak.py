@@ -9,6 +9,7 @@ from conftest import INPAINTING, REFINER, SD15, SD_2_1, SD_2_1_BASE, SDXL
 
 from derivation import derive
 from derivation.peak.dominance import reduce_points
+from derivation.peak.headline import rounding
 from derivation.peak.liveness import Point
 from derivation.peak.proof import proven_nonnegative, slack_bytes
 from derivation.tape.symbols import SYMBOLS, ceil512, evaluate, symbol
@@ -100,6 +101,15 @@ def test_headlines_hold_on_their_grid_within_their_stated_bound(attention):
             headline = max(term.expression.subs(point) for term in stage.terms)
             bound = max(term.rounding_bytes for term in stage.terms) * call["batch_size"]
             assert 0 <= peak - headline <= bound, (name, call)
+
+
+def test_where_weights_are_replaced_rounding_takes_off_what_it_says():
+    derivation = derive(SDXL)
+    less, more = rounding(derivation.equation.pipeline_stage().terms)
+    for side in (512, 768, 1024, 2048):
+        exact = derivation.weights_bytes + max(derivation.stage_peaks(side, side).values())
+        printed = derivation.at(height=side, width=side, prompt_length=77, batch_size=1).peak
+        assert -less <= exact - int(printed) < 0 < more
 
 
 @pytest.mark.parametrize("attention", ATTENTION)

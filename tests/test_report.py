@@ -342,7 +342,7 @@ def test_the_polynomials_of_a_tiled_report_have_the_walk_s_bytes(tiled):
     for stage in found.stages:
         for row in stage.polynomials:
             assert row.witness.total == row.terms
-        rounding = max(row.rounding_bytes for row in stage.polynomials)
+        rounding = max(term.rounding_bytes for term in tiled.stages[stage.name].terms)
         for i, side in enumerate(SIZES):
             exact, tiles = tiled.stage_peaks(side, side)[stage.name], (side // 192 + 1) ** 2
             assert stage.bytes_at[i] == exact

@@ -75,8 +75,11 @@ def run(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["help"]:
+        given = [*given[1:], "--help"]
     try:
-        code = app(arguments, prog_name="derivation", standalone_mode=False)
+        code = app(given, prog_name="derivation", standalone_mode=False)
         sys.stdout.flush()
     except DerivationError as error:
         return _fail(str(error))

@@ -96,6 +96,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 _CONTEXT = inspect.Parameter("_context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
 # The options that are on the command line.
+# What a model says for itself where nobody types it.
+SHOWN_DEFAULTS = {"pipeline": "the class in model_index.json"}
 _SAID: ContextVar[frozenset[str]] = ContextVar("_SAID", default=frozenset())
 
 
@@ -148,7 +150,11 @@ def help_of(name: str) -> str:
 
 def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
     values = values_of(field.name)
-    option = typer.Option(help=help_of(field.name), autocompletion=completing(values) if values else None)
+    option = typer.Option(
+        help=help_of(field.name),
+        autocompletion=completing(values) if values else None,
+        show_default=SHOWN_DEFAULTS.get(field.name, True),
+    )
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     kind = hint if len(_kinds(hint)) == 1 else str | None
     return inspect.Parameter(

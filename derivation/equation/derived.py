@@ -137,6 +137,8 @@ class Derived:
         for key, side in (("height", call.height), ("width", call.width)):
             self.sides.check(key, side)
         self.subject.check(call)
+        if self.grid.frames is None and call.num_frames is not None:
+            raise unsupported("num_frames", call.num_frames, "pipelines of videos")
         frames = {} if self.grid.frames is None else {"F": self.grid.frames.latent(call.num_frames)}
         return {"B": call.batch_size, "L": length, **frames, **self.grid.sizes(call.height, call.width)}
 

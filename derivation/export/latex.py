@@ -14,7 +14,7 @@ from derivation.errors import one_of
 from derivation.export.latex_device import device
 from derivation.export.render import Facts, facts, render
 from derivation.export.tex import monomial, readable_bytes, rows, text
-from derivation.peak.headline import Term
+from derivation.peak.headline import Term, rounding
 from derivation.tape.grid import B, H, L, W
 from derivation.tape.tiles import IN_PIXELS
 from derivation.text import grouped
@@ -101,7 +101,7 @@ def _notes(equation: Equation, guidance: bool) -> dict[str, Any]:
         "stages": [_stage(equation, name, guidance) for name in equation.stages(guidance)],
         "crossovers": equation.crossovers(guidance),
         "irrelevant": equation.irrelevant(guidance),
-        "rounding_bytes": max(term.rounding_bytes for term in equation.pipeline_stage(guidance).terms),
+        "rounding_bytes": rounding(equation.pipeline_stage(guidance).terms),
     }
 
 

@@ -31,8 +31,23 @@ class Term:
     @property
     def rounding_bytes(self) -> int:
         """The most that 512-byte rounding adds to the expression at B = 1."""
+        return sum(slack_bytes(n) * count for n, count in self._counts)
+
+    @property
+    def least_rounding_bytes(self) -> int:
+        """The least that it adds: below 0 where weights are replaced, whose own rounding ends with them."""
+        return sum(slack_bytes(n) * count for n, count in self._counts if isinstance(n, int) or count < 0)
+
+    @property
+    def _counts(self) -> list[tuple[Size, int]]:
         at_one = {s.name: 1 for s in SYMBOLS}
-        return sum(slack_bytes(n) * evaluate(count, at_one) for n, count in self.point.terms)
+        return [(n, evaluate(count, at_one)) for n, count in self.point.terms]
+
+
+def rounding(terms: Sequence[Term]) -> tuple[int, int]:
+    """Return the most bytes that 512-byte rounding takes off the largest of some polynomials, and adds, at B = 1."""
+    least, most = (term.least_rounding_bytes for term in terms), (term.rounding_bytes for term in terms)
+    return max(0, -min(least)), max(0, *most)
 
 
 def headline(points: Sequence[Point], grid: Grid) -> tuple[Term, ...]:

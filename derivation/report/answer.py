@@ -65,7 +65,6 @@ class PolynomialRow:
     terms: PixelTerms
     rows: tuple[TermRow, ...]
     bytes_at: tuple[int, ...]
-    rounding_bytes: int
     witness: WitnessRow
 
 
@@ -187,13 +186,13 @@ def model_of(module: str) -> str:
 def polynomials(d: Derivation, stage: Stage) -> tuple[PolynomialRow, ...]:
     """Return the polynomials of a stage, the largest at 512 x 512 first."""
     rows = [
-        _polynomial(d, as_pixel_terms(term.expression), witness, term.rounding_bytes)
+        _polynomial(d, as_pixel_terms(term.expression), witness)
         for term, witness in zip(stage.terms, stage.witnesses, strict=True)
     ]
     return tuple(sorted(rows, key=lambda row: -row.bytes_at[0]))
 
 
-def _polynomial(d: Derivation, terms: PixelTerms, witness: Witness, rounding: int) -> PolynomialRow:
+def _polynomial(d: Derivation, terms: PixelTerms, witness: Witness) -> PolynomialRow:
     rows = (_term_row(d, key, {key: value}, witness) for key, value in terms.items())
     return PolynomialRow(
         stage=witness.stage,
@@ -201,7 +200,6 @@ def _polynomial(d: Derivation, terms: PixelTerms, witness: Witness, rounding: in
         terms=terms,
         rows=tuple(sorted(rows, key=lambda row: -row.bytes_at[-1])),
         bytes_at=_bytes_at(d, terms),
-        rounding_bytes=rounding,
         witness=_witness_row(d, witness),
     )
 

@@ -35,9 +35,10 @@ SYMBOLS = (
     "library."
 )
 ROUNDING = (
-    " Rounding every tensor up to 512 bytes adds at most {} bytes at *B* = 1{}; the numbers of bytes called exact "
+    " Rounding every tensor up to 512 bytes adds at most {} bytes at *B* = 1{}{}; the numbers of bytes called exact "
     "include it."
 )
+REPLACED = ", or takes off at most {} where weights are replaced, whose own rounding ends with them"
 TILES = ", and at most 511 for every further VAE tile"
 TERMS = "Bytes at *B* = 1, *L* = {}, square images. 1 MiB = 2²⁰ bytes, 1 GiB = 2³⁰ bytes."
 STAGES = (
@@ -87,7 +88,9 @@ def answer_section(c: Content) -> Section:
 def _symbols(c: Content) -> Text:
     run = prose("one {} call", Code(c.options.pipeline)) if c.whole else "the component’s call"
     stay = " that stay on the GPU" if c.options.offload else ""
-    rounding = prose(ROUNDING, grouped(c.rounding_bytes), TILES if c.where else "") if c.rounding_bytes else ""
+    less, more = c.rounding_bytes
+    replaced = REPLACED.format(grouped(less)) if less else ""
+    rounding = prose(ROUNDING, grouped(more), TILES if c.where else "", replaced) if less or more else ""
     return prose(SYMBOLS, c.counted, run, str(c.unit), grouped(c.answer.weights_bytes), stay, rounding)
 
 

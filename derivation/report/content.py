@@ -14,6 +14,7 @@ from derivation.equation.crossover import Crossover
 from derivation.errors import DerivationError
 from derivation.evidence.table import recorded as predictions
 from derivation.options import EAGER, Options
+from derivation.peak.headline import rounding
 from derivation.report.answer import (
     SIZES,
     Answer,
@@ -67,7 +68,7 @@ class Content:
     where: tuple[Definition, ...]
     side: int
     length: int
-    rounding_bytes: int
+    rounding_bytes: tuple[int, int]
     answer: Answer
     placements: tuple[OffloadRow, ...]
     crossings: tuple[str, ...]
@@ -142,7 +143,7 @@ def content(
         where=definitions(d.equation.pipeline_stage().terms, d.grid),
         side=reference_side(d),
         length=d.prompt_length,
-        rounding_bytes=max(row.rounding_bytes for row in found.polynomials),
+        rounding_bytes=rounding(d.equation.pipeline_stage().terms),
         answer=found,
         placements=placements(d) if d.subject.whole else (),
         crossings=_crossings(d),

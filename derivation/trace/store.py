@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from derivation.config.traced import LiveConfigs, TracedFolder, live_configs
-from derivation.errors import DerivationError
+from derivation.errors import DerivationError, one_of
 from derivation.files import write_files
 from derivation.gpu.profile import hardware
 from derivation.libraries import LIBRARIES as VERSIONED
@@ -60,7 +60,8 @@ def subject(folder: Configs, given: Mapping[str, Any], progress: Progress = lamb
 
     Raises DerivationError for an option that tracing does not obey, and without torch where nothing is recorded.
     """
-    wanted = Options(**{**DEFAULTS, **given, "pipeline": folder.task})
+    wanted = Options(**{**DEFAULTS, "pipeline": folder.task, **given})
+    one_of("pipeline", wanted.pipeline, (folder.task,))
     for name, value in wanted.as_dict().items():
         if (name not in APPLICABLE or value == "sequential") and value != getattr(Options(), name):
             raise DerivationError(f"{name} = {value!r} is not supported for {folder.class_name}, which is traced")
