@@ -179,6 +179,7 @@ def test_a_bare_number_of_memory_is_said_to_be_gib(capsys: pytest.CaptureFixture
         ("export sd15 --to pyton", "python"),
         ("estimate sd15 512x768", "--size 512x768"),
         ("estimate stable-difusion-v1-5", "stable-diffusion-v1-5"),
+        ("estimate sd3.5", "stabilityai/stable-diffusion-3.5-large or stabilityai/stable-diffusion-3.5-medium"),
     ],
 )
 def test_an_unknown_word_is_answered_with_the_one_that_was_meant(
@@ -252,6 +253,7 @@ def test_a_bad_value_is_one_line_that_names_the_key_and_the_value(
         (f"fit {SD15}", "memory"),
         (f"fit {SD15} --vram 8B", "nothing"),
         (f"fit {SD15} --memory 8X", "8X"),
+        (f"fit {SD15} --vram 8 --memory 12", "one of vram and memory"),
         (f"fit {SD15} --memory 8 --size 512 --height 512", "size"),
         (f"fit {SD15} --memory 8 --size 512y512", "512y512"),
         ("estimate xl", "several"),

@@ -120,7 +120,9 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
         _SAID.set(frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE"))
         given = {name: _checked(name, value) for name, value in values.items()}
         if (memory := given.pop("memory", None)) is not None and "vram" in given and given["gpu"] is None:
-            given["vram"] = given["vram"] or memory
+            if given["vram"] is not None:
+                raise unsupported("memory", memory, "one of vram and memory, which say the same")
+            given["vram"] = memory
         elif memory is not None:
             given["gpu"] = with_memory(given["gpu"], memory)
         built = {

@@ -11,9 +11,12 @@ from ..errors import DerivationError, meant, shown
 from . import hub
 from .checkpoint import BUNDLED, COMPONENTS, Checkpoint, Part, alone, assembled, known_pipeline, read_json
 from .checks import INDEX, At, one_of
+from .traced import bundled_traced
 
 # Names that are parts of several ids, and the one that people mean.
 SHORT = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+# Ids that a refusal names.
+CLOSE = 4
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 FILES = tuple(dict.fromkeys(component.file for component in COMPONENTS.values()))
 CLASSES = {name: part for part, component in reversed(COMPONENTS.items()) for name in component.classes}
@@ -91,7 +94,9 @@ def _named(given: str, revision: str | None, local_files_only: bool, scheduler: 
     if pinned:
         problem = f"not an id of the Hugging Face Hub, so it has no revision {shown(pinned)}"
     hint = f"pass a folder in diffusers' format ({INDEX} in it) or a bundled id: {', '.join(ids)}"
-    hint += meant(name, [known.split("/")[1] for known in ids])
+    asked, every = _squeezed(name), (*ids, *bundled_traced())
+    close = [known for known in every if len(asked) > 2 and asked in _squeezed(known)][:CLOSE]
+    hint += f"; did you mean {' or '.join(close)}?" if close else meant(name, [known.split("/")[1] for known in every])
     raise DerivationError(f"{shown(name if pinned else given)} is {problem}; {hint}")
 
 
