@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 from pathlib import Path
+
+import pytest
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -35,6 +38,18 @@ def tiny(folder: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps({**json.loads(path.read_text()), **TINY.get(path.parent.name, {})}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory):
+    """The page of SD 1.5, with its notes and figures beside it: built once, by the first process that needs it."""
+    from derivation.report import build
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if base.name.startswith("popen-") else base) / "page_of_sd15"
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return next(folder.glob("*.html"), None) or build([SD15], folder)[0]
 
 
 def pytest_addoption(parser):

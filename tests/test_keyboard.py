@@ -14,7 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from test_page import CHROMIUM, expected, page  # noqa: F401
+from test_page import CHROMIUM, expected
 
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(None in (CHROMIUM, DRIVER), reason="no Chromium with its chromedriver is installed")
@@ -116,7 +116,7 @@ def focused(browser: Browser, name: str) -> None:
     raise AssertionError(f"Tab does not reach {name}")
 
 
-def test_every_control_is_reached_by_tab_and_shows_its_focus(browser: Browser, page: Path) -> None:  # noqa: F811
+def test_every_control_is_reached_by_tab_and_shows_its_focus(browser: Browser, page: Path) -> None:
     browser.window(1280, 800, "light")
     browser.open(page)
     controls = browser.run("return [...document.getElementById('ask').elements].map((input) => input.name)")
@@ -129,7 +129,7 @@ def test_every_control_is_reached_by_tab_and_shows_its_focus(browser: Browser, p
     assert list(reached) == controls and all(reached.values()), reached
 
 
-def test_an_answer_is_had_by_keys_alone(browser: Browser, page: Path) -> None:  # noqa: F811
+def test_an_answer_is_had_by_keys_alone(browser: Browser, page: Path) -> None:
     browser.window(1280, 800, "light")
     browser.open(page)
     for name, text in (("card", "rtx 4090"), ("size", "768x512"), ("batch", "2")):
@@ -148,7 +148,7 @@ def test_an_answer_is_had_by_keys_alone(browser: Browser, page: Path) -> None:  
     assert browser.run("return document.getElementById('answer-box').hidden")
 
 
-def test_the_curve_is_walked_by_arrow_keys(browser: Browser, page: Path) -> None:  # noqa: F811
+def test_the_curve_is_walked_by_arrow_keys(browser: Browser, page: Path) -> None:
     browser.window(1280, 800, "light")
     browser.open(page)
     browser.run("document.querySelector('#answer-curve summary').focus()")
@@ -162,7 +162,7 @@ def test_the_curve_is_walked_by_arrow_keys(browser: Browser, page: Path) -> None
 
 def test_every_figure_is_downloaded_as_svg_in_colours_of_its_own(
     browser: Browser,
-    page: Path,  # noqa: F811
+    page: Path,
     tmp_path: Path,
 ) -> None:
     browser.window(1280, 800, "dark")
@@ -174,7 +174,7 @@ def test_every_figure_is_downloaded_as_svg_in_colours_of_its_own(
         browser.run(f"document.querySelector('button[data-figure={name}]').click()")
         found = tmp_path / f"{name}.svg"
         for _ in range(200):
-            if found.exists():
+            if found.exists() and found.read_text().rstrip().endswith("</svg>"):  # empty while it is written
                 break
             time.sleep(0.1)
         text = found.read_text()
@@ -207,7 +207,7 @@ return {
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_a_window_shows_the_answer_first_and_is_not_too_narrow(
     browser: Browser,
-    page: Path,  # noqa: F811
+    page: Path,
     window: tuple[int, int],
     scheme: str,
 ) -> None:

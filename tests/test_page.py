@@ -78,12 +78,6 @@ def shown(page, states, tmp_path, searched=0):
     return json.loads(html.unescape(text))
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    [found] = build([SD15], tmp_path_factory.mktemp("page"))
-    return found
-
-
 def settings(count):
     """Return random states of the form."""
     chosen = random.Random(SEED)

@@ -42,9 +42,7 @@ def derivation():
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report")
-    [page] = build([SD15], folder)
+def report(page):
     return page
 
 
