@@ -157,12 +157,15 @@ def test_every_block_name_is_diffusers_or_transformers_own():
     transformers = pytest.importorskip("transformers")
     homes = [Path(package.__file__).parent for package in (diffusers, transformers)]
     folders = {"unets", "autoencoders", "transformers", "clip", "controlnets"}
-    text = "".join(
-        path.read_text()
-        for home in homes
-        for path in [*home.glob("models/**/*.py")]
-        if folders & set(path.parts) or path.parent.name == "models"
-    ) + (homes[0] / "pipelines/stable_diffusion/safety_checker.py").read_text()
+    text = (
+        "".join(
+            path.read_text()
+            for home in homes
+            for path in [*home.glob("models/**/*.py")]
+            if folders & set(path.parts) or path.parent.name == "models"
+        )
+        + (homes[0] / "pipelines/stable_diffusion/safety_checker.py").read_text()
+    )
     for path in (PACKAGE / "walk/blocks").glob("*.py"):
         for node in ast.parse(path.read_text()).body:
             decorated = isinstance(node, ast.FunctionDef) and any(
@@ -222,7 +225,7 @@ def test_an_export_format_is_two_files(target):
 
 def test_the_options_name_what_is_registered():
     from derivation.config.schedulers import DEFAULTS
-    from derivation.options import ATTENTION, ATTENTION_ALIASES, EAGER, SDPA
+    from derivation.options.choices import ATTENTION, ATTENTION_ALIASES, EAGER, SDPA
     from derivation.walk.attention import BACKENDS, CUDNN
     from derivation.walk.schedulers import SCHEDULERS
 

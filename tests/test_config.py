@@ -19,8 +19,9 @@ import pytest
 from conftest import REFINER, SD15, SD_2_1, SDXL
 
 from derivation import config, derive
-from derivation.config.checkpoint import BUNDLED, MAX_FILE_BYTES
+from derivation.config.checkpoint import BUNDLED
 from derivation.config.checks import IgnoredKeys
+from derivation.config.json_file import MAX_FILE_BYTES
 from derivation.config.schedulers import DEFAULTS
 from derivation.errors import DerivationError, UnsupportedConfig
 

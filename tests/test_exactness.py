@@ -44,12 +44,16 @@ def test_pipeline_stages_equal_the_trace(attention, pipeline, call):
         assert comparison.match, comparison
 
 
-@pytest.mark.parametrize("options", [
-    {"num_images_per_prompt": 3, "num_inference_steps": 6},
-    {"safety_checker": False, "num_inference_steps": 1, "strength": 1.0},
-    {"num_inference_steps": 2, "pipeline": "txt2img"},
-    {"num_inference_steps": 20, "strength": 0.3, "dtype": "float32"},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_images_per_prompt": 3, "num_inference_steps": 6},
+        {"safety_checker": False, "num_inference_steps": 1, "strength": 1.0},
+        {"num_inference_steps": 2, "pipeline": "txt2img"},
+        {"num_inference_steps": 20, "strength": 0.3, "dtype": "float32"},
+    ],
+    ids=str,
+)
 def test_pipeline_options_equal_the_trace(options):
     derivation = derive(SD15, **options)
     for comparison in compare_pipeline(derivation, 72, 40):

@@ -17,7 +17,8 @@ from derivation.evidence import table as evidence
 from derivation.evidence.bench import Bench
 from derivation.gpu.profile import Hardware, NearestProfile, hardware
 from derivation.libraries import NearestVersion
-from derivation.options import ATTENTION, ATTENTION_ALIASES, Options
+from derivation.options import Options
+from derivation.options.choices import ATTENTION, ATTENTION_ALIASES
 from derivation.peak.headline import Grid
 from derivation.peak.liveness import alive_at
 from derivation.tape.evaluate import Evaluator

@@ -262,7 +262,7 @@ def half_float32(pipe: Any) -> None:
 
 def foreign_controlnet(pipe: Any) -> None:
     with torch.device("meta"):
-        pipe.controlnet = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_channels=1)
+        pipe.controlnet = diffusers.ControlNetModel.from_unet(pipe.unet).to(pipe.unet.dtype)
         pipe.controlnet.register_to_config(block_out_channels=(64, 64))
 
 
@@ -293,7 +293,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda pipe: pipe.text_encoder.set_attn_implementation("eager"),
         "text_encoder's attn_implementation = 'eager'",
     ),
-    "a foreign ControlNet": (foreign_controlnet, "controlnet.config.block_out_channels = (64, 64)"),
+    "a foreign ControlNet": (foreign_controlnet, "controlnet.config: block_out_channels = (64, 64)"),
     "an image encoder without an IP-Adapter": (published_encoder, "image_encoder = ('transformers'"),
     "an IP-Adapter without an image encoder": (adapter, "image_encoder = NoneType"),
     "another image encoder": (other_encoder, "image_encoder = of 3 layers"),

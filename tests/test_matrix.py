@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from derivation.config import bundled
-from derivation.options import PIPELINES
+from derivation.options.choices import PIPELINES
 from derivation.verify.compare import compared
 from derivation.verify.matrix import OPTION_SETS, Entry, matrix
 

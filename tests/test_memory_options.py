@@ -18,14 +18,17 @@ def peaks(comparisons):
     return {c.name: (c.derived_bytes, c.traced_bytes) for c in comparisons}
 
 
-@pytest.mark.parametrize(("slicing", "tiling", "height", "width", "batch_size"), [
-    (True, False, 64, 72, 1),
-    (True, False, 64, 72, 3),
-    (False, True, 520, 640, 1),
-    (False, True, 1024, 1000, 2),
-    (True, True, 600, 1304, 2),
-    (False, True, 512, 512, 1),
-])
+@pytest.mark.parametrize(
+    ("slicing", "tiling", "height", "width", "batch_size"),
+    [
+        (True, False, 64, 72, 1),
+        (True, False, 64, 72, 3),
+        (False, True, 520, 640, 1),
+        (False, True, 1024, 1000, 2),
+        (True, True, 600, 1304, 2),
+        (False, True, 512, 512, 1),
+    ],
+)
 def test_vae_slicing_and_tiling(slicing, tiling, height, width, batch_size):
     derivation = derive(SD15, vae_slicing=slicing, vae_tiling=tiling)
     for name, (derived, traced) in peaks(compare_components(derivation, height, width, batch_size)).items():

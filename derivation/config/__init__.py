@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from .checkpoint import Checkpoint, OtherPipeline, image_encoder
 from .clip import CLIPTextConfig, CLIPVisionConfig, clip_text_config, clip_vision_config
+from .controlnet import ControlNetConfig, controlnet_config, controlnet_files, read_controlnet
 from .models import (
     VAE_SCALE_FACTOR,
     AutoencoderKLConfig,
-    ControlNetConfig,
     UNet2DConditionConfig,
     unet_config,
     vae_config,
@@ -31,11 +31,14 @@ __all__ = [
     "bundled_traced",
     "clip_text_config",
     "clip_vision_config",
+    "controlnet_config",
+    "controlnet_files",
     "hub_folder",
     "image_encoder",
     "is_live",
     "is_live_traced",
     "load",
+    "read_controlnet",
     "scheduler_config",
     "traced_folder",
     "unet_config",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,13 +11,14 @@ from typing import Any, NamedTuple
 from ..errors import DerivationError, UnsupportedConfig
 from .checks import INDEX, At, Check, anything, flag_or_null, one_of, strict
 from .clip import TEXT_CLASSES, CLIPTextConfig, CLIPVisionConfig, clip_text_config, clip_vision_config
+from .controlnet import ControlNetConfig
+from .json_file import read_json
 from .models import AutoencoderKLConfig, UNet2DConditionConfig, unet_config, vae_config
 from .schedulers import DEFAULTS, SchedulerConfig, scheduler_config
 
 BUNDLED = Path(__file__).resolve().parent / "configs"
 # h94/IP-Adapter: models/image_encoder, OpenCLIP ViT-H/14, which ip-adapter_sd15 and ip-adapter_sdxl_vit-h read
 IMAGE_ENCODER = BUNDLED / "h94" / "IP-Adapter" / "image_encoder" / "config.json"
-MAX_FILE_BYTES = 4 << 20
 PIPELINE_CLASSES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
@@ -48,7 +47,7 @@ class Checkpoint:
     """The configs of one pipeline, or of one component alone; a component may be None.
 
     ``source`` is "bundled", the folder, the file of a component alone, or the class name of the live pipeline;
-    ``pipeline_class`` is "" for a component alone.
+    ``pipeline_class`` is "" for a component alone; ``controlnets`` are a live pipeline's.
     """
 
     name: str
@@ -63,6 +62,7 @@ class Checkpoint:
     force_zeros_for_empty_prompt: bool
     requires_aesthetics_score: bool
     requires_safety_checker: bool
+    controlnets: tuple[ControlNetConfig, ...] = ()
 
     @property
     def whole(self) -> bool:
@@ -125,29 +125,6 @@ INDEX_KEYS: dict[str, Check[Any]] = {
     **dict.fromkeys(("requires_safety_checker", "requires_aesthetics_score"), flag_or_null),
     "force_zeros_for_empty_prompt": flag_or_null,
 }
-
-
-def read_json(path: Path) -> object:
-    """Return the content of one JSON file; raises ``DerivationError`` naming it."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise DerivationError(f"{path}: not a file")
-        with path.open("rb") as stream:
-            content = stream.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        if isinstance(error, DerivationError):
-            raise
-        raise DerivationError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if len(content) > MAX_FILE_BYTES:
-        raise DerivationError(f"{path}: over {MAX_FILE_BYTES >> 20} MiB, so not a config file")
-    try:
-        return json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise DerivationError(f"{path}: not UTF-8 text") from None
-    except RecursionError:
-        raise DerivationError(f"{path}: nested too deeply") from None
-    except ValueError as error:
-        raise DerivationError(f"{path}: not valid JSON ({error})") from None
 
 
 def _flags(index: object, file: str) -> dict[str, object]:

@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from ..errors import DerivationError, UnsupportedConfig, one_line, shown
@@ -135,6 +135,11 @@ def per_block(check: Check[T]) -> Check[tuple[T, ...]]:
     return check_blocks
 
 
+def same_for_all(check: Check[T]) -> Check[tuple[T, ...]]:
+    """Take one value for all blocks."""
+    return lambda value, at: (check(value, at),) * at.blocks
+
+
 def pair(check: Check[T]) -> Check[T | tuple[T, T]]:
     """Take one value, or a list of two: height and width."""
 
@@ -160,10 +165,18 @@ def key(check: Check[Any], default: object) -> Any:
 
 
 def read(
-    cls: type[Any], mapping: object, file: str, *, extra: Mapping[str, Check[Any]], prefix: str = "", blocks: int = 0
+    cls: type[Any],
+    mapping: object,
+    file: str,
+    *,
+    extra: Mapping[str, Check[Any]],
+    prefix: str = "",
+    blocks: int = 0,
+    unread: Container[str] = (),
 ) -> dict[str, Any]:
-    """Return the checked fields of the table ``cls``, its defaults filled in, and check those of ``extra``."""
-    rows = {field.name: field.metadata for field in dataclasses.fields(cls) if field.metadata}
+    """Return the checked fields of the table ``cls``, ``unread`` aside, with defaults, and check those of ``extra``."""
+    fields = [field for field in dataclasses.fields(cls) if field.metadata and field.name not in unread]
+    rows = {field.name: field.metadata for field in fields}
     given = strict(mapping, file, known=[*rows, *extra], owner=cls.__name__, prefix=prefix)
     for name, value in given.items():
         if name in extra:

@@ -10,6 +10,7 @@ from ..errors import DerivationError
 from .checkpoint import PIPELINE_CLASSES, Checkpoint
 from .checks import At, Check, flag, one_of, text
 from .clip import clip_text_config, clip_vision_config
+from .controlnet import UNET_ALONE, ControlNetConfig, controlnet_config
 from .models import unet_config, vae_config
 from .schedulers import SchedulerConfig, scheduler_config
 
@@ -23,15 +24,22 @@ def to_document(checkpoint: Checkpoint) -> dict[str, Any]:
             document[name] = {"class_name": part.class_name, **part.options}
         elif part is not None:
             document[name] = asdict(part)
+    document["controlnets"] = [_controlnet(part) for part in checkpoint.controlnets]
     return document
+
+
+def _controlnet(part: ControlNetConfig) -> dict[str, Any]:
+    """Return the config as its class takes it."""
+    one = {name: getattr(part, name)[0] for name in ("layers_per_block", "cross_attention_dim")}
+    return {name: value for name, value in {**asdict(part), **one}.items() if name not in UNET_ALONE}
 
 
 def from_document(document: Mapping[str, Any]) -> Checkpoint:
     """Return the checkpoint of ``to_document``; raises DerivationError for anything else."""
     names = {field.name for field in fields(Checkpoint)}
-    if not isinstance(document, Mapping) or set(document) != names:
+    if not isinstance(document, Mapping) or {*document, "controlnets"} != names:
         raise DerivationError(f"checkpoint: expected an object with the keys {', '.join(sorted(names))}")
-    values = dict(document)
+    values = {**document, "controlnets": tuple(map(controlnet_config, document.get("controlnets", ())))}
     for name, check in PLAIN.items():
         check(values[name], At("checkpoint", name))
     for name, read in READERS.items():

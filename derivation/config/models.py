@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from .checks import (
@@ -108,34 +109,6 @@ class UNet2DConditionConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class ControlNetConfig(UNet2DConditionConfig):
-    """The config of ``ControlNetModel``: the encoder of a UNet."""
-
-    conditioning_channels: int = 3
-    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
-
-    @property
-    def conditioning_factor(self) -> int:
-        """Pixels of the conditioning image per latent, along a side."""
-        return 1 << (len(self.conditioning_embedding_out_channels) - 1)
-
-    @classmethod
-    def from_unet(cls, unet: UNet2DConditionConfig) -> ControlNetConfig:
-        """``ControlNetModel.from_unet``, for a sample of latents alone, as the pipelines pass it.
-
-        Raises DerivationError for a UNet that ControlNetModel has no arguments for.
-        """
-        for name in ("layers_per_block", "cross_attention_dim"):
-            if len(set(getattr(unet, name))) > 1:
-                raise At("ControlNetModel", name).unsupported(getattr(unet, name), "one value for all blocks")
-        if unet.mid_block_type is None:
-            raise At("ControlNetModel", "mid_block_type").unsupported(None, "a block")
-        copied = {field.name: getattr(unet, field.name) for field in fields(unet)}
-        own = {"in_channels": unet.out_channels, "conv_in_kernel": 3, "time_embedding_dim": None}
-        return cls(**{**copied, **own})
-
-
-@dataclass(frozen=True, slots=True)
 class AutoencoderKLConfig:
     """The config of ``AutoencoderKL``."""
 
@@ -164,8 +137,8 @@ class AutoencoderKLConfig:
         return 1 << (len(self.block_out_channels) - 1)
 
 
-def _blocks(mapping: object, file: str, default: int) -> int:
-    """Count the blocks of a model by its ``down_block_types``."""
+def block_count(mapping: object, file: str, default: int) -> int:
+    """Return the blocks of a model by its ``down_block_types``; raises UnsupportedConfig for what is no list."""
     if not isinstance(mapping, Mapping) or "down_block_types" not in mapping:
         return default
     return len(listed(anything)(mapping["down_block_types"], At(file, "down_block_types")))
@@ -177,7 +150,8 @@ def _divides(divisor: int, channels: Sequence[int], at: At, what: str) -> None:
             raise at.unsupported(channels, f"multiples of {what} = {divisor}")
 
 
-def _depths(depth: Sequence[int | tuple[int, ...]], layers: Sequence[int], at: At) -> tuple[tuple[int, ...], ...]:
+def spread_depths(depth: Sequence[int | tuple[int, ...]], layers: Sequence[int], at: At) -> tuple[tuple[int, ...], ...]:
+    """Return one depth a layer of each block, of one a block; raises UnsupportedConfig for another count of them."""
     spread = tuple((n,) * count if isinstance(n, int) else n for n, count in zip(depth, layers, strict=True))
     for given, count in zip(spread, layers, strict=True):
         if len(given) != count:
@@ -191,8 +165,8 @@ def _transformer_layers(values: dict[str, Any], file: str) -> None:
     at = At(file, "reverse_transformer_layers_per_block")
     if reverse is None and not all(isinstance(n, int) for n in depth):
         raise at.unsupported(None, "a list, where transformer_layers_per_block has nested lists")
-    values["reverse_transformer_layers_per_block"] = _depths(depth[::-1] if reverse is None else reverse, up, at)
-    values["transformer_layers_per_block"] = _depths(depth, down, at._replace(key="transformer_layers_per_block"))
+    values["reverse_transformer_layers_per_block"] = spread_depths(depth[::-1] if reverse is None else reverse, up, at)
+    values["transformer_layers_per_block"] = spread_depths(depth, down, at._replace(key="transformer_layers_per_block"))
 
 
 def _check_depth(unet: UNet2DConditionConfig, file: str) -> None:
@@ -200,17 +174,18 @@ def _check_depth(unet: UNet2DConditionConfig, file: str) -> None:
     types = (*unet.down_block_types, *unet.up_block_types)
     depths = (*unet.transformer_layers_per_block, *unet.reverse_transformer_layers_per_block)
     transformers = sum(sum(depth) for name, depth in zip(types, depths, strict=True) if "Cross" in name)
-    resnets = 2 * sum(unet.layers_per_block)
+    resnets = sum(unet.layers_per_block) * (2 if unet.up_block_types else 1)
     for name, count in (("layers_per_block", resnets), ("transformer_layers_per_block", transformers)):
         if count > MAX_LAYERS:
             raise At(file, name).unsupported(getattr(unet, name), f"at most {MAX_LAYERS} in all; these are {count}")
 
 
-def _check_unet(unet: UNet2DConditionConfig, file: str) -> None:
+def check_unet(unet: UNet2DConditionConfig, file: str) -> None:
+    """Raise UnsupportedConfig where the values of a UNet, or of its encoder alone, exclude each other."""
     _check_depth(unet, file)
     at = At(file, "block_out_channels")
     _divides(unet.norm_num_groups, unet.block_out_channels, at, "norm_num_groups")
-    kinds = zip(unet.down_block_types, reversed(unet.up_block_types), strict=True)
+    kinds = zip_longest(unet.down_block_types, reversed(unet.up_block_types), fillvalue="")
     crossed = ["Cross" in down + up for down, up in kinds]
     crossed[-1] |= unet.mid_block_type == "UNetMidBlock2DCrossAttn"
     for cross, heads, channels in zip(crossed, unet.attention_head_dim, unet.block_out_channels, strict=True):
@@ -224,16 +199,18 @@ def _check_unet(unet: UNet2DConditionConfig, file: str) -> None:
 def unet_config(mapping: object, file: str = "unet/config.json") -> UNet2DConditionConfig:
     """Return the checked config of a ``UNet2DConditionModel``; raises ``DerivationError``."""
     expect_class(mapping, file, "UNet2DConditionModel")
-    values = read(UNet2DConditionConfig, mapping, file, extra=ACCEPTED, blocks=_blocks(mapping, file, 4))
+    values = read(UNet2DConditionConfig, mapping, file, extra=ACCEPTED, blocks=block_count(mapping, file, 4))
     _transformer_layers(values, file)
     unet = UNet2DConditionConfig(**values)
-    _check_unet(unet, file)
+    check_unet(unet, file)
     return unet
 
 
 def vae_config(mapping: object, file: str = "vae/config.json") -> AutoencoderKLConfig:
     """Return the checked config of an ``AutoencoderKL``; raises ``DerivationError``."""
     expect_class(mapping, file, "AutoencoderKL")
-    vae = AutoencoderKLConfig(**read(AutoencoderKLConfig, mapping, file, extra={}, blocks=_blocks(mapping, file, 1)))
+    vae = AutoencoderKLConfig(
+        **read(AutoencoderKLConfig, mapping, file, extra={}, blocks=block_count(mapping, file, 1))
+    )
     _divides(vae.norm_num_groups, vae.block_out_channels, At(file, "block_out_channels"), "norm_num_groups")
     return vae

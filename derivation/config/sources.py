@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import DerivationError, meant, shown
 from . import hub
-from .checkpoint import BUNDLED, COMPONENTS, Checkpoint, Part, alone, assembled, known_pipeline, read_json
+from .checkpoint import BUNDLED, COMPONENTS, Checkpoint, Part, alone, assembled, known_pipeline
 from .checks import INDEX, At, one_of
+from .controlnet import ControlNetConfig, controlnet_config
+from .json_file import read_json
 from .traced import bundled_traced
 
 # Names that are parts of several ids, and the one that people mean.
@@ -220,4 +223,13 @@ def _live(pipeline: object, scheduler: str | None) -> Checkpoint:
     plain = class_name
     if index.pop("controlnet", None) is not None:
         plain = class_name.replace("ControlNet", "")
-    return assembled(str(name), class_name, f"{class_name}.config", plain, index, parts)
+    found = assembled(str(name), class_name, f"{class_name}.config", plain, index, parts)
+    return replace(found, controlnets=_live_controlnets(pipeline))
+
+
+def _live_controlnets(pipeline: object) -> tuple[ControlNetConfig, ...]:
+    """Return the configs of a pipeline's one ControlNet, or of each in a MultiControlNetModel."""
+    controlnet, file = getattr(pipeline, "controlnet", None), f"{type(pipeline).__name__}.controlnet.config"
+    nets = [] if controlnet is None else list(getattr(controlnet, "nets", [controlnet]))
+    plain = [getattr(net, "_orig_mod", net) for net in nets]
+    return tuple(controlnet_config(_raw_config(net, file), file) for net in plain)

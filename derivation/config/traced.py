@@ -14,8 +14,9 @@ from typing import Any
 from derivation.errors import DerivationError
 
 from . import hub
-from .checkpoint import BUNDLED, PIPELINE_CLASSES, read_json, task_of
+from .checkpoint import BUNDLED, PIPELINE_CLASSES, task_of
 from .checks import INDEX
+from .json_file import read_json
 
 TRACED = Path(__file__).resolve().parent / "traced"
 # Whose classes the components of a live pipeline are, or are made from.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from derivation.config.checkpoint import read_json
+from derivation.config.json_file import read_json
 from derivation.errors import unsupported
 from derivation.files import write_file
 

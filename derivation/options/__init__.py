@@ -14,36 +14,9 @@ from derivation.errors import DerivationError, meant, typed
 from derivation.gpu.cards import with_memory
 from derivation.gpu.profile import SCRATCH
 from derivation.libraries import Libraries, libraries
+from derivation.options import choices
+from derivation.options.choices import EAGER, each
 from derivation.options.row import Remedy, Row, row
-
-PIPELINES = ("txt2img", "img2img", "inpaint")
-DTYPES = ("float16", "bfloat16", "float32")
-# What from_pretrained(variant=...) and accelerate call them.
-DTYPE_ALIASES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-# diffusers' AttnProcessor, what PyTorch picks on the GPU of the run ("efficient" without one), and single backends
-EAGER, SDPA = "eager", "sdpa"
-ATTENTION = (EAGER, SDPA, "math", "efficient", "flash")
-# xformers.ops.memory_efficient_attention is the kernel that PyTorch took over as its memory-efficient backend.
-ATTENTION_ALIASES = {"xformers": "efficient"}
-# autoencoder_kl.py: tile_overlap_factor
-TILE_OVERLAP_FACTOR = 0.25
-OFFLOADS = ("model", "sequential")
-# diffusers' examples run 50 steps
-DEFAULT_STEPS = 50
-MAX_STEPS = 1000
-MAX_CONTROLNETS = 8
-
-SLICINGS = ("auto", "max")
-# options that headers leave out where they are None
-UNTOLD = ("alloc_conf", "lora")
-
-# Lines of Python for diffusers 0.42.1, whose pipelines no longer have enable_vae_slicing and enable_vae_tiling.
-FUSED = "pipe.unet.set_attn_processor(AttnProcessor2_0()); pipe.vae.set_attn_processor(AttnProcessor2_0())"
-
-
-def _each(name: str, *values: object, **others: object) -> tuple[dict[str, object], ...]:
-    """Return an option set for each of an option's values."""
-    return tuple({name: value, **others} for value in values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +31,19 @@ class Options:
     the VAE's attributes. ``channels_last`` is the memory format of the weights of UNet and VAE. ``lora`` names
     LoRA files, separated by commas, whose headers alone are read. ``lora_rank`` is the
     rank of a LoRA on the UNet's attention projections, ``lora_fused`` whether ``fuse_lora`` merged it;
-    ``controlnets`` counts ControlNets made from the UNet; ``ip_adapter_tokens`` is how many image tokens an
-    IP-Adapter adds.
+    ``controlnets`` counts ControlNets made from the UNet, ``controlnet`` names folders of others, or their config
+    files, separated by commas; ``ip_adapter_tokens`` is how many image tokens an IP-Adapter adds.
     ``strength`` None is the default of the pipeline's class; ``scheduler`` replaces the checkpoint's, as
     ``Class.from_config(pipe.scheduler.config)`` does; ``negative_prompt`` says whether one is given.
     """
 
-    pipeline: str = row("img2img", "Pipeline", "pipeline", choices=lambda: PIPELINES)
+    pipeline: str = row("img2img", "Pipeline", "pipeline", choices=lambda: choices.PIPELINES)
     dtype: str = row(
         "float16",
         "Type of weights and activations; fp16, bf16 and fp32 for short",
         "pipeline",
-        choices=lambda: DTYPES,
-        matrix=_each("dtype", "bfloat16", "float32"),
+        choices=lambda: choices.DTYPES,
+        matrix=each("dtype", "bfloat16", "float32"),
         remedies=(
             Remedy("float16", {"dtype": "float16"}, "none that is visible; faster", "pipe.to(torch.float16)", 2),
         ),
@@ -79,9 +52,11 @@ class Options:
         "efficient",
         "Attention backend; xformers is efficient",
         "pipeline",
-        choices=lambda: (*ATTENTION, *ATTENTION_ALIASES),
-        matrix=_each("attention", EAGER, "math", "flash"),
-        remedies=(Remedy("fused attention", {"attention": "efficient"}, "none: the same result, faster", FUSED, 1),),
+        choices=lambda: (*choices.ATTENTION, *choices.ATTENTION_ALIASES),
+        matrix=each("attention", EAGER, "math", "flash"),
+        remedies=(
+            Remedy("fused attention", {"attention": "efficient"}, "none: the same result, faster", choices.FUSED, 1),
+        ),
     )
     gpu: str | None = row(
         None,
@@ -120,7 +95,7 @@ class Options:
             ),
         ),
     )
-    num_inference_steps: int = row(DEFAULT_STEPS, "Denoising steps.", "call", most=MAX_STEPS)
+    num_inference_steps: int = row(choices.DEFAULT_STEPS, "Denoising steps.", "call", most=choices.MAX_STEPS)
     strength: float | None = row(
         None,
         "How much img2img and inpainting change the image, in (0, 1].",
@@ -133,7 +108,7 @@ class Options:
         "call",
         choices=lambda: tuple(sorted(DEFAULTS)),
         drawn={"pipeline": tuple(sorted(DEFAULTS))},
-        matrix=_each("scheduler", *sorted(DEFAULTS)),
+        matrix=each("scheduler", *sorted(DEFAULTS)),
     )
     negative_prompt: bool = row(
         False,
@@ -186,7 +161,7 @@ class Options:
         drawn={"vae": (32, 64, 100, 128)},
     )
     tile_overlap_factor: float = row(
-        TILE_OVERLAP_FACTOR,
+        choices.TILE_OVERLAP_FACTOR,
         "Part of a VAE tile that the next one repeats, 0 to 0.5.",
         "pipeline",
         drawn={"vae": (0.0, 0.1, 0.3, 0.5)},
@@ -195,10 +170,10 @@ class Options:
         None,
         "As pipe.enable_attention_slicing(...) does: auto, max or a slice size.",
         "pipeline",
-        words=SLICINGS,
+        words=choices.SLICINGS,
         most=MAX_SIZE,
         drawn={"unet": ("max", 1)},
-        matrix=_each("attention_slicing", "auto", "max", 2),
+        matrix=each("attention_slicing", "auto", "max", 2),
         remedies=(
             Remedy("sliced attention", {"attention_slicing": "auto"}, "slower", "pipe.enable_attention_slicing()", 6),
         ),
@@ -214,9 +189,9 @@ class Options:
         None,
         "As pipe.enable_model_cpu_offload() or enable_sequential_cpu_offload() do: model or sequential.",
         "pipeline",
-        choices=lambda: OFFLOADS,
-        drawn={"unet": ("sequential",), "vae": ("sequential",), "pipeline": OFFLOADS},
-        matrix=_each("offload", *OFFLOADS),
+        choices=lambda: choices.OFFLOADS,
+        drawn={"unet": ("sequential",), "vae": ("sequential",), "pipeline": choices.OFFLOADS},
+        matrix=each("offload", *choices.OFFLOADS),
         remedies=(
             Remedy(
                 "model offload",
@@ -265,10 +240,18 @@ class Options:
         "How many ControlNets, each made from the UNet, condition it.",
         "pipeline",
         least=0,
-        most=MAX_CONTROLNETS,
+        most=choices.MAX_CONTROLNETS,
         drawn={"pipeline": (1, 2)},
-        matrix=_each("controlnets", 1, 2),
+        matrix=each("controlnets", 1, 2),
         assumed="each ControlNet has the UNet's architecture and one control image a prompt",
+        absent="ControlNet",
+    )
+    controlnet: str | None = row(
+        None,
+        "ControlNet folders, or their config.json, separated by commas.",
+        "pipeline",
+        drawn={"pipeline": ("1", "2")},
+        assumed="each ControlNet has one control image a prompt",
         absent="ControlNet",
     )
     ip_adapter_tokens: int | None = row(
@@ -285,8 +268,8 @@ class Options:
     def __post_init__(self) -> None:
         for name, hint in _hints(Options).items():
             typed(name, getattr(self, name), hint)
-        object.__setattr__(self, "attention", ATTENTION_ALIASES.get(self.attention, self.attention))
-        object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
+        object.__setattr__(self, "attention", choices.ATTENTION_ALIASES.get(self.attention, self.attention))
+        object.__setattr__(self, "dtype", choices.DTYPE_ALIASES.get(self.dtype, self.dtype))
         for name, entry in TABLE.items():
             entry.check(name, getattr(self, name))
         if self.strength is not None and not 0 < self.strength <= 1:
@@ -306,11 +289,18 @@ class Options:
             raise DerivationError("lora_fused = True is not supported without a lora or a lora_rank")
         if self.lora is not None and self.lora_rank is not None:
             raise DerivationError(f"lora_rank = {self.lora_rank} is not supported with lora, whose files have ranks")
+        if self.controlnet is not None and self.controlnets:
+            raise DerivationError(f"controlnets = {self.controlnets} is not supported beside controlnet")
 
     @property
     def libraries(self) -> Libraries:
         """The verified versions whose allocations count."""
         return libraries(self.torch, self.diffusers, self.transformers)
+
+    @property
+    def controlled(self) -> bool:
+        """Whether there are ControlNets."""
+        return self.controlnets > 0 or self.controlnet is not None
 
     def chosen(self, name: str) -> bool:
         """Return whether an option differs from its default."""
@@ -321,8 +311,10 @@ class Options:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def told(self) -> dict[str, object]:
-        """Return the options by name, without those of UNTOLD that are not chosen."""
-        return {name: value for name, value in self.as_dict().items() if name not in UNTOLD or value is not None}
+        """Return the options by name, without those of choices.UNTOLD that are not chosen."""
+        return {
+            name: value for name, value in self.as_dict().items() if name not in choices.UNTOLD or value is not None
+        }
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Options)}

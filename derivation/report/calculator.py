@@ -19,7 +19,8 @@ from derivation.errors import DerivationError
 from derivation.gpu.cards import Gpu, known, lookup, on_pages, spellings
 from derivation.gpu.profile import Hardware, hardware, lacks_fused_attention
 from derivation.libraries import LIBRARIES
-from derivation.options import DTYPES, EAGER, OFFLOADS, PIPELINES, SDPA, TABLE
+from derivation.options import TABLE
+from derivation.options.choices import DTYPES, EAGER, OFFLOADS, PIPELINES, SDPA
 from derivation.options.row import flag
 from derivation.report.answer import STAGE_TITLES
 from derivation.report.tapes import Tapes

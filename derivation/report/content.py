@@ -13,7 +13,8 @@ from derivation.api import Derivation, derive
 from derivation.equation.crossover import Crossover
 from derivation.errors import DerivationError
 from derivation.evidence.table import recorded as predictions
-from derivation.options import EAGER, Options
+from derivation.options import Options
+from derivation.options.choices import EAGER
 from derivation.peak.headline import rounding
 from derivation.report.answer import (
     SIZES,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from derivation.api import Derivation
 from derivation.errors import DerivationError
-from derivation.options import OFFLOADS
+from derivation.options.choices import OFFLOADS
 from derivation.report.answer import SIZES, square_peaks, stage_title
 from derivation.report.text import PixelTerms, as_pixel_terms, value_at, values_at
 

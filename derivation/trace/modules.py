@@ -18,6 +18,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from diffusers.utils import logging as diffusers_logging
 
 from derivation.call import DEFAULT_PROMPT_LENGTH
+from derivation.config import controlnet_files
 from derivation.config.checkpoint import IMAGE_ENCODER
 from derivation.options import Options
 from derivation.trace.offload import offload_pipeline
@@ -72,14 +73,18 @@ def build_controlnet(
 ) -> Any:
     """Return what the switch ``controlnets`` counts: a ControlNetModel of a UNet's config, or several as one.
 
+    The switch ``controlnet`` names the files of their own configs.
+
     Each takes the latents, ``out_channels`` of the UNet, as the pipelines pass them. Options of the pipeline do
     not reach the models in a MultiControlNetModel.
     """
-    count = dict(switches)["controlnets"]
-    inner = tuple(s for s in switches if count == 1 and s[0] == "attention_slicing")
-    latents = {**config, "in_channels": config.get("out_channels", 4)}
-    nets = [_build(_controlnet, latents, dtype, attention == "eager", inner, i) for i in range(count)]
-    return nets[0] if count == 1 else diffusers.MultiControlNetModel(nets)
+    named = dict(switches).get("controlnet")
+    own = [json.loads(Path(file).read_text()) for file in controlnet_files(named)] if named else []
+    latents = {**config, "_class_name": "UNet2DConditionModel", "in_channels": config.get("out_channels", 4)}
+    configs = own or [latents] * dict(switches)["controlnets"]
+    inner = tuple(s for s in switches if len(configs) == 1 and s[0] == "attention_slicing")
+    nets = [_build(_controlnet, each, dtype, attention == "eager", inner, i) for i, each in enumerate(configs)]
+    return nets[0] if len(nets) == 1 else diffusers.MultiControlNetModel(nets)
 
 
 def build_text_encoder(config: Config, dtype: str = "float16", switches: Switches = ()) -> Any:
@@ -128,7 +133,7 @@ def build_pipeline(
         parts["image_encoder"] = build_image_encoder(json.loads(IMAGE_ENCODER.read_text()), dtype)
     index = json.loads((folder / "model_index.json").read_text())
     kind = ""
-    if dict(switches).get("controlnets"):
+    if {"controlnets", "controlnet"} & {name for name, _ in switches}:
         kind = " ControlNet"
         parts["controlnet"] = build_controlnet(_required(folder, "unet"), dtype, attention, switches)
     if "XL" in index["_class_name"]:
@@ -280,9 +285,13 @@ def _vae(config: str, dtype: str, eager: bool, switches: Switches) -> Any:
 
 @lru_cache(maxsize=16)
 def _controlnet(config: str, dtype: str, eager: bool, switches: Switches, number: int) -> Any:
-    unet = _unet(config, dtype, eager, ())
+    values = json.loads(config)
+    unet = _unet(config, dtype, eager, ()) if values.get("_class_name") == "UNet2DConditionModel" else None
     with torch.device("meta"):
-        model = diffusers.ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+        if unet is None:
+            model = diffusers.ControlNetModel.from_config(values)
+        else:
+            model = diffusers.ControlNetModel.from_unet(unet, load_weights_from_unet=False)
     return _switched(model, dtype, eager, switches)
 
 

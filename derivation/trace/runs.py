@@ -183,8 +183,8 @@ def _image_encoder(config: Config, attention: str, sizes: Sizes) -> Call:
 
 def _controlnet(config: Config, attention: str, sizes: Sizes) -> Call:
     module = build_controlnet(config, sizes.dtype, attention, sizes.switches)
-    count = dict(sizes.switches)["controlnets"]
-    own = (module.nets[0] if count > 1 else module).config
+    nets = list(getattr(module, "nets", [module]))
+    own, count = nets[0].config, len(nets)
     sizes = _doubled(config, sizes)
     inputs, added = _latent_inputs(own, sizes), _added_conditions(own, sizes)
     image = {"controlnet_cond": sizes.empty(sizes.unet_batch, 3, 8 * (sizes.height // 8), 8 * (sizes.width // 8))}

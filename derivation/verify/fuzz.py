@@ -12,7 +12,8 @@ from typing import Any
 
 from derivation.api import Derivation
 from derivation.config import Checkpoint, clip_text_config, clip_vision_config, load, unet_config, vae_config
-from derivation.options import DTYPES, PIPELINES, TABLE, Options
+from derivation.options import TABLE, Options
+from derivation.options.choices import DTYPES, PIPELINES
 from derivation.options.row import Part
 from derivation.tape.symbols import TILE_AXES
 from derivation.tape.tiles import Tiling, cuts
@@ -118,10 +119,10 @@ def _impossible(drawn: Mapping[str, Any], unet: Mapping[str, Any]) -> Iterator[s
         yield "lora_fused"
     if "ip_adapter_tokens" in drawn:
         yield "attention_slicing"
-    if drawn.get("pipeline") == "inpaint" or "controlnets" in drawn:
+    if drawn.get("pipeline") == "inpaint" or {"controlnets", "controlnet"} & drawn.keys():
         # tiles may join to another size than the mask's or the control image's
         yield from TILE_OPTIONS
-    if unet.get("mid_block_type") is None or not isinstance(unet.get("layers_per_block"), int):
+    if unet.get("mid_block_type") is None or not isinstance(unet.get("layers_per_block"), int) or "controlnet" in drawn:
         yield "controlnets"  # ControlNetModel.from_unet
 
 
@@ -157,14 +158,18 @@ def _compare_pipeline(case: Case) -> list[Verified]:
 
 
 def _with_files(case: Case, checkpoint: Checkpoint, folder: str) -> Options:
-    """Return the case's options, random LoRA files in the place of their number."""
-    if case.options.lora is None:
-        return case.options
-    rng, layers = random.Random(case.seed), lora_layers(checkpoint, case.options)
-    files = [Path(folder, f"{number}.safetensors") for number in range(int(case.options.lora))]
-    for file in files:
+    """Return the case's options, random files of LoRAs and ControlNets in the place of their number."""
+    rng, named = random.Random(case.seed), dict[str, list[Path]]()
+    for name, suffix in (("lora", "safetensors"), ("controlnet", "json")):
+        if (count := getattr(case.options, name)) is not None:
+            named[name] = [Path(folder, f"{name}{number}.{suffix}") for number in range(int(count))]
+    layers = lora_layers(checkpoint, case.options) if "lora" in named else {}
+    for file in named.get("lora", ()):
         write_safetensors(file, random_lora(rng, layers))
-    return replace(case.options, lora=",".join(map(str, files)))
+    for file in named.get("controlnet", ()):
+        file.write_text(json.dumps(random_configs.random_controlnet(rng, case.config["unet/config.json"])))
+    joined: dict[str, Any] = {name: ",".join(map(str, files)) for name, files in named.items()}
+    return replace(case.options, **joined)
 
 
 def run_fuzz(count: int, seed: int = 0) -> Iterator[tuple[Case, list[Verified]]]:

@@ -9,7 +9,8 @@ from typing import Any
 from derivation.api import derive
 from derivation.call import Call
 from derivation.config import bundled, load
-from derivation.options import PIPELINES, TABLE
+from derivation.options import TABLE
+from derivation.options.choices import PIPELINES
 from derivation.options.row import flag
 from derivation.verify.compare import Verified, compare_pipeline, compared
 

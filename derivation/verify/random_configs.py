@@ -51,6 +51,28 @@ def random_unet(rng: random.Random) -> dict[str, Any]:
     return config
 
 
+def random_controlnet(rng: random.Random, unet: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config of a ControlNetModel for a small checkpoint's ``unet``: what need not be alike is its own."""
+    levels = len(unet["block_out_channels"])
+    like = ("block_out_channels", "layers_per_block", "cross_attention_dim")
+    added = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    return {
+        "_class_name": "ControlNetModel",
+        **{name: unet[name] for name in (*like, *added) if name in unet},
+        "down_block_types": [rng.choice(("CrossAttnDownBlock2D", "DownBlock2D")) for _ in range(levels)],
+        "mid_block_type": rng.choice(("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")),
+        "attention_head_dim": rng.choice((1, 2, [rng.choice((1, 2, 4)) for _ in range(levels)])),
+        "norm_num_groups": rng.choice(GROUPS),
+        "transformer_layers_per_block": rng.choice((1, [rng.randint(1, 2) for _ in range(levels)])),
+        "use_linear_projection": rng.random() < 0.5,
+        "upcast_attention": rng.random() < 0.3,
+        "flip_sin_to_cos": rng.random() < 0.7,
+        "act_fn": rng.choice(("silu", "gelu", "relu", "mish")),
+        "conditioning_embedding_out_channels": [rng.choice((8, 16, 40)) for _ in range(4)],
+        "controlnet_conditioning_channel_order": rng.choice(("rgb", "bgr")),
+    }
+
+
 def random_vae(rng: random.Random) -> dict[str, Any]:
     """Return an AutoencoderKL config with 2 to 4 levels."""
     levels = rng.randint(2, 4)

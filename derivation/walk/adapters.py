@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from derivation.config import Checkpoint, UNet2DConditionConfig
+from derivation.config import Checkpoint, UNet2DConditionConfig, controlnet_files
 from derivation.config.lora import Factor, lora_files, read_lora, stamp
 from derivation.errors import DerivationError
 from derivation.options import Options
@@ -46,8 +46,10 @@ class Target:
 
 
 def stamps(options: Options) -> Stamps:
-    """Return what tells the option's files from earlier ones of their names; raises DerivationError for one missing."""
-    return () if options.lora is None else tuple(stamp(file) for file in lora_files(options.lora))
+    """Return what tells the options' files from earlier ones of their names; raises DerivationError for one missing."""
+    loras = () if options.lora is None else lora_files(options.lora)
+    nets = () if options.controlnet is None else controlnet_files(options.controlnet)
+    return tuple(stamp(file) for file in (*loras, *nets))
 
 
 def adapters(layers: Layers, checkpoint: Checkpoint, options: Options) -> Adapters:

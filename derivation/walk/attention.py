@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from derivation.call import DEFAULT_PROMPT_LENGTH
-from derivation.options import EAGER, SDPA
+from derivation.options.choices import EAGER, SDPA
 from derivation.registry import Registry
 from derivation.tape.events import Category
 from derivation.tape.symbols import Size

@@ -17,7 +17,9 @@ from derivation.config import (
     CLIPVisionConfig,
     ControlNetConfig,
     UNet2DConditionConfig,
+    controlnet_files,
     image_encoder,
+    read_controlnet,
 )
 from derivation.options import Options
 from derivation.tape.adapters import NO_ADAPTERS, Adapters
@@ -58,8 +60,9 @@ def components(checkpoint: Checkpoint, options: Options) -> dict[str, Component]
         found.append(Component("vae_encode", "vae", lambda o, g: _encode(vae)))
     if (unet := checkpoint.unet) is not None:
         pooled = None if checkpoint.text_encoder_2 is None else checkpoint.text_encoder_2.projection_dim
-        if options.controlnets:
-            found.append(Component("controlnet", "controlnet", lambda o, g: _controlnet(unet, o, g, pooled)))
+        if options.controlled:
+            nets = controls(checkpoint, options)
+            found.append(Component("controlnet", "controlnet", lambda o, g: _controlnet(unet, nets, o, g, pooled)))
         found.append(Component("unet", "unet", lambda o, g: _unet(unet, o, g, pooled)))
     if vae is not None:
         found.append(Component("vae_decode", "vae", lambda o, g: _decode(vae, o)))
@@ -129,16 +132,40 @@ def _unet(config: UNet2DConditionConfig, options: Options, guidance: bool, poole
     )
 
 
-def _controlnet(unet: UNet2DConditionConfig, options: Options, guidance: bool, pooled: int | None) -> object:
+def controls(checkpoint: Checkpoint, options: Options) -> tuple[ControlNetConfig, ...]:
+    """Return the ControlNets' configs: of the files named, a live pipeline's, else each made from the UNet.
+
+    Raises DerivationError for one that does not fit the UNet.
+    """
+    unet = checkpoint.unet
+    if unet is None:
+        return ()
+    live = f"{checkpoint.source}.controlnet.config"
+    named = [(live, config) for config in checkpoint.controlnets]
+    if options.controlnet is not None:
+        named = [(file, read_controlnet(file)) for file in controlnet_files(options.controlnet)]
+    elif len(named) != options.controlnets:
+        return (ControlNetConfig.from_unet(unet),) * options.controlnets
+    for file, config in named:
+        config.require_fit(unet, file)
+    return tuple(config for _, config in named)
+
+
+def _controlnet(
+    unet: UNet2DConditionConfig,
+    configs: tuple[ControlNetConfig, ...],
+    options: Options,
+    guidance: bool,
+    pooled: int | None,
+) -> object:
     """``controlnet(sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale, return_dict=False)``.
 
     controlnet_cond [rows, 3, 8 h0, 8 w0], a list of them for MultiControlNetModel.
     """
-    config = ControlNetConfig.from_unet(unet)
-    sample, embeds, added = _latent_inputs(config, options, guidance, pooled)
-    height, width = (config.conditioning_factor * tape().size(name) for name in ("h0", "w0"))
-    image = _input(sample.shape[0], config.conditioning_channels, height, width)
-    return models.controlnet(sample, given((1,), "int64"), embeds, [image] * options.controlnets, added, config=config)
+    sample, embeds, added = _latent_inputs(replace(unet, in_channels=unet.out_channels), options, guidance, pooled)
+    sides = [[c.conditioning_factor * tape().size(side) for side in ("h0", "w0")] for c in configs]
+    images = [_input(sample.shape[0], c.conditioning_channels, *s) for c, s in zip(configs, sides, strict=True)]
+    return models.controlnet(sample, given((1,), "int64"), embeds, images, added, configs=configs)
 
 
 def _latent_inputs(
@@ -182,7 +209,8 @@ def _lora(checkpoint: Checkpoint, options: Options, _: Stamps) -> Adapters:
 
 def lora_layers(checkpoint: Checkpoint, options: Options) -> dict[str, tuple[int, ...]]:
     """Return the layers that a LoRA may be on: path -> shape of the weight."""
-    plain = replace(options, lora=None, lora_rank=None, lora_fused=False, ip_adapter_tokens=None, controlnets=0)
+    plain = replace(options, lora=None, lora_rank=None, lora_fused=False, ip_adapter_tokens=None)
+    plain = replace(plain, controlnets=0, controlnet=None)
     without = parameters(checkpoint, plain)
     entries = [entry for model in LORA_MODELS for entry in without.get(model, {}).items()]
     many = {path: shape for path, (shape, _) in entries if path.endswith(".weight") and len(shape) > 1}

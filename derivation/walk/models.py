@@ -149,7 +149,7 @@ def controlnet(
     controlnet_cond: Sequence[SymTensor],
     added_cond: tuple[SymTensor, SymTensor] | None = None,
     *,
-    config: ControlNetConfig,
+    configs: tuple[ControlNetConfig, ...],
 ) -> Residuals:
     """A pipeline's ``controlnet``: ControlNetModel for one image, MultiControlNetModel for several.
 
@@ -159,11 +159,11 @@ def controlnet(
     if len(controlnet_cond) == 1:
         with tape().choosing(**off):
             return ControlNetModel(
-                "controlnet", sample, timestep, encoder_hidden_states, controlnet_cond[0], added_cond, config=config
+                "controlnet", sample, timestep, encoder_hidden_states, controlnet_cond[0], added_cond, config=configs[0]
             )
     with tape().choosing(**off, attention_slicing=None):
         return MultiControlNetModel(
-            "controlnet", sample, timestep, encoder_hidden_states, tuple(controlnet_cond), added_cond, config=config
+            "controlnet", sample, timestep, encoder_hidden_states, tuple(controlnet_cond), added_cond, configs=configs
         )
 
 

@@ -6,18 +6,9 @@ from typing import Any
 
 from derivation.config import clip_vision_config, image_encoder
 from derivation.config.checkpoint import IMAGE_ENCODER
-from derivation.errors import shown
-from derivation.options.live.modules import Models, config, inner, option, tuners, unsupported
+from derivation.options.live.modules import Models, inner, option, tuners, unsupported
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-# ControlNetModel.from_unet: what it copies from the UNet, and its own defaults
-FROM_UNET = (
-    *("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim"),
-    *("transformer_layers_per_block", "attention_head_dim", "norm_num_groups", "use_linear_projection"),
-    *("upcast_attention", "addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim"),
-    "mid_block_type",
-)
-CONTROLNET = {"conditioning_embedding_out_channels": (16, 32, 96, 256), "controlnet_conditioning_channel_order": "rgb"}
 
 
 @option
@@ -68,18 +59,19 @@ def _lora(models: Models) -> dict[str, Any]:
 
 @option
 def controlnets(pipe: Any, models: Models) -> int:
-    """How many ControlNets there are, each of the UNet's architecture."""
+    """How many ControlNets there are."""
     if (controlnet := models.get("controlnet")) is None:
         return 0
     nets = [inner(net) for net in getattr(controlnet, "nets", [controlnet])]
     for net in nets:
         if (name := type(net).__name__) != "ControlNetModel":
             raise unsupported("controlnet", name, "ControlNetModel")
-        expected = {key: config(models["unet"], key) for key in FROM_UNET}
-        for key, value in {**expected, **CONTROLNET}.items():
-            if (given := config(net, key)) != value:
-                raise unsupported(f"controlnet.config.{key}", shown(given), shown(value))
     return len(nets)
+
+
+@option
+def controlnet(pipe: Any, models: Models) -> None:
+    """No file: a live pipeline has the configs of its ControlNets."""
 
 
 @option

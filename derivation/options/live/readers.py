@@ -7,7 +7,7 @@ from typing import Any
 
 from derivation.config.checkpoint import task_of
 from derivation.errors import shown
-from derivation.options import DTYPES, TILE_OVERLAP_FACTOR
+from derivation.options.choices import DTYPES, TILE_OVERLAP_FACTOR
 from derivation.options.live.modules import Models, attentions, called, config, first_parameter, option, unsupported
 
 # diffusers' attention processors by class name, and the option they stand for; None: F.scaled_dot_product_attention

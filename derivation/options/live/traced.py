@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from derivation.errors import shown
-from derivation.options import DTYPES
+from derivation.options.choices import DTYPES
 from derivation.options.live.modules import Models, attentions, first_parameter, tuners, unsupported
 from derivation.options.live.readers import PROCESSORS, SLICED
 

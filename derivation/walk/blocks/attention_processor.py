@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from derivation.options import EAGER
+from derivation.options.choices import EAGER
 from derivation.tape.block import block
 from derivation.tape.symbols import Size, floor_div
 from derivation.tape.tape import tape

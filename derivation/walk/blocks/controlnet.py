@@ -52,12 +52,14 @@ def ControlNetModel(
     ``timestep``, ``encoder_hidden_states`` and ``added_cond`` are the UNet's. Every local lives to the end, as those
     of ``forward`` do.
     """
+    if config.controlnet_conditioning_channel_order == "bgr":
+        controlnet_cond = elementwise("flip", controlnet_cond)
     timesteps = one_timestep(timestep).expand(sample.shape[0])
     channels, flip = config.block_out_channels[0], config.flip_sin_to_cos
     t_emb = get_timestep_embedding(timesteps, channels, flip_sin_to_cos=flip)
     t_emb = to(t_emb, sample.dtype)
     emb = TimestepEmbedding("time_embedding", t_emb, time_embed_dim=4 * channels, act_fn=config.act_fn)
-    if added_cond is not None:
+    if added_cond is not None and config.addition_embed_type is not None:
         text_embeds, time_ids = added_cond
         embed_dim, (batch, count) = config.addition_time_embed_dim, time_ids.shape
         assert embed_dim is not None
@@ -113,10 +115,10 @@ def MultiControlNetModel(
     controlnet_cond: tuple[SymTensor, ...],
     added_cond: tuple[SymTensor, SymTensor] | None = None,
     *,
-    config: ControlNetConfig,
+    configs: tuple[ControlNetConfig, ...],
 ) -> Residuals:
     """One ControlNet after the other, one an image of ``controlnet_cond``: the sums of their residuals."""
-    for i, image in enumerate(controlnet_cond):
+    for i, (image, config) in enumerate(zip(controlnet_cond, configs, strict=True)):
         down_samples, mid_sample = ControlNetModel(
             f"nets.{i}", sample, timestep, encoder_hidden_states, image, added_cond, config=config
         )

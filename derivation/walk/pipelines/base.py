@@ -103,7 +103,7 @@ class Pipeline:
                 f"{self.options.pipeline} with a UNet of in_channels = {config.in_channels} is not supported "
                 f"(supported: {', '.join(map(str, supported))})"
             )
-        if config.time_cond_proj_dim is not None and self.options.controlnets and self.options.pipeline != "txt2img":
+        if config.time_cond_proj_dim is not None and self.options.controlled and self.options.pipeline != "txt2img":
             raise DerivationError(
                 f"the UNet's time_cond_proj_dim = {config.time_cond_proj_dim} is not supported with controlnets in "
                 f"{self.options.pipeline} (supported: null)"
@@ -133,7 +133,7 @@ class Pipeline:
     @property
     def strength(self) -> float:
         """The part of the schedule that runs."""
-        task, family = self.options.pipeline, self.family + "ControlNet" * (self.options.controlnets > 0)
+        task, family = self.options.pipeline, self.family + "ControlNet" * self.options.controlled
         if task == "txt2img":
             return 1.0
         return DEFAULT_STRENGTH[family, task] if self.options.strength is None else self.options.strength

@@ -5,10 +5,10 @@ B control images are given for each ControlNet, one for each prompt.
 
 from __future__ import annotations
 
-from derivation.config import ControlNetConfig
 from derivation.errors import DerivationError
 from derivation.tape.events import Category
 from derivation.tape.tensor import SymTensor
+from derivation.walk.components import controls
 from derivation.walk.models import Residuals, controlnet
 from derivation.walk.ops import cat, empty
 from derivation.walk.pipelines.base import Pipeline
@@ -19,14 +19,15 @@ class Control:
 
     def __init__(self, pipeline: Pipeline) -> None:
         """Prepare the control images; raises DerivationError where they do not fit the latents."""
-        self.config = ControlNetConfig.from_unet(pipeline.unet)
-        if pipeline.vae_scale_factor != self.config.conditioning_factor:
-            raise DerivationError(
-                f"controlnets = {pipeline.options.controlnets} with a VAE of scale factor {pipeline.vae_scale_factor} "
-                f"is not supported (supported: {self.config.conditioning_factor})"
-            )
+        self.configs = controls(pipeline.checkpoint, pipeline.options)
+        for config in self.configs:
+            if pipeline.vae_scale_factor != config.conditioning_factor:
+                raise DerivationError(
+                    f"controlnets = {len(self.configs)} with a VAE of scale factor {pipeline.vae_scale_factor} "
+                    f"is not supported (supported: {config.conditioning_factor})"
+                )
         self.txt2img = pipeline.options.pipeline == "txt2img"
-        self.images = [prepare_control_image(pipeline) for _ in range(pipeline.options.controlnets)]
+        self.images = [prepare_control_image(pipeline) for _ in self.configs]
         self.control_model_input: SymTensor | None = None
         self.down_block_res_samples: tuple[SymTensor, ...] = ()
         self.mid_block_res_sample: SymTensor | None = None
@@ -41,7 +42,7 @@ class Control:
         """The ControlNets on the step's input."""
         self.control_model_input = latent_model_input
         self.down_block_res_samples, self.mid_block_res_sample = controlnet(
-            latent_model_input, timestep, prompt_embeds, self.images, added_cond, config=self.config
+            latent_model_input, timestep, prompt_embeds, self.images, added_cond, configs=self.configs
         )
         return self.down_block_res_samples, self.mid_block_res_sample
 
@@ -53,7 +54,7 @@ class Control:
 
 def prepare_control(pipeline: Pipeline) -> Control | None:
     """Return the ControlNets' part of a pipeline, None where there are none."""
-    return Control(pipeline) if pipeline.options.controlnets else None
+    return Control(pipeline) if pipeline.options.controlled else None
 
 
 def prepare_control_image(pipeline: Pipeline) -> SymTensor:

@@ -73,7 +73,7 @@ def stable_diffusion(pipeline: Pipeline) -> None:
 
 def corrections(pipeline: Pipeline) -> dict[str, object]:
     """Return what a constructor changes in an outdated scheduler config: nothing where there are ControlNets."""
-    if pipeline.options.controlnets:
+    if pipeline.options.controlled:
         return {}
     last = {"skip_prk_steps": True} if pipeline.options.pipeline == "inpaint" else {"clip_sample": False}
     return {"steps_offset": 1, **last}
@@ -118,7 +118,7 @@ def prepare_image_latents(pipeline: Pipeline, scheduler: Scheduler, timesteps: i
     """
     image = pipeline.image_to_device()
     init_latents = pipeline.encode(image)
-    if pipeline.options.controlnets:
+    if pipeline.options.controlled:
         pipeline.fitting(init_latents)
     init_latents = mul(init_latents)
     init_latents = cat([init_latents] * pipeline.options.num_images_per_prompt, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from derivation.errors import DerivationError
-from derivation.options import EAGER
+from derivation.options.choices import EAGER
 from derivation.tape.events import Category
 from derivation.tape.tape import tape
 from derivation.tape.tensor import SymTensor
@@ -52,7 +52,7 @@ def stable_diffusion_xl(pipeline: Pipeline) -> None:
     prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = encode_prompt(pipeline)
 
     # the pipelines with ControlNets embed the IP-Adapter's image early, the others late
-    image_embeds = prepare_ip_adapter_image_embeds(pipeline) if pipeline.options.controlnets else None
+    image_embeds = prepare_ip_adapter_image_embeds(pipeline) if pipeline.options.controlled else None
 
     tape().mark(PREPARE_LATENTS if task == "txt2img" else VAE_ENCODE)
     control = prepare_control(pipeline)
@@ -189,7 +189,7 @@ def prepare_image_latents(pipeline: Pipeline, scheduler: Scheduler) -> SymTensor
         image = to(image, "float32")
         pipeline.models.to("vae", "float32")
     init_latents = pipeline.encode(image)
-    if pipeline.options.controlnets:
+    if pipeline.options.controlled:
         pipeline.fitting(init_latents)
     if pipeline.vae.force_upcast:
         pipeline.models.to("vae", dtype)
@@ -263,7 +263,7 @@ def unscale(pipeline: Pipeline, loop: Denoising) -> SymTensor:
 
 def inpaints_with_controlnets(pipeline: Pipeline) -> bool:
     """Whether this is pipeline_controlnet_inpaint_sd_xl.py, which leaves the VAE in float32, and latents unnamed."""
-    return pipeline.options.pipeline == "inpaint" and pipeline.options.controlnets > 0
+    return pipeline.options.pipeline == "inpaint" and pipeline.options.controlled
 
 
 def latents_moments(pipeline: Pipeline, dtype: str) -> tuple[SymTensor, SymTensor] | None:

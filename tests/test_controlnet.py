@@ -1,0 +1,120 @@
+"""ControlNets of their own configs against the real ControlNetModel, in every pipeline that takes them."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from conftest import SD15, SDXL
+
+from derivation import derive
+from derivation.api import Derivation
+from derivation.config import controlnet_config
+from derivation.config.checkpoint import BUNDLED
+from derivation.errors import DerivationError
+from derivation.trace.modules import pipeline_of
+from derivation.verify.compare import compare_components, compare_pipeline
+from derivation.verify.random_configs import random_checkpoint, random_controlnet
+
+# Seeds of a checkpoint of each family.
+SMALL = {"SD": 0, "SDXL": 3}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    found = {}
+    for family, seed in SMALL.items():
+        found[family] = root = tmp_path_factory.mktemp(family)
+        for name, content in random_checkpoint(random.Random(seed)).items():
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).write_text(json.dumps(content))
+    assert "text_encoder_2" in json.loads((found["SDXL"] / "model_index.json").read_text())
+    return found
+
+
+def written(folder, tmp_path, seed, **values):
+    """Write a random ControlNet for the folder's UNet, with some ``values``, and return its folder."""
+    unet = json.loads((folder / "unet/config.json").read_text())
+    own = tmp_path / f"controlnet{seed}"
+    own.mkdir()
+    (own / "config.json").write_text(json.dumps(random_controlnet(random.Random(seed), unet) | values))
+    return own
+
+
+@pytest.mark.parametrize(
+    ("family", "seeds", "options"),
+    [
+        ("SD", (1,), {"pipeline": "txt2img", "offload": "sequential"}),
+        ("SD", (2, 3), {"pipeline": "img2img", "attention": "eager"}),
+        ("SD", (4,), {"pipeline": "inpaint", "attention_slicing": "max"}),
+        ("SDXL", (5, 6), {"pipeline": "txt2img", "offload": "model"}),
+        ("SDXL", (7,), {"pipeline": "inpaint", "ip_adapter_tokens": 4}),
+    ],
+)
+def test_controlnets_of_their_own_configs_equal_diffusers(folders, tmp_path, family, seeds, options):
+    named = ",".join(str(written(folders[family], tmp_path, seed)) for seed in seeds)
+    derivation = derive(str(folders[family]), controlnet=named, num_inference_steps=4, **options)
+    for size in ((64, 72), (200, 136, 2, 7, False)):
+        compared = [*compare_pipeline(derivation, *size)]
+        if "offload" not in options:
+            compared += compare_components(derivation, *size)
+        assert [each for each in compared if not each.match] == []
+
+
+def test_a_live_controlnet_of_another_architecture_is_that_of_its_config(folders, tmp_path):
+    own = written(folders["SD"], tmp_path, 8)
+    derivation = derive(str(folders["SD"]), controlnet=str(own), pipeline="txt2img")
+    found = derive(pipeline_of(folders["SD"], derivation.options), pipeline="txt2img")
+    assert found.stage_peaks(128, 128) == derivation.stage_peaks(128, 128)
+    again = Derivation.from_json(found.to_json())
+    assert again.stage_peaks(128, 128) == derivation.stage_peaks(128, 128)
+
+
+@pytest.mark.parametrize("model", [SD15, SDXL])
+def test_a_controlnet_made_from_a_published_unet_is_the_counted_one(tmp_path, model):
+    unet = json.loads((BUNDLED / model / "unet/config.json").read_text())
+    with torch.device("meta"):
+        made = diffusers.ControlNetModel.from_unet(
+            diffusers.UNet2DConditionModel.from_config(unet), load_weights_from_unet=False
+        )
+    (tmp_path / "config.json").write_text(json.dumps({**made.config, "_class_name": "ControlNetModel"}, default=list))
+    named, counted = derive(model, controlnet=str(tmp_path)), derive(model, controlnets=1)
+    assert named.weights == counted.weights
+    assert named.stage_peaks(512, 768) == counted.stage_peaks(512, 768)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"block_out_channels": [32] * 4}, r"block_out_channels = \(32, 32, 32, 32\) is not .*the UNet's"),
+        ({"cross_attention_dim": 7}, r"cross_attention_dim = \(7, 7, 7, 7\) is not supported .*the UNet's"),
+        ({"in_channels": 9}, "in_channels = 9 is not supported .*the 4 of the latents"),
+        ({"mid_block_type": None}, "mid_block_type = None"),
+        ({"layers_per_block": [1, 1, 1]}, r"layers_per_block = \[1, 1, 1\]"),
+        ({"conditioning_channels": 1}, "conditioning_channels = 1"),
+        ({"global_pool_conditions": True}, "global_pool_conditions = True"),
+        ({"controlnet_conditioning_channel_order": "gbr"}, "channel_order = 'gbr'"),
+        ({"_class_name": "ControlNetUnionModel"}, "_class_name = 'ControlNetUnionModel'"),
+        ({"conditioning_embedding_out_channels": [8, 8]}, "VAE of scale factor 8 is not supported"),
+    ],
+)
+def test_a_controlnet_that_does_not_fit_is_named(folders, tmp_path, values, message):
+    own = written(folders["SD"], tmp_path, 9, **values)
+    with pytest.raises(DerivationError, match=message):
+        _ = derive(str(folders["SD"]), controlnet=str(own), pipeline="txt2img").program(True).generic
+
+
+def test_what_controlnetmodel_ignores_is_ignored():
+    with pytest.warns(UserWarning, match="ignored, as by ControlNetConfig: up_block_types .*, decay"):
+        controlnet_config({"up_block_types": ["X"], "decay": 0.9})
+
+
+@pytest.mark.parametrize("named", ["", "a,,b", ",".join("abcdefghi"), "no/such/folder"])
+def test_files_that_are_not_there_are_told_in_a_line(named):
+    with pytest.raises(DerivationError, match=r"controlnet = |cannot be read"):
+        _ = derive(SD15, controlnet=named).weights
