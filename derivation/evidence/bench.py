@@ -42,7 +42,7 @@ class Bench:
         self.checkpoint, self.options = checkpoint, options
         self.run = Options(dtype=options.dtype, attention=attention), hardware
         self.allocator = CachingAllocator(capacity_bytes=capacity_bytes)
-        self._kept: set[str] = set()
+        self._kept: dict[str, int | None] = {}
 
     def load(self, *names: str, dtype: str | None = None) -> None:
         """Put the models' parameters and buffers on the GPU, one allocation each."""
@@ -69,7 +69,7 @@ class Bench:
             if decides_alike(recorded, values):
                 return recorded
         ones = frozenset(name for name, value in values.items() if value == 1)
-        recorded = Tape(*self.run, hint=values, ones=ones, kept=set(self._kept))
+        recorded = Tape(*self.run, hint=values, ones=ones, kept=dict(self._kept))
         with recorded.running():
             outputs = run()
             del outputs

@@ -20,6 +20,7 @@ from derivation.export.latex import PEAK, latex
 from derivation.export.python import python
 from derivation.files import write_files
 from derivation.options import Options
+from derivation.tape.subject import Subject
 from derivation.walk.subject import WalkedSubject
 
 __all__ = ["CHECKED_IN", "TARGETS", "CheckedIn", "compiled", "export", "generate", "write", "write_formulas"]
@@ -140,16 +141,26 @@ def write(
     return write_files(Path(directory), texts)
 
 
-def generate(models: Iterable[str] | None = None) -> dict[str, str]:
-    """Return the checked-in files of ``models``, of all by default: path below formulas/ -> text."""
+def generate(models: Iterable[str] | None = None, made: Iterable[Equation] = ()) -> dict[str, str]:
+    """Return the checked-in files of ``models``, of all by default: path below formulas/ -> text.
+
+    An equation that was ``made`` before is not derived again.
+    """
+    known = {_key(each.subject): each for each in made if not each.fixed}
     wanted = None if models is None else set(models)
     found = {} if wanted else {SCHEMA_FILE.name: SCHEMA_FILE.read_text()}
     for entry in CHECKED_IN:
         if wanted is not None and not wanted & {entry.model, entry.model.split("/")[1]}:
             continue
-        equation = Equation(WalkedSubject(load(entry.model), Options(pipeline=entry.pipeline)), {})
+        subject = WalkedSubject(load(entry.model), Options(pipeline=entry.pipeline))
+        equation = known.get(_key(subject)) or Equation(subject, {})
         found |= {f"{entry.folder}/{TARGETS[t].file}": export(equation, t) for t in entry.targets}
     return found
+
+
+def _key(subject: Subject) -> object:
+    """Return what a walked subject follows from, None for another."""
+    return (subject.checkpoint, subject.options) if isinstance(subject, WalkedSubject) else None
 
 
 def write_formulas(root: str | os.PathLike[str], texts: Mapping[str, str]) -> list[Path]:

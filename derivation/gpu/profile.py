@@ -110,7 +110,6 @@ class Hardware:
         newest = (12, 1) if self.libraries.follows("fused_on_blackwell") else (9, 0)
         return oldest <= self.compute_capability <= newest
 
-    @property
     def prefers_cudnn(self) -> bool:
         """check_prefer_cudnn_attention()."""
         major, minor = self.compute_capability
@@ -118,7 +117,7 @@ class Hardware:
             return major in (9, 10) and minor == 0
         return self.libraries.follows("cudnn_first") and major in (9, 10) and minor in (0, 3)
 
-    def behaviour(self, dtype: str, fused: bool, asked: Iterable[tuple[int, int, int, int]]) -> tuple[object, ...]:
+    def behaviour(self, dtype: str, fused: bool, asked: Iterable[tuple[int, ...]]) -> tuple[object, ...]:
         """Return all that tapes of a type follow from: GPUs where it is equal have the same ones.
 
         ``fused`` says whether kernels of SDPA are tried, ``asked`` are the arguments of num_splits of those calls.
@@ -130,7 +129,7 @@ class Hardware:
         runs = tuple(self.runs(name, dtype, dim) for name in ("flash", "cudnn", "efficient") for dim in widths)
         return (
             *scratch,
-            self.prefers_cudnn and dtype != "float32",
+            self.prefers_cudnn() and dtype != "float32",
             runs,
             tuple(self.num_splits(*args) for args in asked),
         )

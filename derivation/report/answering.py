@@ -62,7 +62,7 @@ def answer_section(c: Content) -> Section:
     """Return the section."""
     blocks: list[Block] = [
         Paragraph(c.summary, lead=True),
-        Formula("The equation", c.equation, tuple((name, COPIES[name]) for name in c.latex)),
+        Formula("The equation", c.headline, tuple((name, COPIES[name]) for name in c.latex)),
     ]
     blocks += [Paragraph(prose(DEVICE, c.options.gpu or "", Code(c.device)))] if c.device else []
     blocks += [Details(SEGMENTS, (c.segments,), printed=True)] if c.segments else []

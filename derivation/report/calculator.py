@@ -9,7 +9,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -27,7 +27,7 @@ from derivation.report.tapes import Tapes
 from derivation.tape.program import Recordings
 from derivation.tape.recorded import RecordedSubject
 from derivation.tape.subject import Subject
-from derivation.tape.tape import Tape
+from derivation.tape.tape import Answered, Tape
 from derivation.text import GIB
 from derivation.verdict import confidence, worst
 from derivation.walk.pipelines import SAFETY_CHECKER
@@ -74,18 +74,6 @@ class Calculator:
     most_batch: int
     data: str
     packed: str
-
-
-@dataclass(frozen=True)
-class Asking(Hardware):
-    """A GPU that notes the calls of flash attention that it is asked about."""
-
-    asked: list[tuple[int, int, int, int]] = field(default_factory=list, compare=False)
-
-    def num_splits(self, batch_heads: int, queries: int, keys: int, head_dim: int) -> int:
-        """Return flash attention's split-KV factor."""
-        self.asked.append((batch_heads, queries, keys, head_dim))
-        return Hardware.num_splits(self, batch_heads, queries, keys, head_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,15 +244,13 @@ def _kinds(d: Derivation, dtype: str, attention: str, most: int | None = None) -
     return {key: keys[0] for keys in kept for key in keys}
 
 
-def _asked(d: Derivation) -> list[tuple[int, int, int, int]]:
+def _asked(d: Derivation) -> list[tuple[Any, ...]]:
     """Return the calls of flash attention whose sizes are numbers where one image is made."""
     subject = d.subject.changed(gpu=on_pages()[0], attention=SDPA)
-    assert isinstance(subject, WalkedSubject)
-    asking = Asking(**{f.name: getattr(subject.hardware, f.name) for f in fields(Hardware)})
-    subject.hardware = asking
     least = 2 * d.grid.unit
-    subject.program(True, {"L": d.prompt_length}).regime(d.sizes(least, least, 1))
-    return asking.asked
+    tape = subject.program(True, {"L": d.prompt_length}).regime(d.sizes(least, least, 1)).tape
+    asked = (q.arguments for q in tape.asked if isinstance(q, Answered) and q.ask is Hardware.num_splits)
+    return list(dict.fromkeys(asked))
 
 
 def _hardware(d: Derivation, gpu: str) -> Hardware:

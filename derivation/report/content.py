@@ -11,6 +11,7 @@ from typing import Any
 
 from derivation.api import Derivation, derive
 from derivation.equation.crossover import Crossover
+from derivation.equation.record import Equation
 from derivation.errors import DerivationError
 from derivation.evidence.table import recorded as predictions
 from derivation.options import Options
@@ -65,7 +66,7 @@ class Content:
     unit: int
     factor: int
     summary: str
-    equation: Math
+    headline: Math
     where: tuple[Definition, ...]
     side: int
     length: int
@@ -83,6 +84,7 @@ class Content:
     figures: Mapping[str, Picture]
     validation: Validation
     form: Future[Calculator]
+    equation: Equation
     latex: tuple[str, ...]
     device: str
     segments: Table | None
@@ -140,7 +142,7 @@ def content(
         unit=d.grid.unit,
         factor=d.grid.vae_scale_factor,
         summary=summary(d, found),
-        equation=equation(found.weights_bytes, [(p.terms, p.title) for p in found.polynomials]),
+        headline=equation(found.weights_bytes, [(p.terms, p.title) for p in found.polynomials]),
         where=definitions(d.equation.pipeline_stage().terms, d.grid),
         side=reference_side(d),
         length=d.prompt_length,
@@ -158,6 +160,7 @@ def content(
         figures=drawn,
         validation=checked,
         form=form,
+        equation=d.equation,
         latex=tuple(_latex(d)),
         device=_device(d),
         segments=segments_table(d, SIZES),

@@ -48,7 +48,9 @@ def build_all(
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as executor:
         found = contents(models, _command(models, options), progress, verify, executor, **options)
         progress("refreshing formulas/")
-        formulas = generate([model for model in map(str, models) if model in bundled()])
+        formulas = generate(
+            [model for model in map(str, models) if model in bundled()], [each.equation for each in found]
+        )
         pages = write(found, output, progress, index)
     write_formulas(ROOT, formulas)
     return [*pages, *(_typeset(pages, progress) if pdf else [])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from derivation.report import document as doc
 from derivation.report.text import tex
@@ -83,13 +83,14 @@ def _table(table: doc.Table) -> str:
     below = [i for i, column in enumerate(table.columns) if column.printed == "below"]
     whole = [row for row in table.rows if len(row.cells) == len(table.columns)]
     heads = [inline(table.columns[i].title) for i in shown]
-    placed = [_placed(row, len(table.columns)) for row in table.rows]
-    columns = [[_cell(cells[i]) for cells in placed if i in cells] for i in shown]
+    placed = [_placed(row, len(table.columns), shown) for row in table.rows]
+    columns = [[cells[i] for cells in placed if i in cells] for i in shown]
     size, widths = _widths([[head, *column] for head, column in zip(heads, columns, strict=True)])
     sides = ("raggedleft" if table.columns[i].number else "raggedright" for i in shown)
     kinds = "".join(_paragraphs(side, width) for side, width in zip(sides, widths, strict=True))
     body = [rf"\begin{{longtable}}{{@{{}}{kinds}@{{}}}}", rf"\toprule {' & '.join(heads)} \\ \midrule \endhead"]
-    body += [*(_row(row, shown, len(table.columns), widths) for row in table.rows), r"\bottomrule", r"\end{longtable}"]
+    body += [_row(row, cells, shown, widths) for row, cells in zip(table.rows, placed, strict=True)]
+    body += [r"\bottomrule", r"\end{longtable}"]
     items = (rf"\item {inline(row.cells[0])}:\newline {inline(row.cells[i])}" for row in whole for i in below)
     listed = ["}", _list("itemize", items)] if below else ["}"]
     return "\n".join([inline(table.caption), rf"{{{size}", *body, *listed])
@@ -116,10 +117,11 @@ def _words(cell: str) -> list[str]:
     return re.sub(r"\\[a-z]+", "m", shown).replace("\\", "").split() or [""]
 
 
-def _placed(row: doc.Row, columns: int) -> dict[int, doc.Text]:
-    """Return a row's cells by column; its first one spans those that it has too few cells for."""
+def _placed(row: doc.Row, columns: int, shown: Sequence[int]) -> dict[int, str]:
+    """Return a row's shown cells by column; its first one spans those that it has too few cells for."""
     span = columns - len(row.cells) + 1
-    return {**({0: row.cells[0]} if span == 1 else {}), **dict(zip(range(span, columns), row.cells[1:], strict=True))}
+    cells = {**({0: row.cells[0]} if span == 1 else {}), **dict(zip(range(span, columns), row.cells[1:], strict=True))}
+    return {i: _cell(cells[i]) for i in shown if i in cells}
 
 
 def _cell(cell: doc.Text) -> str:
@@ -130,12 +132,12 @@ def _paragraphs(side: str, width: float) -> str:
     return rf">{{\{side}\arraybackslash}}p{{{width:.0f}pt}}"
 
 
-def _row(row: doc.Row, shown: list[int], columns: int, widths: Sequence[float]) -> str:
-    span = columns - len(row.cells) + 1
-    cells, first = _placed(row, columns), _cell(row.cells[0])
+def _row(row: doc.Row, cells: Mapping[int, str], shown: Sequence[int], widths: Sequence[float]) -> str:
+    """Return a row's shown cells, those that its first one spans in one."""
+    covered = len(shown) - len(cells) + (0 in cells)
+    first = cells[0] if 0 in cells else _cell(row.cells[0])
     first = rf"\textbf{{{first}}}" if row.kind in ("group", "sum", "total") else first
-    covered = sum(i < span for i in shown)
     over = _paragraphs("raggedright", sum(widths[:covered]) + GAP_POINTS * (covered - 1))
     lead = [rf"\multicolumn{{{covered}}}{{@{{}}{over}}}{{{first}}}" if covered > 1 else first] if covered else []
-    line = " & ".join([*lead, *(_cell(cells[i]) for i in shown if i >= span)])
+    line = " & ".join([*lead, *(cells[i] for i in shown if i and i in cells)])
     return {"group": r"\addlinespace ", "total": r"\midrule "}.get(row.kind, "") + line + r" \\"

@@ -57,6 +57,7 @@ class Tapes:
         self._thin: dict[tuple[int, str], int] = {}
         self._numbers: dict[int, int] = {}
         self._seen: list[Allocation] = []
+        self._listed: dict[tuple[tuple[str, int], ...], tuple[Parameters, int]] = {}
         self._owned: dict[str, NDArray[np.bool_]] = {}
 
     def add(self, tape: Tape, weights: int, ranges: Mapping[str, Range] | None = None) -> int:
@@ -131,24 +132,30 @@ class Tapes:
             "tapes": self._made,
         }
 
-    def _kind(self, a: Allocation) -> int:
-        """Return the number of an allocation's kind, known by the object from now on: blocks' copies are one."""
+    def _kind(self, a: Allocation) -> None:
+        """Number an allocation's kind, known by the object from now on: blocks' copies are one."""
         layer = LAYERS.get(a.category, TENSOR) if a.op != WORKSPACE else OPTIONAL
         kind = (self._name(a.path), self._name(a.op), self._size(a.nbytes), self._size(a.count), layer)
         self._seen.append(a)
-        return self._numbers.setdefault(id(a), self._row((*kind, *map(self._size, a.shape))))
+        self._numbers[id(a)] = self._row((*kind, *map(self._size, a.shape)))
 
     def weights(self, resident: Parameters) -> int:
         """Return the number of a list of weights, bytes and names by turns, as ``pipe.to("cuda")`` moves them."""
-        entries = ((nbytes, self._name(path)) for path, nbytes in weight_bytes(resident).items())
-        return self._list(tuple(value for entry in entries for value in entry))
+        key = tuple((model, id(entries)) for model, entries in resident.items())
+        if key not in self._listed:
+            entries = ((nbytes, self._name(path)) for path, nbytes in weight_bytes(resident).items())
+            self._listed[key] = resident, self._list(tuple(value for entry in entries for value in entry))
+        return self._listed[key][1]
 
     def _tokens(self, tape: Tape, edges: list[int]) -> Iterator[Integers]:
         """Yield the events of each chunk as numbers."""
         events = np.array(tape.events, dtype=np.int64)
         index = np.abs(events) - 1
-        known = map(self._numbers.get, map(id, tape.allocations))
-        kinds = np.array([self._kind(a) if n is None else n for a, n in zip(tape.allocations, known, strict=True)])
+        identities = list(map(id, tape.allocations))
+        for identity, a in dict(zip(identities, tape.allocations, strict=True)).items():
+            if identity not in self._numbers:
+                self._kind(a)
+        kinds = np.fromiter(map(self._numbers.__getitem__, identities), np.int64, len(identities))
         loaded = np.ones(len(kinds), dtype=bool)
         loaded[index[events > 0]] = False
         born, births = events > 0, np.cumsum(events > 0)

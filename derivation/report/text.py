@@ -42,6 +42,7 @@ TEX_UNICODE = {
     **{chr(0x2080 + i): f"$_{i}$" for i in range(10)},
     **{c: f"$^{i}$" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
 }
+TEX = str.maketrans(TEX_UNICODE | TEX_SPECIALS)
 
 # The symbols of a polynomial in pixels: the image's, the call's and those of VAE tiles.
 VARIABLES = (H, W, L, B, *IN_PIXELS.values())
@@ -70,8 +71,7 @@ def tex(text: object) -> str:
     >>> tex("a_b & 50%")
     'a\\\\_b \\\\& 50\\\\%'
     """
-    escaped = (TEX_SPECIALS.get(c) or TEX_UNICODE.get(c) or (c if c.isascii() else "?") for c in str(text))
-    return "".join(escaped)
+    return str(text).translate(TEX).encode("ascii", "replace").decode()
 
 
 def markdown(text: object) -> str:

@@ -1,8 +1,8 @@
 """Modules: a call whose inputs and decisions have been seen before is copied, not run again.
 
-Theorem: what a module records follows from its arguments' layouts, the options that it obeys, the GPU, the model and
-the answers to the questions that it asks of the tape, as long as it frees nothing that was alive before, which
-``block`` sees to.
+Theorem: what a module records follows from its arguments' layouts, the options that it obeys, whether there is a GPU,
+the libraries, the model and the answers to the questions that it asks of the tape and the GPU, as long as it frees
+nothing that was alive before, which ``block`` sees to.
 """
 
 from __future__ import annotations
@@ -46,7 +46,15 @@ def block(forward: Callable[P, R]) -> Callable[Concatenate[str, P], R]:
         inputs = list(_tensors((args, *kwargs.values())))
         model = here.path[0] if here.path else name
         adapted = here.adapters.inside([*here.path, name]), here.adapters.freeze([model])
-        known = (_obeyed(here.options), here.hardware, model, _dtypes(here, model), frozenset(here.kept), adapted)
+        known = (
+            _obeyed(here.options),
+            here.hardware is None,
+            here.libraries,
+            model,
+            _dtypes(here, model),
+            frozenset(here.kept),
+            adapted,
+        )
         key = (forward, known, _form((args, *kwargs.items())), _aliases(inputs))
         try:
             recordings: list[Recording] = here.memory.setdefault(key, [])
@@ -64,7 +72,7 @@ def block(forward: Callable[P, R]) -> Callable[Concatenate[str, P], R]:
     return call
 
 
-# What pipelines read and no block does; the VAE is called slice by slice, of a GPU a block sees the tape's hardware.
+# What pipelines read and no block does; the VAE is called slice by slice, of a GPU a block sees answers alone.
 AROUND_BLOCKS = ("pipeline", "safety_checker", "vae_slicing", "gpu")
 
 
@@ -99,18 +107,19 @@ class Before:
     allocation: int
     emptied: int
     asked: int
+    kept: int
     others: tuple[object, ...]
 
     @classmethod
     def on(cls, here: Tape, name: str) -> Before:
         """Return where ``here`` stands before its module ``name`` runs."""
-        lengths = len(here.events), len(here.allocations), len(here.emptied), len(here.asked)
+        lengths = len(here.events), len(here.allocations), len(here.emptied), len(here.asked), len(here.kept)
         return cls(here, ".".join([*here.path, name]), *lengths, cls._others(here))
 
     @staticmethod
     def _others(here: Tape) -> tuple[object, ...]:
         """Return what a module that may be copied leaves alone."""
-        return (len(here.kept), len(here.marks), len(here.loops), len(here.cut), here.tile)
+        return (len(here.marks), len(here.loops), len(here.cut), here.tile)
 
     def recorded(self, result: object, inputs: Sequence[SymTensor]) -> tuple[Recording, ...]:
         """Return what the module recorded, nothing where that cannot be copied."""
@@ -118,9 +127,11 @@ class Before:
         events = here.events[self.event :]
         left = {e - 1 for e in events if e > 0 and e - 1 in here.alive}
         owners = {id(x.storage): i for i, x in reversed(list(enumerate(inputs))) if x.storage is not None}
-        kept = _left(result, first, owners)
-        reached = {x.born + first for x in _flat(kept) if x.born is not None}
-        unowned = any(x.born is None and x.given is None for x in _flat(kept))
+        returned = _left(result, first, owners)
+        reached = {x.born + first for x in _flat(returned) if x.born is not None}
+        owned = dict(list(here.kept.items())[self.kept :])
+        reached.update(index for index in owned.values() if index is not None)
+        unowned = any(x.born is None and x.given is None for x in _flat(returned))
         if unowned or reached != left or self._others(here) != self.others or any(-first <= e < 0 for e in events):
             return ()
         recording = Recording(
@@ -129,7 +140,8 @@ class Before:
             [e - first if e > 0 else e + first for e in events],
             [done - self.event for done in here.emptied[self.emptied :]],
             tuple(dict.fromkeys(here.asked[self.asked :])),
-            kept,
+            returned,
+            {op: None if index is None else index - first for op, index in owned.items()},
             tuple(sorted(index - first for index in left)),
         )
         return (recording,)
@@ -137,7 +149,10 @@ class Before:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What a module recorded, counted from its first event and allocation, and the questions that it asked."""
+    """What a module recorded, counted from its first event and allocation, and the questions that it asked.
+
+    ``kept`` holds the allocations that libraries never free.
+    """
 
     path: str
     allocations: Sequence[Allocation]
@@ -145,6 +160,7 @@ class Recording:
     emptied: Sequence[int]
     asked: tuple[Question, ...]
     result: object
+    kept: Mapping[str, int | None]
     left: tuple[int, ...]
     elsewhere: dict[str, list[Allocation]] = field(default_factory=dict)
 
@@ -157,7 +173,9 @@ class Recording:
         here.allocations += self.allocations if path == self.path else self._moved(path)
         here.events += [e + first if e > 0 else e - first for e in self.events]
         here.alive.update(index + first for index in self.left)
-        storages = {index: Storage(here, index + first) for index in self.left}
+        here.kept |= {op: None if index is None else index + first for op, index in self.kept.items()}
+        owned = [index for index in self.left if index not in self.kept.values()]
+        storages = {index: Storage(here, index + first) for index in owned}
         return _result(self.result, storages, inputs)
 
     def _moved(self, path: str) -> list[Allocation]:

@@ -6,12 +6,12 @@ that keeps its local variables as diffusers' ``forward()`` does has diffusers' m
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from threading import RLock
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from derivation.gpu.profile import Hardware
 from derivation.libraries import Libraries
@@ -20,6 +20,9 @@ from derivation.tape.adapters import NO_ADAPTERS, Adapters
 from derivation.tape.events import Allocation, Category, Guard, Mark
 from derivation.tape.symbols import DTYPE_BYTES, Size, as_whole_tile, evaluate, nonnegative_from_one, product, symbol
 from derivation.tape.tiles import Tile
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # _exclude_from_cpu_offload of diffusers' pipelines
 EXCLUDED_FROM_CPU_OFFLOAD = ("safety_checker",)
@@ -34,10 +37,24 @@ class Sized:
 
     def holds_on(self, tape: Tape) -> bool:
         """Return True if ``tape`` answers alike."""
-        return tape.size(self.name) == self.answer
+        found = tape.value(self.name)
+        return found is self.answer or found == self.answer
 
 
-Question = Guard | Sized
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What the GPU answered when a kernel asked."""
+
+    ask: Callable[..., object]
+    arguments: tuple[object, ...]
+    answer: object
+
+    def holds_on(self, tape: Tape) -> bool:
+        """Return True if the GPU of ``tape`` answers alike."""
+        return bool(tape.answer(self.ask, self.arguments) == self.answer)
+
+
+Question = Guard | Sized | Answered
 # The shapes of some tensors.
 Shapes = tuple[tuple[Size, ...], ...]
 # What modules have recorded, by all that it follows from but the answers of a tape (derivation.tape.block).
@@ -59,9 +76,9 @@ class Tape:
     stands for every number of VAE tiles, and ``cut`` holds event ranges (start, end, symbols) that belong to cut
     tiles: they do not occur where a symbol is 0; ``emptied`` holds how many events precede each
     torch.cuda.empty_cache(); ``convolutions`` holds, of traced ones, the shapes of input and weight by the output's
-    allocation; ``asked`` holds the answers that decide what a module does, in order, ``adapters`` the LoRAs on the
-    models' layers, and ``memory`` what modules have recorded, on this tape or others (``derivation.tape.block``),
-    None for no memory.
+    allocation; ``asked`` holds the answers that decide what a module does, in order, ``answers`` the GPU's,
+    ``adapters`` the LoRAs on the models' layers, and ``memory`` what modules have recorded, on this tape or others
+    (``derivation.tape.block``), None for no memory.
     """
 
     options: Options
@@ -78,7 +95,7 @@ class Tape:
     iterations: list[int] = field(default_factory=list)
     repeats: int = 0
     path: list[str] = field(default_factory=list)
-    kept: set[str] = field(default_factory=set)
+    kept: dict[str, int | None] = field(default_factory=dict)
     alive: set[int] = field(default_factory=set)
     dtypes: dict[str, str] = field(default_factory=dict)
     leaves: list[list[Storage | None]] = field(default_factory=list)
@@ -87,6 +104,7 @@ class Tape:
     emptied: list[int] = field(default_factory=list)
     convolutions: dict[int, Shapes] = field(default_factory=dict)
     asked: list[Question] = field(default_factory=list)
+    answers: dict[tuple[Callable[..., object], tuple[object, ...]], object] = field(default_factory=dict)
     adapters: Adapters = NO_ADAPTERS
     memory: Memory | None = None
 
@@ -134,10 +152,27 @@ class Tape:
                 self.guards.setdefault((question.size, question.bound), question)
 
     def size(self, name: str) -> Size:
-        """Return the symbol called ``name``, or its value where this run specialises it."""
-        found = 1 if name in self.ones else self.fixed.get(name, symbol(name))
+        """Return the symbol called ``name``, or its value where this run specialises it, recording it."""
+        found = self.value(name)
         self.asked.append(Sized(name, found))
         return found
+
+    def value(self, name: str) -> Size:
+        """Return the symbol called ``name``, or its value where this run specialises it."""
+        return 1 if name in self.ones else self.fixed.get(name, symbol(name))
+
+    def gpu(self, ask: Callable[Concatenate[Hardware, P], R], *arguments: P.args, **none: P.kwargs) -> R:
+        """Return what the run's GPU answers, recording it."""
+        found: R = self.answer(ask, arguments)
+        self.asked.append(Answered(ask, arguments, found))
+        return found
+
+    def answer(self, ask: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """Return what the run's GPU answers."""
+        if (ask, arguments) not in self.answers:
+            assert self.hardware is not None
+            self.answers[ask, arguments] = ask(self.hardware, *arguments)
+        return self.answers[ask, arguments]
 
     def allocate(
         self, shape: tuple[Size, ...], dtype: str, op: str, category: Category, count: Size = 1
@@ -173,8 +208,8 @@ class Tape:
         """Record what a library allocates at its first use and never frees, once a tape."""
         if op in self.kept:
             return
-        self.kept.add(op)
         storage = self.allocate(shape, dtype, op, category)
+        self.kept[op] = None if storage is None else storage.index
         if storage is not None:
             storage.disown()
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from derivation.call import DEFAULT_PROMPT_LENGTH
+from derivation.gpu.profile import Hardware
 from derivation.options.choices import EAGER, SDPA
 from derivation.registry import Registry
 from derivation.tape.events import Category
@@ -38,10 +39,9 @@ class Backend:
 
     def can_run(self, name: str, head_dim: int, dtype: str) -> bool:
         """Return whether it runs, on the run's GPU where there is one."""
-        hardware = tape().hardware
-        if hardware is None or self.fallback is None:
+        if tape().hardware is None or self.fallback is None:
             return self.usable(head_dim, dtype)
-        return hardware.runs(name, dtype, head_dim)
+        return tape().gpu(Hardware.runs, name, dtype, head_dim)
 
 
 BACKENDS: Registry[Backend] = Registry("attention backend")
@@ -68,9 +68,8 @@ def scaled_dot_product_attention(
 
 def first_tried(attention: str) -> str:
     """Return the backend that an ``attention`` option tries first (sdp_utils.cpp: priority_order)."""
-    hardware = tape().hardware
     if attention == SDPA:
-        return "efficient" if hardware is None else CUDNN if hardware.prefers_cudnn else FLASH
+        return "efficient" if tape().hardware is None else CUDNN if tape().gpu(Hardware.prefers_cudnn) else FLASH
     return "math" if attention == EAGER else attention
 
 
@@ -147,8 +146,8 @@ def flash(
     out = elementwise("flash_attention", query)
     logsumexp = empty(query.shape[:3], "float32", "flash_attention", Category.STATISTICS)
     kernels.flash_split_buffers(query, key)
-    hardware = tape().hardware
-    state = _flash_state() if hardware is None or hardware.libraries.follows("flash_state_on_gpu") else None
+    on_gpu = tape().hardware is None or tape().libraries.follows("flash_state_on_gpu")
+    state = _flash_state() if on_gpu else None
     del logsumexp, state
     return out.narrow(3, head_dim) if head_dim % 8 else out
 

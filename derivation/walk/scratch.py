@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from derivation.gpu.profile import Hardware
 from derivation.tape.events import Category
@@ -21,13 +21,12 @@ R = TypeVar("R")
 Buffers = tuple[Storage | None, ...]
 
 
-def inside(kernel: Callable[Concatenate[Hardware, P], R]) -> Callable[P, R | None]:
-    """Make ``kernel`` a no-op where the run has no GPU, and else pass it the hardware."""
+def inside(kernel: Callable[P, R]) -> Callable[P, R | None]:
+    """Make ``kernel`` a no-op where the run has no GPU."""
 
     @wraps(kernel)
     def call(*args: P.args, **kwargs: P.kwargs) -> R | None:
-        hardware = tape().hardware
-        return None if hardware is None else kernel(hardware, *args, **kwargs)
+        return None if tape().hardware is None else kernel(*args, **kwargs)
 
     return call
 
@@ -37,51 +36,49 @@ def _buffer(shape: tuple[Size, ...], dtype: str, op: str) -> Storage | None:
 
 
 @inside
-def row_major_copy(hardware: Hardware, x: SymTensor, op: str) -> Storage | None:
+def row_major_copy(x: SymTensor, op: str) -> Storage | None:
     """The row-major copy of an input that a kernel cannot read in place (layer_norm and upsample kernels)."""
     return None if x.is_contiguous() else _buffer(x.shape, x.dtype, op)
 
 
 @inside
-def convolution_buffers(
-    hardware: Hardware, x: SymTensor, out: SymTensor, weight: SymTensor, channels_last: bool
-) -> None:
+def convolution_buffers(x: SymTensor, out: SymTensor, weight: SymTensor, channels_last: bool) -> None:
     """The weight in channels_last where the convolution runs so, and cuDNN's workspace (cudnn/Conv_v8.cpp)."""
     in_channels, kernel_height, kernel_width = weight.shape[1:]
     assert isinstance(in_channels, int) and isinstance(kernel_height, int)
     copied = channels_last and not weight.is_channels_last() and kernel_height != 1 and kernel_width != 1
     weight_copy = _buffer(weight.shape, weight.dtype, "convolution weight") if copied else None
-    factors = hardware.convolution_workspace(x.dtype, channels_last, kernel_height, in_channels)
+    factors = tape().gpu(Hardware.convolution_workspace, x.dtype, channels_last, kernel_height, in_channels)
     elements = factors.input * x.numel() + factors.output * out.numel() + factors.weight * weight.numel()
     _buffer((elements * DTYPE_BYTES[x.dtype] + factors.constant,), "uint8", "convolution workspace")
     del weight_copy
 
 
 @inside
-def group_norm_coefficients(hardware: Hardware, x: SymTensor) -> None:
+def group_norm_coefficients(x: SymTensor) -> None:
     """a, b float32 [N, C] (group_norm_kernel.cu)."""
     a, b = (_buffer(x.shape[:2], "float32", "native_group_norm") for _ in range(2))
     del a, b
 
 
 @inside
-def cublas_workspace(hardware: Hardware) -> None:
+def cublas_workspace() -> None:
     """The workspace of the cuBLAS handle, kept from its first use on (CublasHandlePool.cpp)."""
-    tape().keep((hardware.cublas_workspace_bytes(),), "uint8", "cublas workspace", Category.SCRATCH)
+    tape().keep((tape().gpu(Hardware.cublas_workspace_bytes),), "uint8", "cublas workspace", Category.SCRATCH)
 
 
 @inside
-def cublaslt_workspace(hardware: Hardware) -> None:
+def cublaslt_workspace() -> None:
     """cuBLASLt's workspace, one call's or kept by torch version (CUDABlas.cpp: gemm_and_bias)."""
-    shape = (hardware.cublaslt_workspace_bytes(),)
-    if hardware.libraries.follows("kept_cublaslt"):
+    shape = (tape().gpu(Hardware.cublaslt_workspace_bytes),)
+    if tape().libraries.follows("kept_cublaslt"):
         tape().keep(shape, "uint8", "cublaslt workspace", Category.SCRATCH)
     else:
         _buffer(shape, "uint8", "cublaslt workspace")
 
 
 @inside
-def efficient_accumulator(hardware: Hardware, query: SymTensor) -> None:
+def efficient_accumulator(query: SymTensor) -> None:
     """output_accum float32 [N, S, heads, D] for half precision and D > 128 (mem_eff_attention/kernel_forward.h)."""
     head_dim = query.shape[3]
     assert isinstance(head_dim, int)
@@ -90,7 +87,7 @@ def efficient_accumulator(hardware: Hardware, query: SymTensor) -> None:
 
 
 @inside
-def flash_split_buffers(hardware: Hardware, query: SymTensor, key: SymTensor) -> None:
+def flash_split_buffers(query: SymTensor, key: SymTensor) -> None:
     """Split-KV accumulators float32 [n, N, heads, S] and [n, N, heads, S, D'] (flash_api.cpp).
 
     n follows ceil(S / 64), which is no polynomial: a symbolic size counts as n = 1. That is exact from
@@ -100,16 +97,16 @@ def flash_split_buffers(hardware: Hardware, query: SymTensor, key: SymTensor) ->
     if len(sizes) < 5:
         return
     batch, heads, queries, head_dim, keys = sizes
-    splits = hardware.num_splits(batch * heads, queries, keys, head_dim)
+    splits = tape().gpu(Hardware.num_splits, batch * heads, queries, keys, head_dim)
     if splits > 1:
         rows = (splits, *query.shape[:3])
         logsumexp = _buffer(rows, "float32", "flash_attention split")
-        _buffer((*rows, hardware.split_head_dim(head_dim)), "float32", "flash_attention split")
+        _buffer((*rows, tape().gpu(Hardware.split_head_dim, head_dim)), "float32", "flash_attention split")
         del logsumexp
 
 
 @inside
-def safe_softmax_masks(hardware: Hardware, probs: SymTensor) -> None:
+def safe_softmax_masks(probs: SymTensor) -> None:
     """isneginf(scores) and its row-wise all, bool, and a zero; where_out writes in place (attention.cpp)."""
     masked = _buffer(probs.shape, "bool", "isneginf")
     rows = _buffer(probs.shape[:-1], "bool", "all")

@@ -61,11 +61,11 @@ def stays(model: str, options: Options) -> bool:
     return options.offload is None or model in EXCLUDED_FROM_CPU_OFFLOAD
 
 
-def resident(models: Mapping[str, Entries], options: Options) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
+def resident(models: Mapping[str, Entries], options: Options) -> dict[str, Entries]:
     """Return what stays on the GPU of each model; sequential offload leaves the buffers there (cpu_offload)."""
     left = options.offload == "sequential"
     found = {
-        model: {path: entry for path, entry in entries.items() if stays(model, options) or (left and is_buffer(entry))}
+        model: entries if stays(model, options) else {path: e for path, e in entries.items() if left and is_buffer(e)}
         for model, entries in models.items()
     }
     return {model: entries for model, entries in found.items() if entries}
