@@ -19,6 +19,7 @@ from derivation.equation.record import Equation
 from derivation.errors import DerivationError, one_of, unsupported
 from derivation.export import compiled
 from derivation.export.latex import latex
+from derivation.gpu.cards import tell_variants
 from derivation.options import Options, options_of
 from derivation.peak.record import Record
 from derivation.peak.witness import witness_at
@@ -277,8 +278,7 @@ class Derivation:
     def _replayed(self, gpu: str, call: Call) -> DeviceMemory:
         """Return the replay of a call on a card; each is done once."""
         if (gpu, call) not in self._replays:
-            run = self._run(call)
-            self._replays[gpu, call] = device_memory(gpu, self.resident, *run, self.options.alloc_conf)
+            self._replays[gpu, call] = device_memory(gpu, self.resident, *self._run(call), self.options.alloc_conf)
         return self._replays[gpu, call]
 
     def _run(self, call: Call) -> tuple[Tape, dict[str, int]]:
@@ -329,10 +329,10 @@ def derive(
     config, folder or dict, with symbolic shapes. Raises DerivationError, with one line, for a config or an option that
     is not supported.
     """
-    if method is not None:
-        one_of("method", method, METHODS)
-    named = {"pipeline": pipeline, "dtype": dtype, "attention": attention, "gpu": gpu}
-    given = {**{name: value for name, value in named.items() if value is not None}, **options}
+    one_of("method", method or METHODS[0], METHODS)
+    named = {"pipeline": pipeline, "dtype": dtype, "attention": attention, "gpu": gpu}.items()
+    given = {**{name: value for name, value in named if value is not None}, **options}
+    tell_variants(gpu, options.get("memory"))
     if method != "walk" and (folder := traced_folder(model, revision, method == "trace")) is not None:
         return Derivation(*store.recorded(folder, given, progress))
     if method == "trace":

@@ -69,13 +69,19 @@ def one_of(key: str, value: object, supported: Iterable[str]) -> None:
 
 
 def meant(value: object, known: Iterable[str]) -> str:
-    """Return "; did you mean X?" where a word of ``known`` is close to ``value``, else "".
+    """Return "; did you mean X?" where words of ``known`` begin with ``value``, or one is close to it, else "".
 
     >>> meant("flsh", ("eager", "flash")), meant("zzz", ("eager", "flash"))
     ('; did you mean flash?', '')
+    >>> meant("ddi", ("DDIMScheduler", "DDPMScheduler"))
+    '; did you mean DDIMScheduler?'
     """
-    found = difflib.get_close_matches(str(value).lower(), list(known), n=1) if isinstance(value, str) else []
-    return f"; did you mean {found[0]}?" if found else ""
+    if not isinstance(value, str) or not value:
+        return ""
+    words = {word.lower(): word for word in known}
+    begun = [word for lower, word in words.items() if lower.startswith(value.lower())]
+    found = begun or [words[lower] for lower in difflib.get_close_matches(value.lower(), words, n=1)]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def positive(key: str, value: object, most: int | None = None) -> int:

@@ -35,21 +35,34 @@ def write_files(folder: Path, files: Mapping[str, str | bytes]) -> list[Path]:
 
 def write_file(path: Path, data: str | bytes) -> Path:
     """Write one file in a folder that is there, and return its path; raises DerivationError."""
-    if not path.parent.is_dir():
-        raise _refused(path, FileNotFoundError(2, f"{path.parent} is not a folder"))
+    check_file("output", path)
     return write_files(path.parent, {path.name: data})[0]
 
 
+def check_file(key: str, path: Path) -> None:
+    """Raise DerivationError, which names ``key``, where a file cannot be written, before the work for it is done."""
+    if path.is_dir() or not path.parent.is_dir():
+        said = f"{path} is a folder" if path.is_dir() else f"{path.parent} is not a folder"
+        raise _refused(path, OSError(said), key)
+    _try(key, path, path.parent)
+
+
 def check_folder(folder: Path) -> None:
-    """Raise DerivationError where files cannot be written below ``folder``, as far as that shows beforehand."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise _refused(folder, OSError(13, f"{existing} is not a folder that can be written"))
+    """Raise DerivationError where files cannot be written below ``folder``, which need not be there."""
+    _try("output", folder, next(path for path in (folder, *folder.absolute().parents) if path.exists()))
 
 
-def _refused(path: object, error: OSError | ValueError) -> DerivationError:
+def _try(key: str, path: Path, folder: Path) -> None:
+    """Write a file without a name into ``folder``: to root, os.access allows even /proc."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        raise _refused(path, OSError(f"{folder} is not a folder that can be written"), key) from None
+
+
+def _refused(path: object, error: OSError | ValueError, key: str = "output") -> DerivationError:
     reason = getattr(error, "strerror", None) or error
-    return DerivationError(f"output = {shown(str(path))} cannot be written ({reason})")
+    return DerivationError(f"{key} = {shown(str(path))} cannot be written ({reason})")
 
 
 def _stage(target: Path, data: str | bytes) -> Path:

@@ -23,7 +23,7 @@ from derivation.ask.recommend import EXPANDABLE, recommend
 from derivation.call import Call
 from derivation.config import is_live, is_live_traced
 from derivation.errors import DerivationError, unsupported
-from derivation.gpu.cards import lookup
+from derivation.gpu.cards import of_device
 from derivation.options.live import FREEU
 from derivation.options.live.modules import MODELS, attentions, first_parameter, models_of, tuners, up_blocks
 from derivation.verdict import Verdict, of_tensors
@@ -243,7 +243,7 @@ class Machine:
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
         assumed = [f"{name}={os.environ[name]} is not replayed" for name in ALLOC_CONF if os.environ.get(name)]
         try:
-            gpu = lookup(card.name).key
+            gpu = of_device(card.name, card.total_memory)
         except DerivationError:
             gpu = f"sm{card.major}{card.minor}"
             assumed.append(f"{card.name} is not in the table: as any card of {gpu}")

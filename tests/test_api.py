@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
+import sys
 from dataclasses import fields
 
 import pytest
@@ -233,3 +234,15 @@ def test_lambdify_equals_the_replayed_tape(target, adapted):
     )
     with pytest.raises(DerivationError, match="jax"):
         adapted.lambdify("jax")
+
+
+def test_a_stage_that_there_is_not_and_a_library_that_is_missing_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    d = derive(SD15, pipeline="img2img")
+    with pytest.raises(
+        DerivationError, match=r"stage = 'vae' .*text_encoder, .*; did you mean vae_encode or vae_decode"
+    ):
+        d.stages["vae"]
+    assert "vae" not in d.stages and d.stages.get("vae") is None
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(DerivationError, match="target = 'torch' needs torch: pip install torch"):
+        d.lambdify("torch")

@@ -148,6 +148,8 @@ def test_help_is_in_panels_and_whole_at_100_columns(
         ("estimate sdxl --pipeline txt2img", "estimate stabilityai/stable-diffusion-xl-base-1.0 --pipeline txt2img"),
         ("estimate refiner", "estimate stabilityai/stable-diffusion-xl-refiner-1.0"),
         ("estimate sd15 --dtype bf16", f"estimate {SD15} --dtype bfloat16"),
+        ("estimate sd15 --dtype FP16 --attention SDPA", f"estimate {SD15} --dtype float16 --attention sdpa"),
+        ("estimate sd15 --scheduler ddimscheduler", f"estimate {SD15} --scheduler DDIMScheduler"),
         ("fit sd15 --memory 8", f"fit {SD15} --memory 8GiB"),
         ("fit sd15 --memory 8G --size 512", f"fit {SD15} --vram 8192MiB --height 512 --width 512"),
         (f"export {VAE} --to js", f"export {VAE} --to javascript"),
@@ -177,6 +179,11 @@ def test_a_bare_number_of_memory_is_said_to_be_gib(capsys: pytest.CaptureFixture
         ("estimate sd15 --attention flahs", "flash"),
         ("estimate sd15 --dtype floatt16", "float16"),
         ("export sd15 --to pyton", "python"),
+        ("estimate sd15 --scheduler DDIM", "ddimscheduler"),
+        ("estimate sd15 --scheduler euler", "eulerancestraldiscretescheduler or eulerdiscretescheduler"),
+        ("fit sd15 --memory 12288", "12288mib or 12288gib"),
+        ("fit sd15 --vram 12288", "12288mib or 12288gib"),
+        ("estimate sd15 --gpu t4 --memory 15360", "15360mib or 15360gib"),
         ("estimate sd15 512x768", "--size 512x768"),
         ("estimate stable-difusion-v1-5", "stable-diffusion-v1-5"),
         ("estimate sd3.5", "stabilityai/stable-diffusion-3.5-large or stabilityai/stable-diffusion-3.5-medium"),
@@ -214,8 +221,8 @@ BAD = {
     "--height 4": "height = 4",
     "--height 514 --pipeline txt2img": "height = 514",
     "--width 99999999": "width = 99999999",
-    "--width 1e3": "--width",
-    f"--width {'9' * 5000}": "--width",
+    "--width 1e3": "width = '1e3'",
+    f"--width {'9' * 5000}": "width = '99",
     f"--width {'9' * 4000}": "width = ",
     "--batch-size -1": "batch_size = -1",
     "--batch-size 0": "batch_size = 0",
@@ -223,7 +230,8 @@ BAD = {
     "--prompt-length 0": "prompt_length = 0",
     "--guidance-scale nan": "guidance_scale = nan",
     "--guidance-scale inf": "guidance_scale = inf",
-    "--guidance-scale x": "--guidance-scale",
+    "--guidance-scale x": "guidance_scale = 'x' is not supported (supported: a valid number)",
+    "--batch-size four": "batch_size = 'four' is not supported (supported: a valid integer)",
     "--strength nan": "strength = nan",
     "--strength 2": "strength = 2",
     "--num-inference-steps 0": "num_inference_steps = 0",
@@ -231,6 +239,8 @@ BAD = {
     "--attention fast": "attention = 'fast'",
     "--dtype int8": "dtype = 'int8'",
     "--pipeline img3img": "pipeline = 'img3img'",
+    "--alloc-conf foo": "alloc_conf = 'foo' is not supported: ",
+    "--gpu t4 --snapshot no/such/folder": "snapshot = 'no/such/folder' cannot be written (no/such is not a folder)",
     "--no-such-option": "--no-such-option",
     "extra": "extra",
 }
@@ -266,7 +276,8 @@ def test_a_bad_value_is_one_line_that_names_the_key_and_the_value(
         (f"compare {SD15} --with attention", "attention"),
         (f"compare {SD15} --with speed=3", "speed"),
         (f"compare {SD15} --with safety_checker=maybe", "maybe"),
-        (f"export {SD15} --to cobol", "cobol"),
+        (f"export {SD15} --to cobol", "to = 'cobol'"),
+        (f"fit {SD15} --vram 8X", "vram = '8X'"),
         ("calibrate /no/such/file.json", "/no/such/file.json"),
         ("calibrate /dev/zero", "/dev/zero"),
         (f"measure {SD15} --output x.json --grid 0x0", "0x0"),
@@ -334,8 +345,23 @@ def test_missing_huge_looping_and_unreadable_files_are_one_line(
 
 
 @pytest.mark.parametrize("target", ["/dev/null/folder", "/proc/folder"])
-def test_an_output_that_cannot_be_written_is_one_line(target: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert Path(target).parts[1] in failing(["export", VAE, "--to", "json", "--output", target], capsys)
+def test_an_output_that_cannot_be_written_is_one_line_before_the_work(
+    target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("derivation.cli.parameters.derive", None)
+    monkeypatch.setattr("derivation.report.files.contents", None)
+    for asked in (["export", VAE, "--to", "json"], ["report", VAE]):
+        assert f"output = '{target}' cannot be written" in failing([*asked, "--output", target], capsys)
+    assert f"snapshot = '{target}'" in failing(["estimate", SD15, "--gpu", "t4", "--snapshot", target], capsys)
+
+
+def test_a_file_beside_the_answer_is_said_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "snapshot.pickle"
+    assert run(["estimate", SD15, "--gpu", "t4", "--json", "--snapshot", str(path)]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["fits"] and said.err == f"wrote {path}\n" and path.is_file()
+    assert run(["calibrate", "--json", "--output", str(tmp_path / "profile.json")]) == 0
+    assert capsys.readouterr().err == f"wrote {tmp_path / 'profile.json'}\n"
 
 
 def test_export_prints_or_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The GPU table: look-up by any spelling, sources for every figure, errors that name what is known."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,17 @@ from conftest import SD15
 
 from derivation import derive
 from derivation.errors import DerivationError
-from derivation.gpu.cards import TABLE, Gpu, known, lookup, with_memory
+from derivation.gpu.cards import (
+    TABLE,
+    Gpu,
+    SeveralCards,
+    known,
+    lookup,
+    memory_bytes,
+    of_device,
+    variants,
+    with_memory,
+)
 
 MIB = 1 << 20
 RAW = json.loads(TABLE.read_text(encoding="utf-8"))
@@ -74,6 +85,39 @@ def test_a_capacity_that_the_card_has_not_is_another_card() -> None:
         with pytest.raises(DerivationError, match="memory"):
             with_memory(gpu, memory)
     assert derive(SD15, gpu="rtx-3060", memory="8GiB").options.gpu == "rtx-3060 8GiB"
+
+
+def test_a_name_without_the_capacity_that_tells_which_card_says_which_is_taken() -> None:
+    sized = {
+        "V100": ("v100-16gb", "v100-32gb"),
+        "a100": ("a100-80gb", "a100-40gb"),
+        "RTX 3080": ("rtx-3080", "rtx-3080-12gb"),
+    }
+    for name, keys in {**sized, "4060 ti": ("rtx-4060-ti", "rtx-4060-ti-16gb")}.items():
+        assert tuple(card.key for card in variants(name)) == keys and lookup(name).key == keys[0]
+    assert not any(variants(name) for name in ("t4", "a100 40gb", "rtx-3080-12gb", "3080 8GiB", "h100", "sm86", "no"))
+    with pytest.warns(SeveralCards) as told:
+        derive(SD15, gpu="A100")
+    said = "gpu = 'A100' is taken as a100-80gb, 79.25 GiB; there is a100-40gb, 39.59 GiB"
+    assert [str(warning.message) for warning in told] == [said]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        derive(SD15, gpu="3080", memory="12GiB")
+
+
+def test_a_live_card_is_told_apart_by_its_memory() -> None:
+    # torch's name of both is the same
+    names = {total: of_device("NVIDIA GeForce RTX 3080", total * MIB) for total in (10240, 12288 - 200)}
+    assert names == {10240: "rtx-3080 10GB", 12088: "rtx-3080-12gb 12GB"}
+    assert [lookup(name).key for name in names.values()] == ["rtx-3080", "rtx-3080-12gb"]
+    assert of_device("NVIDIA GeForce RTX 3060", 1) == "rtx-3060"
+
+
+def test_a_bare_number_beyond_any_card_is_refused() -> None:
+    assert memory_bytes("140") == 140 << 30 and memory_bytes("12288GiB") == 12288 << 30
+    for text in ("141", "8192", "12288.5"):
+        with pytest.raises(DerivationError, match=rf"memory = '{text}' .*did you mean {text}MiB or {text}GiB\?"):
+            memory_bytes(text)
 
 
 def test_a_card_that_the_table_lacks_comes_from_a_file(tmp_path: Path) -> None:

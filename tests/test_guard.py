@@ -213,7 +213,7 @@ class FakeCuda(SimpleNamespace):
     """torch as will_fit reads it: the card, its free memory, and what the process holds."""
 
     def __init__(self, name: str, free: int, reserved: int = 0, allocated: int = 0) -> None:
-        card = SimpleNamespace(name=name, major=8, minor=6)
+        card = SimpleNamespace(name=name, major=8, minor=6, total_memory=12 << 30)
         cuda = SimpleNamespace(
             is_available=lambda: True,
             current_device=lambda: 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -109,4 +110,5 @@ def test_the_commands_are_found():
 def test_a_command_works_as_printed(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(shlex.split(line, comments=True)) == 0
-    assert capsys.readouterr().err == ""
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"wrote {path}" for path in os.listdir(tmp_path) if "--snapshot" in line]

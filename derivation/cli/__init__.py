@@ -13,7 +13,7 @@ import typer
 
 from derivation.cli import derived, gpu, planning
 from derivation.cli.panels import PanelledCommand, PanelledGroup
-from derivation.errors import DerivationError, one_line
+from derivation.errors import DerivationError, one_line, unsupported
 from derivation.version import __version__
 
 DEBUG = "DERIVATION_DEBUG"
@@ -107,6 +107,10 @@ def _abandoned(code: int) -> int:
 def _usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
     hint = f" (see {context.command_path} --help)" if context else ""
+    if (refused := getattr(error.__cause__, "errors", None)) is not None:  # pydantic's ValidationError
+        first = refused()[0]
+        wanted = re.sub(r"^Input should be |, unable to parse.*", "", first["msg"])
+        return str(unsupported(error.param.name, first["input"], wanted)) + hint
     message = re.sub(r"\(Possible options: (.*?)\)", r"Did you mean \1?", error.format_message())
     return re.sub(r"extra argument\S* \((\d+(?:x\d+)?)\)$", r"\g<0>. Did you mean --size \1?", message) + hint
 

@@ -28,7 +28,7 @@ from derivation.cli.parameters import (
 from derivation.config import bundled, bundled_traced, load, traced_folder
 from derivation.errors import DerivationError
 from derivation.export.latex import PEAK
-from derivation.files import write_file
+from derivation.files import check_file, check_folder, write_file
 from derivation.options import Options
 from derivation.text import human
 from derivation.verdict import Verdict
@@ -75,9 +75,11 @@ def estimate(
     """
     from derivation.ask.sequence import sequence
 
+    if snapshot is not None:
+        check_file("snapshot", snapshot)
     derivation, call = derivation_of(model, options, revision), call_of(size, prompt)
     if snapshot is not None:
-        write_file(snapshot, pickle.dumps(derivation.snapshot(call), protocol=PICKLE_PROTOCOL))
+        output.wrote(write_file(snapshot, pickle.dumps(derivation.snapshot(call), protocol=PICKLE_PROTOCOL)))
     found = derivation.estimate(call)
     result = {**found, "guidance_scale": prompt.guidance_scale}
     if then:
@@ -170,6 +172,8 @@ def export(
     from derivation.export import export as exported
     from derivation.export import write
 
+    if output_path is not None:
+        check_folder(output_path)
     equation = derivation_of(model, options, revision).equation
     if output_path is None:
         print(exported(equation, to, notes, which=which), end="")

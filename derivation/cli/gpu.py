@@ -16,6 +16,7 @@ from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Revision, expanded, typed
 from derivation.config import load
 from derivation.errors import unsupported
+from derivation.files import check_file
 from derivation.options import Options, options_of
 from derivation.text import human
 from derivation.walk.subject import WalkedSubject
@@ -98,9 +99,12 @@ def calibrate(
     from derivation.measure.calibrate import calibrate as calibrated
     from derivation.measure.records import write_json
 
+    if output_path is not None:
+        check_file("output", output_path)
     found = calibrated(file or RECORDS)
     if output_path is not None:
         write_json(output_path, found)
+        output.wrote(output_path)
     output.emit(found, json, _show_profile)
 
 

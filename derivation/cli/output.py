@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from derivation.errors import one_line, unsupported
@@ -70,6 +71,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 def line(text: str, style: str | None = None) -> None:
     """Print one line."""
     console().print(one_line(text), style=style, soft_wrap=True)
+
+
+def wrote(path: Path) -> None:
+    """Say on stderr which file was written, where stdout has the answer."""
+    print(f"wrote {one_line(str(path))}", file=sys.stderr, flush=True)
 
 
 def bytes_table(title: str, name: str, entries: Mapping[str, int], mark: str | None = None) -> None:

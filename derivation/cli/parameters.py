@@ -17,7 +17,7 @@ from derivation.call import Call, parse_size
 from derivation.cli.output import checked_number, telling
 from derivation.config import bundled
 from derivation.errors import DerivationError, shown, unsupported
-from derivation.gpu.cards import known, with_memory
+from derivation.gpu.cards import known, memory_bytes, with_memory
 from derivation.options import TABLE, Options
 
 DEFAULT_SIDE = 512
@@ -122,6 +122,7 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
         if (memory := given.pop("memory", None)) is not None and "vram" in given and given["gpu"] is None:
             if given["vram"] is not None:
                 raise unsupported("memory", memory, "one of vram and memory, which say the same")
+            memory_bytes(memory)
             given["vram"] = memory
         elif memory is not None:
             given["gpu"] = with_memory(given["gpu"], memory)

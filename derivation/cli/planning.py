@@ -12,9 +12,9 @@ from derivation.ask.compare import SIDES, Pair
 from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, call_of, derivation_of, expanded, value_of
 from derivation.errors import DerivationError, unsupported
-from derivation.gpu.cards import lookup
+from derivation.gpu.cards import lookup, memory_bytes
 from derivation.options import Options
-from derivation.text import human, parse_bytes
+from derivation.text import human
 from derivation.verdict import Verdict
 
 Vram = Annotated[
@@ -203,7 +203,7 @@ def _budget(vram: str | None, options: Options) -> tuple[int | None, str]:
     """Return the bytes that are free, None for all of a GPU, and what they are; raises DerivationError without any."""
     if vram is None and options.gpu is None:
         raise DerivationError("memory and gpu are missing (supported: --memory 8GiB, or --gpu rtx-3060)")
-    free = None if vram is None else parse_bytes(vram)
+    free = None if vram is None else memory_bytes(vram, "vram")
     bytes_free = "" if free is None else f"memory {str(vram).strip()} is {human(free)} ({free:,} bytes)"
     if options.gpu is None:
         return free, f"{bytes_free}; counted: weights, tensors; not counted: library scratch, allocator, CUDA context"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import sympy
 
 from derivation.allocator.config import AllocatorConfig
 from derivation.call import Call
-from derivation.errors import unsupported
+from derivation.errors import DerivationError, meant, shown, unsupported
 from derivation.options import Options
 from derivation.peak.headline import Term, maximum
 from derivation.peak.record import Record, StageRecord, derive_record
@@ -66,6 +66,20 @@ def peaks_of(recordings: Recordings, values: Mapping[str, int]) -> Variant:
     return recordings.regime(values) if "E" in values else recordings.at(values)
 
 
+class StagesByName(dict[str, Stage]):
+    """Stages by name; another name raises DerivationError, which lists those there are."""
+
+    def __missing__(self, name: object) -> NoReturn:
+        raise unsupported("stage", name, f"{', '.join(self)}{meant(name, self)}")
+
+
+def _check_allocator(conf: str) -> None:
+    try:
+        AllocatorConfig.parse(conf)
+    except DerivationError as error:
+        raise DerivationError(f"alloc_conf = {shown(conf)} is not supported: {error}") from None
+
+
 class Derived:
     """What follows from a subject's tapes, with the symbols in ``fixed`` as numbers, for calls in ``domain`` or all.
 
@@ -73,7 +87,7 @@ class Derived:
     """
 
     def __init__(self, subject: Subject, fixed: Mapping[str, int], domain: Domain | None = None) -> None:
-        AllocatorConfig.parse(subject.options.alloc_conf or "")
+        _check_allocator(subject.options.alloc_conf or "")
         self.subject = subject
         self.fixed = dict(fixed)
         self.domain = domain
@@ -155,13 +169,14 @@ class Derived:
     def _record(self, guidance: bool) -> Record:
         return derive_record(self.program(guidance), self.grid)
 
-    def stages(self, guidance: bool = True) -> dict[str, Stage]:
+    def stages(self, guidance: bool = True) -> StagesByName:
         """Return the closed form of every stage."""
         return self._once(self._stages, guidance)
 
-    def _stages(self, guidance: bool) -> dict[str, Stage]:
+    def _stages(self, guidance: bool) -> StagesByName:
         variant = self.program(guidance).generic
-        return {name: self._stage(stage, variant) for name, stage in self.record(guidance).stages.items()}
+        found = {name: self._stage(stage, variant) for name, stage in self.record(guidance).stages.items()}
+        return StagesByName(found)
 
     def _stage(self, record: StageRecord, variant: Variant) -> Stage:
         witnesses = tuple(witness_at(term.point.stage, variant.tape, term.point.event) for term in record.terms)

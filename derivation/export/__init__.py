@@ -11,7 +11,7 @@ from typing import Any
 
 from derivation.config import load
 from derivation.equation.record import Equation
-from derivation.errors import one_of, unsupported
+from derivation.errors import DerivationError, one_of, unsupported
 from derivation.export.arrays import arrays
 from derivation.export.c import c
 from derivation.export.document import document
@@ -96,13 +96,13 @@ class Compiled:
         return Compiled, (self._source, self._target)
 
 
-def export(equation: Equation, target: str, notes: bool = False, device: bool = True, which: str = PEAK) -> str:
-    """Return the peak as the text of ``target``; raises DerivationError.
+def export(equation: Equation, to: str, notes: bool = False, device: bool = True, which: str = PEAK) -> str:
+    """Return the peak as the text of the format ``to``; raises DerivationError.
 
     LaTeX is of ``which`` ("peak", "terms", "device" or a stage), with its ``notes`` if asked for. With a GPU, code and
     data hold what the ``device`` shows, too, where its form covers its whole grid.
     """
-    return _written(_target(target), equation, notes, device, which)
+    return _written(_target(to), equation, notes, device, which)
 
 
 def _written(target: Target, equation: Equation, notes: bool, device: bool, which: str) -> str:
@@ -115,14 +115,18 @@ def _written(target: Target, equation: Equation, notes: bool, device: bool, whic
 
 
 def _target(name: str) -> Target:
-    one_of("target", found := ALIASES.get(name, name), TARGETS)
+    one_of("to", found := ALIASES.get(name, name), TARGETS)
     return TARGETS[found]
 
 
 def compiled(equation: Equation, target: str = "math") -> Compiled:
     """Return the exact peak as a function; raises DerivationError for an unknown ``target``."""
     one_of("target", target, COMPILED)
-    return Compiled(export(equation, COMPILED[target], device=False), target)
+    source = export(equation, COMPILED[target], device=False)
+    try:
+        return Compiled(source, target)
+    except ImportError as error:
+        raise DerivationError(f"target = {target!r} needs {error.name}: pip install {error.name}") from None
 
 
 def write(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -95,12 +96,57 @@ def spellings() -> dict[str, str]:
     return {text: card.key for text, card in _by_alias().items()}
 
 
+class SeveralCards(UserWarning):
+    """A name that cards of several capacities have."""
+
+
+def variants(name: str) -> tuple[Gpu, ...]:
+    """Return the card that a name without a capacity is taken as, then the others that the capacity tells apart.
+
+    >>> [card.key for card in variants("A100")], variants("a100 40gb"), variants("rtx 3060")
+    (['a100-80gb', 'a100-40gb'], (), ())
+    """
+    short, aliases = _squeeze(name), _by_alias()
+    sized = [card for text, card in aliases.items() if re.fullmatch(rf"{re.escape(short)}\d+gb", text)]
+    taken = aliases.get(short)
+    found = () if taken is None else tuple(dict.fromkeys(card.key for card in (taken, *sized)))
+    return tuple(_table()[key] for key in found) if len(found) > 1 else ()
+
+
+def tell_variants(name: object, memory: object = None) -> None:
+    """Warn SeveralCards where a GPU's name lacks the capacity that tells which card is meant, and ``memory``, too."""
+    if isinstance(name, str) and memory is None and (found := variants(name)):
+        taken, *others = (f"{card.key}, {human(_size(card))}" for card in found)
+        warnings.warn(f"gpu = {shown(name)} is taken as {taken}; there is {' and '.join(others)}", SeveralCards, 3)
+
+
+def of_device(name: str, total_bytes: int) -> str:
+    """Return the name of the card that torch calls so, and whose total memory is nearest; raises DerivationError."""
+    if not (found := variants(name)):
+        return lookup(name).key
+    near = min(found, key=lambda card: abs(_size(card) - total_bytes))
+    return f"{near.key} {round(_size(near) / GIB)}GB"
+
+
+def _size(card: Gpu) -> int:
+    return card.total_memory_bytes or card.nvidia_smi_bytes or 0
+
+
+def memory_bytes(text: str, key: str = "memory") -> int:
+    """Return the bytes of a capacity; raises DerivationError for a bare number that is more GiB than any card has."""
+    nbytes, most = parse_bytes(text, key), max(card.nvidia_smi_bytes or 0 for card in _table().values())
+    if nbytes > most and text.strip().replace(".", "").isdecimal():
+        units = f"a bare number is GiB, of a card up to {human(most)}"
+        raise unsupported(key, text, f"{units}; did you mean {text.strip()}MiB or {text.strip()}GiB?")
+    return nbytes
+
+
 def with_memory(gpu: str | None, memory: str, free: bool = False) -> str:
     """Return the name of ``gpu`` with another capacity, such as "12GiB", or with so much of it free.
 
     Raises DerivationError without a GPU.
     """
-    parse_bytes(memory, "memory")
+    memory_bytes(memory)
     if gpu is None:
         raise unsupported("memory", memory, "a capacity of the card that gpu names")
     return f"{gpu} {memory.strip()}" + " free" * free
@@ -113,7 +159,7 @@ def _named(name: str) -> Gpu | None:
 
 
 def _sized(card: Gpu, capacity: re.Match[str]) -> Gpu:
-    nbytes = parse_bytes(capacity[2], "memory")
+    nbytes = memory_bytes(capacity[2])
     if capacity[5]:
         given = dict.fromkeys(("total_memory_bytes", "context_bytes"), "as given: free memory, the context being there")
         here = replace(card, key=f"{card.key} {capacity[2]} free", sources={**card.sources, **given})

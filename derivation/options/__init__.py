@@ -43,6 +43,7 @@ class Options:
         "Type of weights and activations; fp16, bf16 and fp32 for short",
         "pipeline",
         choices=lambda: choices.DTYPES,
+        aliases=choices.DTYPE_ALIASES,
         matrix=each("dtype", "bfloat16", "float32"),
         remedies=(
             Remedy("float16", {"dtype": "float16"}, "none that is visible; faster", "pipe.to(torch.float16)", 2),
@@ -53,6 +54,7 @@ class Options:
         "Attention backend; xformers is efficient",
         "pipeline",
         choices=lambda: (*choices.ATTENTION, *choices.ATTENTION_ALIASES),
+        aliases=choices.ATTENTION_ALIASES,
         matrix=each("attention", EAGER, "math", "flash"),
         remedies=(
             Remedy("fused attention", {"attention": "efficient"}, "none: the same result, faster", choices.FUSED, 1),
@@ -268,9 +270,8 @@ class Options:
     def __post_init__(self) -> None:
         for name, hint in _hints(Options).items():
             typed(name, getattr(self, name), hint)
-        object.__setattr__(self, "attention", choices.ATTENTION_ALIASES.get(self.attention, self.attention))
-        object.__setattr__(self, "dtype", choices.DTYPE_ALIASES.get(self.dtype, self.dtype))
         for name, entry in TABLE.items():
+            object.__setattr__(self, name, entry.spelled(getattr(self, name)))
             entry.check(name, getattr(self, name))
         if self.strength is not None and not 0 < self.strength <= 1:
             raise DerivationError(f"strength = {self.strength} is not in (0, 1]")

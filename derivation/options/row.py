@@ -30,15 +30,17 @@ class Remedy:
 class Row:
     """What is known of one option besides its name, type and default.
 
-    ``help`` is a sentence, or words that the ``choices`` follow; integers are from ``least`` to ``most``, unless
-    they are one of ``words``. ``drawn`` is what the fuzzer draws it from, ``matrix`` the option sets that ``verify
-    --all`` adds. ``assumed`` is what a header says where it differs from its default, ``absent`` where it does not.
+    ``help`` is a sentence, or words that the ``choices`` follow, of which ``aliases`` are other names; integers are
+    from ``least`` to ``most``, unless they are one of ``words``. ``drawn`` is what the fuzzer draws it from,
+    ``matrix`` the option sets that ``verify --all`` adds. ``assumed`` is what a header says where it differs from its
+    default, ``absent`` where it does not.
     """
 
     help: str
     home: Home
     choices: Callable[[], tuple[str, ...]] | None = None
     words: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
     least: int = 1
     most: int | None = None
     drawn: Mapping[Part, tuple[Any, ...]] = field(default_factory=dict)
@@ -46,6 +48,13 @@ class Row:
     remedies: tuple[Remedy, ...] = ()
     assumed: str = ""
     absent: str = ""
+
+    def spelled(self, value: object) -> object:
+        """Return the choice that a text is but for its case, or is another name of; other values as they are."""
+        if not isinstance(value, str) or self.choices is None:
+            return value
+        names = {**{choice.lower(): choice for choice in self.choices()}, **self.aliases}
+        return names.get(value.lower(), value)
 
     def check(self, name: str, value: object) -> None:
         """Raise DerivationError for a value of the right type that is not among the choices, or out of range."""
