@@ -54,6 +54,10 @@ DEVICE = (
     "What nvidia-smi shows on {}, for sides that are multiples of 64 up to 2048: {}. The LaTeX has every segment; the "
     "form above replays any other call."
 )
+BESIDE = (
+    "That is what PyTorch’s tensors hold. A card needs more beside them: libraries’ scratch memory, what the allocator "
+    "reserves and the CUDA context. The page’s form and {} count them for a card that is named."
+)
 SEGMENTS = "The sum that nvidia-smi shows, segment by segment"
 WHERE = "where the VAE works in overlapping tiles, their sides in pixels:"
 
@@ -62,6 +66,7 @@ def answer_section(c: Content) -> Section:
     """Return the section."""
     blocks: list[Block] = [
         Paragraph(c.summary, lead=True),
+        *(() if c.device else (Paragraph(prose(BESIDE, Code("derivation estimate --gpu"))),)),
         Formula("The equation", c.headline, tuple((name, COPIES[name]) for name in c.latex)),
     ]
     blocks += [Paragraph(prose(DEVICE, c.options.gpu or "", Code(c.device)))] if c.device else []
