@@ -8,7 +8,9 @@ from .controlnet import ControlNetConfig, controlnet_config, controlnet_files, r
 from .models import (
     VAE_SCALE_FACTOR,
     AutoencoderKLConfig,
+    AutoencoderTinyConfig,
     UNet2DConditionConfig,
+    VAEConfig,
     unet_config,
     vae_config,
 )
@@ -19,6 +21,7 @@ from .traced import TracedFolder, bundled_traced, hub_folder, is_live_traced, tr
 __all__ = [
     "VAE_SCALE_FACTOR",
     "AutoencoderKLConfig",
+    "AutoencoderTinyConfig",
     "CLIPTextConfig",
     "CLIPVisionConfig",
     "Checkpoint",
@@ -27,6 +30,7 @@ __all__ = [
     "SchedulerConfig",
     "TracedFolder",
     "UNet2DConditionConfig",
+    "VAEConfig",
     "bundled",
     "bundled_traced",
     "clip_text_config",

@@ -13,7 +13,7 @@ from .checks import INDEX, At, Check, anything, flag_or_null, one_of, strict
 from .clip import TEXT_CLASSES, CLIPTextConfig, CLIPVisionConfig, clip_text_config, clip_vision_config
 from .controlnet import ControlNetConfig
 from .json_file import read_json
-from .models import AutoencoderKLConfig, UNet2DConditionConfig, unet_config, vae_config
+from .models import UNet2DConditionConfig, VAEConfig, unet_config, vae_config
 from .schedulers import DEFAULTS, SchedulerConfig, scheduler_config
 
 BUNDLED = Path(__file__).resolve().parent / "configs"
@@ -29,6 +29,7 @@ PIPELINE_CLASSES = (
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
+VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 # Parts of a class's name; without one it makes images of text alone.
 TASKS = {"Img2Img": "img2img", "Inpaint": "inpaint"}
 
@@ -54,7 +55,7 @@ class Checkpoint:
     source: str
     pipeline_class: str
     unet: UNet2DConditionConfig | None
-    vae: AutoencoderKLConfig | None
+    vae: VAEConfig | None
     text_encoder: CLIPTextConfig | None
     text_encoder_2: CLIPTextConfig | None
     safety_checker: CLIPVisionConfig | None
@@ -98,7 +99,7 @@ class Reader(NamedTuple):
 
 COMPONENTS: dict[str, Reader] = {
     "unet": Reader(("UNet2DConditionModel",), lambda part: unet_config(part.mapping, part.file)),
-    "vae": Reader(("AutoencoderKL",), lambda part: vae_config(part.mapping, part.file)),
+    "vae": Reader(VAE_CLASSES, lambda part: vae_config(part.mapping, part.file, part.class_name)),
     "text_encoder": Reader(TEXT_CLASSES, lambda part: clip_text_config(part.mapping, part.file, part.class_name)),
     "text_encoder_2": Reader(TEXT_CLASSES, lambda part: clip_text_config(part.mapping, part.file, part.class_name)),
     "safety_checker": Reader(

@@ -62,7 +62,7 @@ PLAIN: dict[str, Check[Any]] = {
 }
 READERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "unet": unet_config,
-    "vae": vae_config,
+    "vae": lambda part: vae_config(part, class_name=part.pop("class_name", "AutoencoderKL")),
     "text_encoder": _named(clip_text_config),
     "text_encoder_2": _named(clip_text_config),
     "safety_checker": clip_vision_config,

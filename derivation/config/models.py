@@ -137,6 +137,45 @@ class AutoencoderKLConfig:
         return 1 << (len(self.block_out_channels) - 1)
 
 
+@dataclass(frozen=True, slots=True)
+class AutoencoderTinyConfig:
+    """The config of ``AutoencoderTiny``; each half has one number of channels, as its convolutions ask."""
+
+    in_channels: int = key(size, 3)
+    out_channels: int = key(size, 3)
+    encoder_block_out_channels: tuple[int, ...] = key(listed(size), (64, 64, 64, 64))
+    decoder_block_out_channels: tuple[int, ...] = key(listed(size), (64, 64, 64, 64))
+    act_fn: str = key(activation, "relu")
+    upsample_fn: str = key(one_of("nearest"), "nearest")
+    latent_channels: int = key(size, 4)
+    upsampling_scaling_factor: int = key(one_of(2), 2)
+    num_encoder_blocks: tuple[int, ...] = key(listed(integer(0, MAX_LAYERS)), (1, 3, 3, 3))
+    num_decoder_blocks: tuple[int, ...] = key(listed(integer(0, MAX_LAYERS)), (3, 3, 3, 1))
+    latent_magnitude: float = key(number, 3)
+    latent_shift: float = key(number, 0.5)
+    scaling_factor: float = key(positive, 1.0)
+    shift_factor: float = key(number, 0.0)
+    class_name: str = "AutoencoderTiny"
+
+    @property
+    def block_out_channels(self) -> tuple[int, ...]:
+        """What the class registers for the pipelines' ``vae_scale_factor``."""
+        return self.decoder_block_out_channels
+
+    @property
+    def scale_factor(self) -> int:
+        """Image pixels per latent, along a side (``vae_scale_factor`` of diffusers' pipelines)."""
+        return 1 << (len(self.block_out_channels) - 1)
+
+    @property
+    def force_upcast(self) -> bool:
+        """False, whatever the file says: the class registers it so."""
+        return False
+
+
+VAEConfig = AutoencoderKLConfig | AutoencoderTinyConfig
+
+
 def block_count(mapping: object, file: str, default: int) -> int:
     """Return the blocks of a model by its ``down_block_types``; raises UnsupportedConfig for what is no list."""
     if not isinstance(mapping, Mapping) or "down_block_types" not in mapping:
@@ -206,11 +245,25 @@ def unet_config(mapping: object, file: str = "unet/config.json") -> UNet2DCondit
     return unet
 
 
-def vae_config(mapping: object, file: str = "vae/config.json") -> AutoencoderKLConfig:
-    """Return the checked config of an ``AutoencoderKL``; raises ``DerivationError``."""
-    expect_class(mapping, file, "AutoencoderKL")
-    vae = AutoencoderKLConfig(
-        **read(AutoencoderKLConfig, mapping, file, extra={}, blocks=block_count(mapping, file, 1))
-    )
+def vae_config(mapping: object, file: str = "vae/config.json", class_name: str = "AutoencoderKL") -> VAEConfig:
+    """Return the checked config of a VAE of class ``class_name``; raises ``DerivationError``."""
+    expect_class(mapping, file, class_name)
+    if class_name == "AutoencoderTiny":
+        return _tiny_config(mapping, file)
+    count = block_count(mapping, file, 1)
+    vae = AutoencoderKLConfig(**read(AutoencoderKLConfig, mapping, file, extra={}, blocks=count))
     _divides(vae.norm_num_groups, vae.block_out_channels, At(file, "block_out_channels"), "norm_num_groups")
+    return vae
+
+
+def _tiny_config(mapping: object, file: str) -> AutoencoderTinyConfig:
+    extra: dict[str, Check[Any]] = {"block_out_channels": anything, "force_upcast": flag_or_null}
+    vae = AutoencoderTinyConfig(**read(AutoencoderTinyConfig, mapping, file, extra=extra))
+    levels = len(vae.decoder_block_out_channels)
+    for name in ("encoder_block_out_channels", "decoder_block_out_channels"):
+        if len(value := getattr(vae, name)) != levels or len(set(value)) > 1:
+            raise At(file, name).unsupported(value, f"{levels} times the same")
+    for name in ("num_encoder_blocks", "num_decoder_blocks"):
+        if len(value := getattr(vae, name)) != levels or sum(value) > MAX_LAYERS:
+            raise At(file, name).unsupported(value, f"{levels} values, at most {MAX_LAYERS} in all")
     return vae

@@ -20,7 +20,7 @@ from derivation.walk.blocks.autoencoder_kl import tiled_decode
 from derivation.walk.components import components, parameters
 from derivation.walk.models import decode
 from derivation.walk.ops import elementwise, given
-from derivation.walk.pipelines import Pipeline, required
+from derivation.walk.pipelines import Pipeline
 
 Values = Mapping[str, int]
 _TAPES: dict[Hashable, list[Tape]] = {}
@@ -88,7 +88,8 @@ class Bench:
     @property
     def vae(self) -> AutoencoderKLConfig:
         """The VAE's config."""
-        return required(self.checkpoint.vae, "vae")
+        assert isinstance(self.checkpoint.vae, AutoencoderKLConfig)
+        return self.checkpoint.vae
 
     def scaled_decode(self) -> SymTensor:
         """``vae.decode(latents / scaling_factor)`` of B latents."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import sympy
 
-from derivation.config import AutoencoderKLConfig
+from derivation.config import AutoencoderKLConfig, VAEConfig
 from derivation.errors import DerivationError
 from derivation.options import Options
 from derivation.tape.symbols import SYMBOLS, TILE_AXES, Size, floor_div, free_names, is_tile, symbol
@@ -68,8 +68,15 @@ class Tiling:
     overlap: float
 
     @classmethod
-    def of(cls, vae: AutoencoderKLConfig, options: Options) -> Tiling:
-        """Return the VAE's attributes under ``options``; its ``sample_size`` may be [height, width]."""
+    def of(cls, vae: VAEConfig, options: Options) -> Tiling:
+        """Return the VAE's attributes under ``options``; its ``sample_size`` may be [height, width].
+
+        Raises DerivationError for a VAE of another class than AutoencoderKL, which cuts its tiles otherwise.
+        """
+        if not isinstance(vae, AutoencoderKLConfig):
+            raise DerivationError(
+                f"vae_tiling = True is not supported with {vae.class_name} (supported: AutoencoderKL)"
+            )
         size = vae.sample_size if isinstance(vae.sample_size, int) else vae.sample_size[0]
         return cls(options.tile_sample_min_size or size, vae.scale_factor, options.tile_overlap_factor)
 

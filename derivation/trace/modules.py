@@ -63,7 +63,7 @@ def build_unet(config: Config, dtype: str = "float16", attention: str = "efficie
 
 
 def build_vae(config: Config, dtype: str = "float16", attention: str = "efficient", switches: Switches = ()) -> Any:
-    """Return the AutoencoderKL of a config; ``attention="eager"`` sets diffusers' AttnProcessor."""
+    """Return the VAE of a config, AutoencoderKL where it names no class; "eager" sets diffusers' AttnProcessor."""
     # a pipeline may leave the VAE in float32
     return _frozen(_build(_vae, config, dtype, attention == "eager", switches), dtype)
 
@@ -280,7 +280,8 @@ def _unet(config: str, dtype: str, eager: bool, switches: Switches) -> Any:
 
 @lru_cache(maxsize=16)
 def _vae(config: str, dtype: str, eager: bool, switches: Switches) -> Any:
-    return _diffusers_model(diffusers.AutoencoderKL, config, dtype, eager, switches)
+    cls = getattr(diffusers, json.loads(config).get("_class_name", "AutoencoderKL"))
+    return _diffusers_model(cls, config, dtype, eager, switches)
 
 
 @lru_cache(maxsize=16)
@@ -332,7 +333,7 @@ def _diffusers_model(cls: Any, config: str, dtype: str, eager: bool, switches: S
 
 def _switched(model: Any, dtype: str, eager: bool, switches: Switches) -> Any:
     with torch.device("meta"):
-        if eager:
+        if eager and hasattr(model, "set_attn_processor"):
             model.set_attn_processor(AttnProcessor())
         switch_on(model, dict(switches))
     return _frozen(model, dtype)

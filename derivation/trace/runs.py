@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 
 from derivation.call import DEFAULT_PROMPT_LENGTH
 from derivation.call import Call as PipelineCall
@@ -158,7 +159,7 @@ def _text_encoder(config: Config, attention: str, sizes: Sizes) -> Call:
 
 def _vae_encode(config: Config, attention: str, sizes: Sizes) -> Call:
     vae = _placed(build_vae(config, sizes.dtype, attention, sizes.switches), sizes)
-    return vae, {"x": sizes.image(vae.config.in_channels)}, lambda x: vae.encode(x).latent_dist.sample()
+    return vae, {"x": sizes.image(vae.config.in_channels)}, lambda x: retrieve_latents(vae.encode(x))
 
 
 def _unet(config: Config, attention: str, sizes: Sizes) -> Call:

@@ -53,7 +53,7 @@ def switches(options: Options) -> tuple[tuple[str, Any], ...]:
     return tuple((name, value) for name, value in options.as_dict().items() if name in known and value != usual[name])
 
 
-@switch(diffusers.AutoencoderKL)
+@switch(diffusers.AutoencoderKL, diffusers.AutoencoderTiny)
 def vae_slicing(vae: Any, value: bool) -> None:
     """``vae.enable_slicing()``."""
     vae.use_slicing = value
@@ -158,7 +158,7 @@ def _ip_adapter(unet: Any, width: int) -> dict[str, dict[str, torch.Tensor]]:
     return {"image_proj": projection | norm, "ip_adapter": keys}
 
 
-@switch(diffusers.UNet2DConditionModel, diffusers.AutoencoderKL)
+@switch(diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.AutoencoderTiny)
 def channels_last(model: Any, value: bool) -> None:
     """``model.to(memory_format=torch.channels_last)``."""
     model.to(memory_format=torch.channels_last)

@@ -91,8 +91,10 @@ def random_case(seed: int, component: str | None = None) -> Case:
         "h0": rng.choice(SIDES),
         "w0": rng.choice(SIDES),
     }
-    if options.vae_tiling and _cut_below_a_latent(config.get("vae/config.json", config), options, sizes):
-        unset = Options()
+    vae, unset = config.get("vae/config.json", config), Options()
+    if vae.get("_class_name") == random_configs.TINY:
+        options = replace(options, **{name: getattr(unset, name) for name in ("vae_tiling", *TILE_OPTIONS)})
+    if options.vae_tiling and _cut_below_a_latent(vae, options, sizes):
         options = replace(options, **{name: getattr(unset, name) for name in TILE_OPTIONS})
     return Case(seed, component, config, options, sizes, rng.random() < 0.5)
 

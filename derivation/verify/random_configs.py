@@ -10,6 +10,7 @@ from derivation.walk.schedulers import SCHEDULERS
 
 GROUPS = (1, 2, 4, 8)
 POSITIONS = 77
+TINY = "AutoencoderTiny"
 # bos, eos and pad of a vocabulary of 100
 TOKENS = {"vocab_size": 100, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 99}
 
@@ -152,7 +153,11 @@ def random_checkpoint(rng: random.Random) -> Files:
         files["text_encoder_2/config.json"] = second
     elif rng.random() < 0.5:
         files["safety_checker/config.json"] = random_safety_checker(rng)
-    return {"model_index.json": _index(files, xl, rng), **files}
+    files["model_index.json"] = _index(files, xl, rng)
+    if rng.random() < 0.2:
+        files["vae/config.json"] = _tiny_vae(rng)
+        files["model_index.json"]["vae"] = ["diffusers", TINY]
+    return files
 
 
 def _small_unet(rng: random.Random, encoders: list[dict[str, Any]]) -> dict[str, Any]:
@@ -192,6 +197,18 @@ def _small_vae(rng: random.Random) -> dict[str, Any]:
         "latent_channels": 4,
         "sample_size": rng.choice((64, 512)),
         "force_upcast": rng.random() < 0.5,
+    }
+
+
+def _tiny_vae(rng: random.Random) -> dict[str, Any]:
+    """Return an AutoencoderTiny of 4 latent channels and 4 levels."""
+    return {
+        "_class_name": TINY,
+        "encoder_block_out_channels": [rng.choice((8, 16, 40))] * 4,
+        "decoder_block_out_channels": [rng.choice((8, 16, 40))] * 4,
+        "num_encoder_blocks": [rng.randint(0, 2) for _ in range(4)],
+        "num_decoder_blocks": [rng.randint(0, 2) for _ in range(4)],
+        "act_fn": rng.choice(("relu", "silu", "gelu")),
     }
 
 

@@ -11,12 +11,12 @@ from functools import lru_cache
 from math import prod
 
 from derivation.config import (
-    AutoencoderKLConfig,
     Checkpoint,
     CLIPTextConfig,
     CLIPVisionConfig,
     ControlNetConfig,
     UNet2DConditionConfig,
+    VAEConfig,
     controlnet_files,
     image_encoder,
     read_controlnet,
@@ -94,15 +94,15 @@ def _encode_image(config: CLIPVisionConfig) -> object:
     return models.CLIPVisionModelWithProjection("image_encoder", pixel_values, config=config)
 
 
-def _encode(config: AutoencoderKLConfig) -> object:
+def _encode(config: VAEConfig) -> object:
     """``vae.encode(x).latent_dist.sample()``: x [B, 3, H, W]."""
     factor = config.scale_factor
     x = _input(tape().size("B"), config.in_channels, factor * tape().size("h0"), factor * tape().size("w0"))
     with tape().scope("vae"):
-        return models.encode(x, config).sample()
+        return models.encode(x, config)
 
 
-def _decode(config: AutoencoderKLConfig, options: Options) -> object:
+def _decode(config: VAEConfig, options: Options) -> object:
     """``vae.decode(z, return_dict=False)``: z [images, C, h0, w0]."""
     z = _input(images(options), config.latent_channels, tape().size("h0"), tape().size("w0"))
     with tape().scope("vae"):

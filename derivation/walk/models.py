@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from derivation.config import ControlNetConfig, UNet2DConditionConfig
+from derivation.config import AutoencoderKLConfig, ControlNetConfig, UNet2DConditionConfig, VAEConfig
 from derivation.tape.block import block
 from derivation.tape.symbols import Size
 from derivation.tape.tape import tape
 from derivation.tape.tensor import SymTensor
+from derivation.walk.blocks import autoencoder_kl, autoencoder_tiny
 from derivation.walk.blocks.activations import activation
 from derivation.walk.blocks.attention_processor import Conditions
-from derivation.walk.blocks.autoencoder_kl import decode, encode
 from derivation.walk.blocks.controlnet import ControlNetModel, MultiControlNetModel, Residuals
 from derivation.walk.blocks.embeddings import (
     MultiIPAdapterImageProjection,
@@ -165,6 +165,20 @@ def controlnet(
         return MultiControlNetModel(
             "controlnet", sample, timestep, encoder_hidden_states, tuple(controlnet_cond), added_cond, configs=configs
         )
+
+
+def encode(x: SymTensor, config: VAEConfig) -> SymTensor:
+    """``retrieve_latents(vae.encode(x))``: [N, 3, H, W] -> latents [N, C, H/f, W/f]."""
+    if isinstance(config, AutoencoderKLConfig):
+        return autoencoder_kl.encode(x, config).sample()
+    return autoencoder_tiny.encode(x, config)
+
+
+def decode(z: SymTensor, config: VAEConfig) -> SymTensor:
+    """``vae.decode(z, return_dict=False)[0]``: latents [N, C, h, w] -> [N, 3, f h, f w]."""
+    if isinstance(config, AutoencoderKLConfig):
+        return autoencoder_kl.decode(z, config)
+    return autoencoder_tiny.decode(z, config)
 
 
 def _time_embed(sample: SymTensor, timestep: SymTensor, config: UNet2DConditionConfig) -> SymTensor:

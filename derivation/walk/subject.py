@@ -29,7 +29,10 @@ from derivation.walk.pipelines.offload import resident
 
 
 class WalkedSubject:
-    """A checkpoint under options; raises DerivationError for an unknown GPU or version, or a LoRA that does not fit."""
+    """A checkpoint under options.
+
+    Raises DerivationError for an unknown GPU or version, a LoRA that does not fit, or tiles that the VAE does not cut.
+    """
 
     method = "walk"
     guided = GUIDED
@@ -44,6 +47,8 @@ class WalkedSubject:
         self._memory: Memory = {}
         if options.lora is not None:
             lora(checkpoint, options)
+        if options.vae_tiling and checkpoint.vae is not None:
+            Tiling.of(checkpoint.vae, options)
 
     @classmethod
     def live(cls, pipe: object, **given: Any) -> WalkedSubject:

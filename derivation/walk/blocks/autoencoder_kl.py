@@ -25,10 +25,10 @@ Run = Callable[[SymTensor], SymTensor]
 def encode(x: SymTensor, config: AutoencoderKLConfig) -> DiagonalGaussianDistribution:
     """``AutoencoderKL.encode(x).latent_dist``: [N, 3, H, W] -> the posterior over [N, C, H/f, W/f]."""
     if tape().libraries.follows("kept_encoder_output") and not _tiled(x, Tiling.of(config, tape().options).sample):
-        h = _sliced(x, lambda part: Encoder("encoder", part, config=config))
+        h = sliced(x, lambda part: Encoder("encoder", part, config=config))
         moments = _moments(h, config)
     else:
-        moments = _sliced(x, lambda part: _encode(part, config))
+        moments = sliced(x, lambda part: _encode(part, config))
     posterior = DiagonalGaussianDistribution(moments)
     return posterior
 
@@ -39,12 +39,12 @@ def _moments(enc: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
 
 def decode(z: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
     """``AutoencoderKL.decode(z, return_dict=False)[0]``: [N, C, h, w] -> [N, 3, f h, f w]."""
-    decoded = _sliced(z, lambda part: _decode(part, config))
+    decoded = sliced(z, lambda part: _decode(part, config))
     return decoded
 
 
-def _sliced(x: SymTensor, run: Run) -> SymTensor:
-    """``torch.cat([run(part) for part in x.split(1)])`` where slicing is on and there is more than one."""
+def sliced(x: SymTensor, run: Run) -> SymTensor:
+    """Return ``torch.cat([run(part) for part in x.split(1)])`` where slicing is on and there is more than one."""
     if not (tape().options.vae_slicing and tape().exceeds(x.shape[0], 1)):
         return run(x)
     part = x.narrow(0, 1)

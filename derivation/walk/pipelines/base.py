@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
-from derivation.config import AutoencoderKLConfig, Checkpoint, SchedulerConfig, UNet2DConditionConfig
+from derivation.config import Checkpoint, SchedulerConfig, UNet2DConditionConfig, VAEConfig
 from derivation.config.checks import MAX_SIZE
 from derivation.errors import DerivationError
 from derivation.options import Options
@@ -88,9 +88,9 @@ class Pipeline:
         return max((prefix for prefix in FAMILIES if name.startswith(prefix)), key=len)
 
     @property
-    def vae(self) -> AutoencoderKLConfig:
+    def vae(self) -> VAEConfig:
         """The config of the VAE."""
-        return required(self.checkpoint.vae, "vae")
+        return cast(VAEConfig, required(self.checkpoint.vae, "vae"))
 
     @property
     def unet(self) -> UNet2DConditionConfig:
@@ -189,7 +189,7 @@ class Pipeline:
         """``retrieve_latents(vae.encode(image))``."""
         self.models.pre_forward("vae")
         with tape().scope("vae"):
-            return encode(image, self.vae).sample()
+            return encode(image, self.vae)
 
     def decode(self, latents: SymTensor) -> SymTensor:
         """``vae.decode(latents)``."""

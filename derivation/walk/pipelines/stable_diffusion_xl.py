@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from derivation.config import AutoencoderKLConfig
 from derivation.errors import DerivationError
 from derivation.options.choices import EAGER
 from derivation.tape.events import Category
@@ -224,7 +225,7 @@ def decode_latents(pipeline: Pipeline, loop: Denoising) -> SymTensor:
     """``vae.decode``; where the VAE must not run in float16, its weights and the latents become float32 first."""
     needs_upcasting = pipeline.options.dtype == "float16" and pipeline.vae.force_upcast
     if needs_upcasting:
-        if not pipeline.vae.use_post_quant_conv:
+        if not getattr(pipeline.vae, "use_post_quant_conv", True):
             # diffusers reads the upcast dtype off post_quant_conv
             raise DerivationError("the VAE's use_post_quant_conv = false is not supported in SDXL with force_upcast")
         tape().mark(VAE_DECODE)
@@ -268,8 +269,9 @@ def inpaints_with_controlnets(pipeline: Pipeline) -> bool:
 
 def latents_moments(pipeline: Pipeline, dtype: str) -> tuple[SymTensor, SymTensor] | None:
     """Return ``latents_mean`` and ``latents_std`` [1, C, 1, 1] where the VAE's config has both."""
-    if pipeline.vae.latents_mean is None or pipeline.vae.latents_std is None:
+    vae = pipeline.vae
+    if not isinstance(vae, AutoencoderKLConfig) or vae.latents_mean is None or vae.latents_std is None:
         return None
-    shape = (1, pipeline.vae.latent_channels, 1, 1)
+    shape = (1, vae.latent_channels, 1, 1)
     mean, std = (empty(shape, dtype, "_to_copy", Category.PIPELINE) for _ in range(2))
     return mean, std
