@@ -28,7 +28,7 @@ from derivation.equation.cases import regimes
 from derivation.export import CHECKED_IN, TARGETS, compiled, export, generate, write, write_formulas
 from derivation.export.render import assumptions, exclusions
 from derivation.libraries import DEFAULT
-from derivation.tape.grid import B, Domain, H, L, Range, Sides, W
+from derivation.tape.grid import B, H, L, W
 from derivation.walk.subject import WalkedSubject
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -674,14 +674,3 @@ def test_fewer_steps_never_take_more(module):
         d = derive(SD15, pipeline="img2img", num_inference_steps=steps, strength=1.0)
         for guidance in (True, False):
             assert truth(d, 512, 512, 77, 1, guidance) <= module.peak_vram(512, 512, guidance=guidance)
-
-
-def test_a_domain_leaves_out_what_its_calls_cannot_reach_and_nothing_else():
-    whole = derive(SD15, pipeline="img2img", attention="math")
-    domain = Domain(Sides(136, 1, 512), {"batch_size": Range(1, 2), "prompt_length": Range(1, 154)})
-    equation = whole.equation.within(domain)
-    assert sum(map(len, equation.function.cases.values())) < sum(map(len, whole.equation.function.cases.values()))
-    peak_vram, (heights, widths) = compiled(equation), ((136, 137, 264, 512), (136, 200, 328))
-    for height, width, length, batch, guidance in product(heights, widths, (1, 77, 78), (1, 2), (True, False)):
-        stages = whole.stage_peaks(height, width, batch, length, guidance)
-        assert peak_vram(height, width, length, batch, guidance) == whole.weights_bytes + max(stages.values())

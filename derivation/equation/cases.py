@@ -77,16 +77,6 @@ class Cell:
             values = _just_above(threshold, values)
         return values
 
-    def meets(self, derived: Derived) -> bool:
-        """Return whether a call of the derivation's domain may lie in this cell: False is certain."""
-        if derived.extremes is None:
-            return True
-        least, most = derived.extremes
-        if any(least.get(name, 1) > 1 for name in self.ones):
-            return False
-        known = ((size, bound) for size, bound in self.above if free_names(size) <= most.keys() and _grows(size))
-        return all(evaluate(size, most) > bound for size, bound in known)
-
     def conditions(self) -> tuple[Guard, ...]:
         """Return the fewest decisions that put a size into this cell."""
         least = [n for n in sorted(self.ones) if n[0] not in "hw" or f"{n[0]}{int(n[1:]) - 1}" not in self.ones]
@@ -113,10 +103,6 @@ def _just_above(threshold: Threshold, values: Mapping[str, int]) -> dict[str, in
         return {**values, **{name: max(values[name], n) for name in raised}}
 
     return at_least(bisect_left(range(bound + 1), True, key=lambda n: evaluate(size, at_least(n)) > bound))
-
-
-def _grows(size: Size) -> bool:
-    return isinstance(size, int) or all(coefficient > 0 for coefficient in size.values())
 
 
 def _implies(threshold: Threshold, other: Threshold) -> bool:
@@ -150,7 +136,7 @@ def regimes(program: Recordings, derived: Derived) -> list[tuple[Cell, Variant]]
         variant = program.regime(cell.values(generic))
         found.setdefault(id(variant), (cell, variant))
         flips = {cell.flipped(guard): None for guard in variant.tape.guards.values()}
-        fresh = [flip for flip in flips if flip is not None and flip not in seen and flip.meets(derived)]
+        fresh = [flip for flip in flips if flip is not None and flip not in seen]
         for flip in fresh:
             _check_finite(flip)
         seen.update(fresh)
@@ -276,8 +262,7 @@ def _variants(derived: Derived, guidance: bool) -> list[tuple[Cell, Variant]]:
     """Return the pipeline's variants in the cells where its peak may be another function."""
     cells = _component_cells(derived, guidance) + _own_cells(derived, guidance)
     program, sizes = derived.program(guidance), generic_sizes(derived)
-    met = (cell for cell in _intersections(cells) if cell.meets(derived))
-    return [(cell, program.regime(cell.values(sizes))) for cell in met]
+    return [(cell, program.regime(cell.values(sizes))) for cell in _intersections(cells)]
 
 
 def _component_cells(derived: Derived, guidance: bool) -> list[Cell]:

@@ -16,10 +16,9 @@ from derivation.options import Options
 from derivation.peak.headline import Term, maximum
 from derivation.peak.record import Record, StageRecord, derive_record
 from derivation.peak.witness import Witness, witness_at
-from derivation.tape.grid import Domain, Grid, Range, Sides
+from derivation.tape.grid import Grid, Range, Sides
 from derivation.tape.program import Recordings, Variant
 from derivation.tape.subject import Parameters, Subject, weights_bytes
-from derivation.tape.symbols import is_tile
 
 T = TypeVar("T")
 
@@ -81,16 +80,15 @@ def _check_allocator(conf: str) -> None:
 
 
 class Derived:
-    """What follows from a subject's tapes, with the symbols in ``fixed`` as numbers, for calls in ``domain`` or all.
+    """What follows from a subject's tapes, with the symbols in ``fixed`` as numbers.
 
     What depends on guidance is a method of it; every part is made when it is first read, and kept.
     """
 
-    def __init__(self, subject: Subject, fixed: Mapping[str, int], domain: Domain | None = None) -> None:
+    def __init__(self, subject: Subject, fixed: Mapping[str, int]) -> None:
         _check_allocator(subject.options.alloc_conf or "")
         self.subject = subject
         self.fixed = dict(fixed)
-        self.domain = domain
         self._made: dict[tuple[object, ...], Any] = {}
 
     def _once(self, make: Callable[..., T], *arguments: Any) -> T:
@@ -201,7 +199,7 @@ class Derived:
     @property
     def sides(self) -> Sides:
         """The image sides that are accepted."""
-        return self.subject.sides if self.domain is None else self.domain.sides
+        return self.subject.sides
 
     def accepts(self, values: Mapping[str, int]) -> bool:
         """Return whether level sides are those of an image that is not too large for the pipeline."""
@@ -209,27 +207,12 @@ class Derived:
         most = self.subject.sides.most
         return all(value * (self.factor << int(name[1:])) <= most for name, value in sides.items())
 
-    @cached_property
-    def extremes(self) -> tuple[dict[str, int], dict[str, int]] | None:
-        """The least and the largest value in the domain of each symbol that grows with the call; None without one."""
-        if self.domain is None:
-            return None
-        least, most = (self.grid.sizes(side, side) for side in (self.sides.least, self.sides.most))
-        bounds = {name: self.domain.bounds[key] for name, key in (("B", "batch_size"), ("L", "prompt_length"))}
-        first, last = ({name: getattr(b, end) for name, b in bounds.items()} for end in ("first", "last"))
-        return {**first, **least}, {**last, **{n: side for n, side in most.items() if not is_tile(n)}}
-
-    def within(self, domain: Domain) -> Self:
-        """Return the same for calls in ``domain`` alone, without what no such call can reach."""
-        return type(self)(self.subject, self.fixed, domain)
-
     @property
     def bounds(self) -> Mapping[str, Range]:
         """The values that batch_size and prompt_length may have, where those are fewer than all."""
         names = {"B": "batch_size", "L": "prompt_length"}
         given = {names[name] for name in self.given if name in names}
-        bounds = self.subject.bounds if self.domain is None else self.domain.bounds
-        return {name: bound for name, bound in bounds.items() if name not in given}
+        return {name: bound for name, bound in self.subject.bounds.items() if name not in given}
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -270,4 +253,4 @@ class Derived:
         values = self.sizes(Call(**sides))  # type: ignore[arg-type]
         short = {"h": "height", "w": "width", "B": "batch_size", "L": "prompt_length"}
         fixed = {name: value for name, value in values.items() if short.get(name[0], "height") in known}
-        return type(self)(self.subject, {**self.fixed, **fixed}, self.domain)
+        return type(self)(self.subject, {**self.fixed, **fixed})

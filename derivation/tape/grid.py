@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import sympy
@@ -80,14 +80,6 @@ class Frames:
     def frames(self, latent: int) -> int:
         """Return the frames of ``latent`` latent frames."""
         return (latent - 1) * self.factor + 1
-
-
-@dataclass(frozen=True, slots=True)
-class Domain:
-    """The calls that somebody can ask for: image ``sides``, and the values of other sizes by name."""
-
-    sides: Sides
-    bounds: Mapping[str, Range]
 
 
 @dataclass(frozen=True, slots=True)
