@@ -161,7 +161,7 @@ BAD: list[tuple[str, str, object, str]] = [
     ("safety_checker", "vision_config", {"patch_size": 0}, "vision_config.patch_size"),
     ("safety_checker", "vision_config", {"patch_size": 500}, "up to image_size = 224"),
     ("safety_checker", "projection_dim", "768", "integer"),
-    ("scheduler", "_class_name", "LMSDiscreteScheduler", "PNDMScheduler"),
+    ("scheduler", "_class_name", "DPMSolverSDEScheduler", "PNDMScheduler"),
     ("scheduler", "prediction_type", "noise", "v_prediction"),
     ("scheduler", "skip_prk_steps", 1, "true or false"),
     ("scheduler", "beta_start", math.inf, "finite"),
@@ -224,9 +224,9 @@ def test_a_foreign_pipeline_is_named_before_its_parts(folder: Path) -> None:
 
 def test_a_scheduler_takes_the_place_of_one_that_is_not_known(folder: Path) -> None:
     file, own = folder / "model_index.json", folder / "scheduler/scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"scheduler": ["diffusers", "LMSDiscreteScheduler"]}))
-    own.write_text(json.dumps(json.loads(own.read_text()) | {"_class_name": "LMSDiscreteScheduler"}))
-    rejects(lambda: config.load(folder), str(file), "LMSDiscreteScheduler")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scheduler": ["diffusers", "DPMSolverSDEScheduler"]}))
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"_class_name": "DPMSolverSDEScheduler"}))
+    rejects(lambda: config.load(folder), str(file), "DPMSolverSDEScheduler")
     assert derive(folder, scheduler="DDIMScheduler").peak == derive(SD15, scheduler="DDIMScheduler").peak
 
 

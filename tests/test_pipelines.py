@@ -195,6 +195,7 @@ def test_iterations_recorded_once_stand_for_all(tmp_path: Path, scheduler: str) 
 DPM, UNIPC = {"_class_name": "DPMSolverMultistepScheduler"}, {"_class_name": "UniPCMultistepScheduler"}
 EULER, DDPM = {"_class_name": "EulerDiscreteScheduler"}, {"_class_name": "DDPMScheduler"}
 DEIS, HEUN = {"_class_name": "DEISMultistepScheduler"}, {"_class_name": "HeunDiscreteScheduler"}
+EDM = {"_class_name": "EDMDPMSolverMultistepScheduler"}
 NOISE = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 THRESHOLD = {"thresholding": True}
@@ -236,6 +237,12 @@ VARIANTS: list[dict[str, Any]] = [
         {"_class_name": f"KDPM2{kind}DiscreteScheduler", "use_karras_sigmas": True, "prediction_type": "v_prediction"}
         for kind in ("", "Ancestral")
     ),
+    *({"_class_name": "LMSDiscreteScheduler", "prediction_type": p} for p in ("sample", "v_prediction")),
+    {"_class_name": "LMSDiscreteScheduler", "use_karras_sigmas": True, "timestep_spacing": "leading"},
+    {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction", "sigma_schedule": "exponential"},
+    *(EDM | {"solver_order": order, "prediction_type": "v_prediction"} for order in (1, 3)),
+    *(EDM | {"algorithm_type": "sde-dpmsolver++", "solver_order": order} for order in (1, 2)),
+    EDM | {"algorithm_type": "deis", "solver_type": "logrho", "final_sigmas_type": "sigma_min"} | THRESHOLD,
     EULER | {"interpolation_type": "log_linear"},
     EULER | {"interpolation_type": "log_linear", "timestep_type": "continuous", "prediction_type": "v_prediction"},
     EULER | {"interpolation_type": "log_linear", "use_karras_sigmas": True, "timestep_spacing": "trailing"},

@@ -14,7 +14,7 @@ from .clip import TEXT_CLASSES, CLIPTextConfig, CLIPVisionConfig, clip_text_conf
 from .controlnet import ControlNetConfig
 from .json_file import read_json
 from .models import UNet2DConditionConfig, VAEConfig, unet_config, vae_config
-from .schedulers import DEFAULTS, SchedulerConfig, scheduler_config
+from .schedulers import DEFAULTS, UNWALKED, SchedulerConfig, scheduler_config
 
 BUNDLED = Path(__file__).resolve().parent / "configs"
 # h94/IP-Adapter: models/image_encoder, OpenCLIP ViT-H/14, which ip-adapter_sd15 and ip-adapter_sdxl_vit-h read
@@ -147,15 +147,23 @@ def known_pipeline(named: object, file: str) -> str:
     return one_of(*PIPELINE_CLASSES)(named, At(file, "_class_name"))
 
 
+def known_class(part_name: str, class_name: str, file: str) -> None:
+    """Raise UnsupportedConfig for a component of a class that is not walked."""
+    supported = COMPONENTS[part_name].classes
+    if class_name in UNWALKED:
+        named = f"{', '.join(supported)}; not this one: {UNWALKED[class_name]}"
+        raise UnsupportedConfig(file, part_name, class_name, named)
+    one_of(*supported)(class_name, At(file, part_name))
+
+
 def assembled(name: str, source: str, file: str, named: object, index: object, parts: Mapping[str, Part]) -> Checkpoint:
     """Return the checkpoint of a pipeline's index and components, all checked; raises ``DerivationError``."""
     pipeline_class = known_pipeline(named, file)
     given = _flags(index, file)
     built: dict[str, Any] = dict.fromkeys(COMPONENTS)
     for part_name, part in parts.items():
-        component = COMPONENTS[part_name]
-        one_of(*component.classes)(part.class_name, At(file, part_name))
-        built[part_name] = component.build(part)
+        known_class(part_name, part.class_name, file)
+        built[part_name] = COMPONENTS[part_name].build(part)
     return Checkpoint(
         name=name,
         source=source,

@@ -45,6 +45,17 @@ DISTILLED: dict[str, object] = {
     "rescale_betas_zero_snr": False,
 }
 
+EDM: dict[str, object] = {
+    "num_train_timesteps": 1000,
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "sigma_data": 0.5,
+    "sigma_schedule": "karras",
+    "prediction_type": "epsilon",
+    "rho": 7.0,
+    "final_sigmas_type": "zero",
+}
+
 DEFAULTS: dict[str, dict[str, object]] = {
     "PNDMScheduler": {**LEADING, "skip_prk_steps": False, "set_alpha_to_one": False},
     "DDIMScheduler": {**LEADING, **CLIP, "clip_sample": True, "rescale_betas_zero_snr": False},
@@ -99,7 +110,20 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "HeunDiscreteScheduler": {**COMMON, **RESPACED, **SOFT, "clip_sample": False, "clip_sample_range": 1.0},
     "KDPM2DiscreteScheduler": {**COMMON, **RESPACED, **SOFT},
     "KDPM2AncestralDiscreteScheduler": {**COMMON, **RESPACED, **SOFT},
+    "LMSDiscreteScheduler": {**COMMON, **RESPACED},
+    "EDMEulerScheduler": EDM,
+    "EDMDPMSolverMultistepScheduler": {
+        **EDM,
+        **THRESHOLD,
+        "solver_order": 2,
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "midpoint",
+        "lower_order_final": True,
+        "euler_at_final": False,
+    },
 }
+# Why a class of diffusers is not among them.
+UNWALKED = {"DPMSolverSDEScheduler": "it keeps a tree of noise in torchsde, which is not walked"}
 # diffusers drops a key that another scheduler class wrote, so published configs are full of them
 KNOWN = sorted({name for keys in DEFAULTS.values() for name in keys})
 
@@ -123,6 +147,7 @@ CHECKS: dict[str, Check[Any]] = {
     "solver_order": integer(1, 3),
     "algorithm_type": one_of("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "deis"),
     "final_sigmas_type": one_of("zero", "sigma_min"),
+    "sigma_schedule": one_of("karras", "exponential"),
     "interpolation_type": one_of("linear", "log_linear"),
     "timestep_type": one_of("discrete", "continuous"),
     "beta_schedule": one_of("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -153,8 +178,8 @@ class SchedulerConfig:
     class_name: str
     num_train_timesteps: int
     prediction_type: str
-    timestep_spacing: str
-    steps_offset: int
+    timestep_spacing: str = "linspace"
+    steps_offset: int = 0
     skip_prk_steps: bool = False
     solver_order: int | None = None
     solver_type: str | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import DerivationError, meant, shown
 from . import hub
-from .checkpoint import BUNDLED, COMPONENTS, Checkpoint, Part, alone, assembled, known_pipeline
+from .checkpoint import BUNDLED, COMPONENTS, Checkpoint, Part, alone, assembled, known_class, known_pipeline
 from .checks import INDEX, At, one_of
 from .controlnet import ControlNetConfig, controlnet_config
 from .json_file import read_json
@@ -163,7 +163,7 @@ def _pipeline(name: str, source: str, path_of: Callable[[str], Path], scheduler:
             class_name = scheduler or class_name
         if class_name is None:
             continue
-        one_of(*component.classes)(class_name, At(file, part_name))
+        known_class(part_name, class_name, file)
         path = path_of(f"{part_name}/{component.file}")
         parts[part_name] = Part(class_name, read_json(path), str(path))
     return assembled(name, source, file, index.get("_class_name"), index, parts)

@@ -14,9 +14,8 @@ from derivation.walk.schedulers.thresholding import threshold_sample
 FEW_STEPS = 15
 
 
-@register
-class DPMSolverMultistepScheduler(Multistep):
-    """DPM-Solver, DPM-Solver++ and their SDE variants."""
+class DPMSolver(Multistep):
+    """DPM-Solver, DPM-Solver++ and their SDE variants: which order a step has, and the formulas of each."""
 
     tail = 2
 
@@ -112,3 +111,8 @@ class DPMSolverMultistepScheduler(Multistep):
         if noise is not None:
             return c * sample + c * D0 + c * D1 + c * D2 + c * noise
         return c * sample - c * D0 + c * D1 - c * D2
+
+
+@register
+class DPMSolverMultistepScheduler(DPMSolver):
+    """All of them on a diffusion of alphas, float32 inside a step."""

@@ -11,7 +11,7 @@ from derivation.walk.schedulers.thresholding import threshold_sample
 class Multistep(Sigmas):
     """The last ``solver_order`` model outputs stay alive."""
 
-    prediction_types = ("epsilon", "sample", "v_prediction", "flow_prediction")
+    prediction_types: tuple[str, ...] = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
     def __init__(self, config: SchedulerConfig, num_inference_steps: int) -> None:
         super().__init__(config, num_inference_steps)
