@@ -2,10 +2,15 @@
 
 import random
 
+import numpy as np
 import pytest
+from conftest import SD15
 
+from derivation import derive
+from derivation.allocator import everywhere
 from derivation.allocator.allocator import CachingAllocator
 from derivation.allocator.config import AllocatorConfig
+from derivation.allocator.lockstep import Pools, PoolsOfPages
 from derivation.allocator.pools import MOST_CLOSED, SHIFT, Pages, Pool, Run, has_room, needs, parts
 from derivation.allocator.report import MIB, SMALL_BYTES, SMALL_SEGMENT_BYTES
 
@@ -82,3 +87,39 @@ def test_room_is_what_the_largest_gaps_leave() -> None:
     assert not has_room([SMALL_SEGMENT_BYTES, SMALL_BYTES], needed, largest)
     assert has_room([SMALL_SEGMENT_BYTES] * 3, needed, largest)
     assert not has_room([], 0, 512) and has_room([512], 0, 512)
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+@pytest.mark.parametrize("kind", [Pool, Pages])
+def test_pools_in_lockstep_are_each_the_allocator(is_small: bool, kind: type[Pool]) -> None:
+    events, _ = stream(0, is_small, 150)
+    draw = np.random.default_rng(0)
+    asked = np.array([stream(seed, is_small, 150)[1] for seed in range(20)]).T * (draw.random((150, 20)) < 0.9)
+    pools = (PoolsOfPages if kind is Pages else Pools).of(kind(is_small), 20)
+    config = AllocatorConfig(expandable_segments=kind is Pages)
+    allocators = [(CachingAllocator(config), dict[int, int]()) for _ in range(20)]
+    for event in events:
+        pools.play([event], range(150), asked // 512)
+        for row, (allocator, handles) in enumerate(allocators):
+            if event > 0:
+                handles[event - 1] = allocator.malloc(int(asked[event - 1, row]))
+            else:
+                allocator.free(handles.pop(-event - 1))
+            allocated = sum(int(units[row]) * 512 for _, units in pools.places.values())
+            assert allocated == allocator.allocated_bytes.current
+            assert sum(int(nbytes[row]) for _, nbytes in pools.opened) == allocator.reserved_bytes.current
+
+
+@pytest.mark.parametrize("alloc_conf", [None, "expandable_segments:True"])
+def test_sizes_together_open_what_each_opens(alloc_conf: str | None) -> None:
+    form = derive(SD15, gpu="t4", num_inference_steps=30, alloc_conf=alloc_conf).equation.device
+    for opened in (form.small, form.large):
+        found = everywhere.at_all_points(opened)
+        alone = type(opened)(form.requests, opened.is_small, form.kind)
+        assert all(found[point] == alone.at(point) for point in range(0, len(form.points), 11))
+
+
+def test_addresses_have_an_end() -> None:
+    pools = Pools.of(Pool(is_small=False), 2)
+    with pytest.raises(OverflowError):
+        pools.play([1], [0], np.array([[1 << 31, 512]]))

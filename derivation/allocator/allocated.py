@@ -49,12 +49,13 @@ class Allocated(Opened):
     def _beyond(pool: Pool, sizes: Sequence[int]) -> int:
         return sum((place >> SHIFT) - sizes[tensor] for tensor, place in pool.places.items())
 
-    def _pass(self, pool: Pool, chunk: Chunk, sizes: Sequence[int], point: int, memory: Memory) -> Key:
+    def _pass(self, pool: Pool, chunk: Chunk, sizes: Sequence[int], point: int, memory: Memory) -> None:
         """Play a chunk event by event where something is looked at, unless it has been played so."""
         key = self._key(pool, chunk)
         looked = sorted(self.looked.intersection(range(chunk.first, chunk.last)))
         if not looked or (chunk.last, key) in self._played:
-            return super()._pass(pool, chunk, sizes, point, memory)
+            super()._pass(pool, chunk, sizes, point, memory)
+            return
         self._played.add((chunk.last, key))
         had, events, begun = len(pool.opened), self.requests.tape.events, chunk.first
         for event in (*looked, chunk.last - 1):
@@ -65,7 +66,6 @@ class Allocated(Opened):
                 beyond = self._beyond(pool, sizes) - self.loaded_beyond
                 self.most = max(self.most, int(self.live[event]) + beyond)
         memory[key] = self._after(pool, chunk, had)
-        return key
 
 
 def allocated_bytes(large: Allocated, loaded: int) -> Vector:

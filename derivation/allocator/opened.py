@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
+from typing import TypeAlias
 
 import numpy as np
 
@@ -19,6 +20,8 @@ After = tuple[tuple[int, ...], tuple[int | None, ...], tuple[tuple[int, int], ..
 # A chunk's content, the next address, the free blocks, the places of what it frees.
 Key = tuple[int, int, tuple[int, ...], tuple[int | None, ...]]
 Memory = dict[Key, After]
+# The tensor that each segment is opened for, and its bytes, in order.
+Segments: TypeAlias = tuple[tuple[int, int], ...]
 
 
 class Requests:
@@ -72,10 +75,11 @@ class Opened:
         self.fixed = frozenset(np.flatnonzero(fixed).tolist())
         times = {end: times for _, end, times in requests.tape.loops}
         self.chunks = list(chunks(requests.tape.events, requests.tape.edges, times, requests.kinds, held.tolist()))
-        self._columns = requests.bytes * self.mine
-        self._needs = cache(self._needs_of)
+        self.columns = requests.bytes * self.mine
+        self._needs_by_kinds = cache(self._needs_of)
+        self._needs = cache(lambda run: [need.tolist() for need in self.needs(run)])
         self._is_mixed = cache(lambda run: any(requests.kinds[abs(e) - 1] in self.mixed for e in run.events))
-        self._known: dict[bytes, tuple[tuple[int, int], ...]] = {}
+        self._known: dict[bytes, Segments] = {}
         self._fixed_memory: Memory = {}
 
     @cached_property
@@ -93,43 +97,57 @@ class Opened:
         """Bytes of the segments that hold the weights."""
         return sum(nbytes for _, nbytes in self.loaded.opened)
 
-    def at(self, point: int) -> tuple[tuple[int, int], ...]:
+    def at(self, point: int) -> Segments:
         """Return the tensor that each segment is opened for, and its bytes, in order."""
-        asked = self._columns[:, point].tobytes()
-        if asked not in self._known:
+        if (asked := self.asked(point)) not in self._known:
             self._known[asked] = self._run(point)
         return self._known[asked]
 
-    def _run(self, point: int) -> tuple[tuple[int, int], ...]:
+    def asked(self, point: int) -> bytes:
+        """Return what the run asks for at a point, the same where ``at`` is."""
+        found: bytes = self.columns[:, point].tobytes()
+        return found
+
+    def knows(self, point: int) -> bool:
+        """Return whether ``at`` has been told."""
+        return self.asked(point) in self._known
+
+    def learn(self, points: Iterable[int], opened: Iterable[Segments]) -> None:
+        """Keep what ``at`` is at some points."""
+        self._known |= {self.asked(point): own for point, own in zip(points, opened, strict=True)}
+
+    def _run(self, point: int) -> Segments:
         sizes, pool, memory = self.requests.sizes(point), self.loaded.copy(), Memory()
         pool.opened.clear()
         for chunk in (chunk for chunk in self.chunks if chunk.runs):
             roles = self.requests.roles(chunk.last, point) if chunk.times > 1 else {}
             known = self._fixed_memory if chunk.kinds <= self.fixed else memory
-            before = self._pass(pool, chunk, sizes, point, known)
-            for _ in range(chunk.times - 1):
-                moved = {roles[tensor]: pool.places.pop(tensor) for tensor in roles if tensor in pool.places}
-                pool.places.update(moved)
-                begun, before = before, self._pass(pool, chunk, sizes, point, known)
-                if begun == before:  # and so it goes on: lemma 1
+            carried = {*roles, *roles.values()}
+            state: tuple[Key, list[int | None]] | None = None
+            for played in range(chunk.times):
+                if played:
+                    moved = {roles[tensor]: pool.places.pop(tensor) for tensor in roles if tensor in pool.places}
+                    pool.places.update(moved)
+                begun, state = state, (self._key(pool, chunk), [pool.places.get(tensor) for tensor in carried])
+                self._pass(pool, chunk, sizes, point, known)
+                if begun == state:  # and so it goes on: lemma 1
                     break
         return tuple(pool.opened)
 
-    def _pass(self, pool: Pool, chunk: Chunk, sizes: Sequence[int], point: int, memory: Memory) -> Key:
-        """Play a chunk, or what is known of it; return all that it follows from."""
+    def _pass(self, pool: Pool, chunk: Chunk, sizes: Sequence[int], point: int, memory: Memory) -> None:
+        """Play a chunk, or what is known of it."""
         key = self._key(pool, chunk)
         if key not in memory:
             had = len(pool.opened)
             self._play(pool, chunk.runs, sizes, point)
             memory[key] = self._after(pool, chunk, had)
-            return key
+            return
         free, left, opened, pool.top = memory[key]
         pool.become(free)
         for tensor in chunk.ins:
             pool.places.pop(tensor, None)
         pool.places.update({t: place for t, place in zip(chunk.outs, left, strict=True) if place is not None})
         pool.opened += opened
-        return key
 
     @staticmethod
     def _key(pool: Pool, chunk: Chunk) -> Key:
@@ -154,24 +172,19 @@ class Opened:
                 events = [event for event in events if (sizes[abs(event) - 1] <= SMALL_BYTES) == self.is_small]
             pool.play(events, sizes)
 
-    def _needs_of(self, run: Run) -> tuple[list[int], list[int]]:
+    def needs(self, run: Run) -> tuple[Vector, Vector]:
         """Return P + K r of lemma 2 and the largest request at each point."""
+        asked = (self.requests.kinds[abs(event) - 1] * 2 + (event > 0) for event in run.events)
+        return self._needs_by_kinds(tuple(asked))
+
+    def _needs_of(self, asked: Sequence[int]) -> tuple[Vector, Vector]:
         live, count, needed, largest = (np.zeros(len(self.requests.points), dtype=np.int64) for _ in range(4))
-        for event in run.events:
-            kind, sign = self.requests.kinds[abs(event) - 1], 1 if event > 0 else -1
-            size, is_mine = self.requests.bytes[kind], self.mine[kind]
-            if event > 0:
-                needed = np.maximum(needed, is_mine * (live + count * size))
-                largest = np.maximum(largest, is_mine * size)
-            live = live + sign * is_mine * (size + self.loaded.most_rest)
+        for kind, is_born in (divmod(each, 2) for each in asked):
+            size, is_mine = self.columns[kind], self.mine[kind]
+            if is_born:
+                needed = np.maximum(needed, is_mine * live + count * size)
+                largest = np.maximum(largest, size)
+            sign = 1 if is_born else -1
+            live = live + sign * (size + is_mine * self.loaded.most_rest)
             count = count + sign * is_mine
-        return needed.tolist(), largest.tolist()
-
-
-def reserved_bytes(small: Opened, large: Opened) -> Vector:
-    """Return torch.cuda.max_memory_reserved() at each point."""
-    loaded = small.loaded_bytes + large.loaded_bytes
-    pools = (small, large)
-    return np.array(
-        [loaded + sum(n for pool in pools for _, n in pool.at(i)) for i in range(len(small.requests.points))]
-    )
+        return needed, largest

@@ -11,8 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 
+from derivation.allocator.everywhere import reserved_bytes
 from derivation.allocator.memory import weight_bytes
-from derivation.allocator.opened import Opened, Requests, reserved_bytes
+from derivation.allocator.opened import Opened, Requests
 from derivation.allocator.symbolic import Points
 from derivation.api import Derivation
 from derivation.call import Call

@@ -16,8 +16,9 @@ import sympy
 from derivation.allocator.allocated import Allocated, allocated_bytes
 from derivation.allocator.allocator import CachingAllocator
 from derivation.allocator.config import AllocatorConfig
+from derivation.allocator.everywhere import at_all_points, reserved_bytes
 from derivation.allocator.memory import DeviceMemory, context_of, device_memory, load_pipeline, weight_bytes
-from derivation.allocator.opened import Opened, Requests, reserved_bytes
+from derivation.allocator.opened import Opened, Requests, Segments
 from derivation.allocator.pools import Pool
 from derivation.allocator.regimes import Decisions
 from derivation.allocator.report import MIN_LARGE_BYTES, ROUND_LARGE_BYTES, segment_size
@@ -126,16 +127,16 @@ class DeviceForm:
                 return found
         return (self.shared,)
 
-    def _asked(self, point: int) -> Counter[Size]:
+    def _asked(self, opened: Segments) -> Counter[Size]:
         """Return the requests that segments of their own are opened for at a size, and vary."""
-        sizes = (self.requests.tape.allocations[tensor].nbytes for tensor, _ in self.large.at(point))
+        sizes = (self.requests.tape.allocations[tensor].nbytes for tensor, _ in opened)
         return Counter(n for n in sizes if free_names(n))
 
     @cached_property
     def shared(self) -> Regime:
         """The segments that are the same at all sizes, each for a request of 10 MiB or more."""
         everywhere = np.ones(len(self.points), dtype=bool)
-        left = reduce(and_, (self._asked(point) for point in self.index.values()))
+        left = reduce(and_, (self._asked(own) for own in at_all_points(self.large)))
         sums = list[tuple[int, int]]()
         for tensor, _ in self.large.at(len(self.points) - 1):
             nbytes = self.requests.tape.allocations[tensor].nbytes
@@ -154,8 +155,8 @@ class DeviceForm:
     def _groups(self) -> list[tuple[Vector, list[tuple[int, int]]]]:
         """Return sizes with the same segments of their own, numbered, each with its tensor; the largest group last."""
         found: dict[Hashable, tuple[Vector, list[tuple[int, int]]]] = {}
-        for point in range(len(self.points)):
-            own = [tensor for tensor, _ in self.large.at(point) if self._is_own(tensor, point)]
+        for point, opened in enumerate(at_all_points(self.large)):
+            own = [tensor for tensor, _ in opened if self._is_own(tensor, point)]
             nbytes = (self.requests.tape.allocations[tensor].nbytes for tensor in own)
             numbers = [self.points.number_of_atom(Atom(n, is_segment=True)) for n in nbytes]
             group = np.zeros(len(self.points), dtype=bool), list(zip(numbers, own, strict=True))

@@ -10,6 +10,7 @@ from typing import Any
 
 import sympy
 
+from derivation.allocator.everywhere import at_all_points
 from derivation.allocator.opened import Opened, Requests
 from derivation.allocator.report import LARGE_PAGE_BYTES, MIN_LARGE_BYTES, ROUND_LARGE_BYTES, SMALL_BYTES, segment_size
 from derivation.allocator.symbolic import Points
@@ -146,6 +147,7 @@ def _played(
         progress(f"playing the {'small' if is_small else 'large'} pool: {begun} of {len(points)} sizes")
         some = Points([values[point] for point in points[begun : begun + BATCH]])
         opened = Opened(Requests(form.requests.tape, form.requests.weights, some), is_small, form.kind)
+        at_all_points(opened)
         yield from ((opened, i) for i in range(len(some)))
 
 
