@@ -121,6 +121,11 @@ class Derivation:
         return self.equation.prompt_length
 
     @property
+    def default_sides(self) -> tuple[int, int]:
+        """The height and width in pixels of a call that says none."""
+        return self.equation.default_sides
+
+    @property
     def calls(self) -> tuple[str, ...]:
         """The names of the component calls, in pipeline order."""
         return self.subject.calls
@@ -217,14 +222,9 @@ class Derivation:
         values = self.equation.sizes(call)
         peaks: dict[str, int] = {}
         for name in self.calls:
-            at = self.chunked(name, values)
+            at = self.equation.chunked(name, values)
             [(peaks[name], _)] = peaks_of(self.component(name, call.guidance), at).evaluator.peaks(at).values()
         return peaks
-
-    def chunked(self, name: str, values: Mapping[str, int]) -> dict[str, int]:
-        """Return ``values`` with the prompt length that one call of component ``name`` can take."""
-        longest = self.subject.longest_prompt(name)
-        return {**values, "L": values["L"] if longest is None else min(values["L"], longest)}
 
     @takes_call
     def stage_peaks(self, call: Call) -> dict[str, int]:

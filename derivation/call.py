@@ -15,6 +15,8 @@ R = TypeVar("R")
 
 # CLIPTokenizer.model_max_length of every Stable Diffusion checkpoint: pipelines pad prompts to it.
 DEFAULT_PROMPT_LENGTH = 77
+# The side of an image, in pixels, of which neither a call nor a model says any: Stable Diffusion 1.5's.
+DEFAULT_SIDE = 512
 # Longer sides are refused: the bytes of every tensor stay below 2^63.
 MAX_SIDE_PIXELS = 1 << 20
 
@@ -74,7 +76,7 @@ def parse_size(text: str, key: str = "size") -> tuple[int, int]:
 def takes_call(method: Callable[..., R]) -> Callable[..., R]:
     """Let ``method(self, call, ...)`` be called with a Call, or with a Call's own arguments in its place.
 
-    The call's prompt length is ``self.prompt_length`` where it says none.
+    The call's prompt length is ``self.prompt_length`` where it says none, its sides ``self.default_sides``.
     """
 
     @wraps(method)
@@ -83,8 +85,10 @@ def takes_call(method: Callable[..., R]) -> Callable[..., R]:
             call, *rest = (named.pop("call"),) if "call" in named else given
             return method(self, call.filled(self.prompt_length), *rest, **named)
         own = {name: named.pop(name) for name in NAMES if name in named}
+        usual = dict(zip(("height", "width"), self.default_sides, strict=True)) if len(given) < 2 else {}
+        sides = {name: side for name, side in usual.items() if name not in NAMES[: len(given)]}
         try:
-            call = Call(*given, **own)
+            call = Call(*given, **{**sides, **own})
         except TypeError as error:
             raise TypeError(str(error).replace("Call.__init__()", f"{method.__name__}()")) from None
         return method(self, call.filled(self.prompt_length), **named)
@@ -98,4 +102,8 @@ def _spelled_out(method: Callable[..., Any]) -> inspect.Signature:
     own = inspect.signature(method)
     first, _, *rest = own.parameters.values()
     keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in rest]
-    return own.replace(parameters=[first, *inspect.signature(Call).parameters.values(), *keyword])
+    sizes = [
+        parameter.replace(default=None, annotation="int | None") if name in ("height", "width") else parameter
+        for name, parameter in inspect.signature(Call).parameters.items()
+    ]
+    return own.replace(parameters=[first, *sizes, *keyword])

@@ -162,6 +162,8 @@ def will_fit(
         prompt_length = options.pop("max_sequence_length", None) if prompt_length is None else prompt_length
         machine = Machine.here() if options.get("gpu") is None else Machine()
         known = _known(pipe, compiled, {**machine.options, **options})
+        for name, side in zip(("height", "width"), known.derivation.default_sides, strict=True):
+            sizes[name] = side if sizes[name] is None else sizes[name]
         call = Call(prompt_length=prompt_length, **sizes).filled(known.derivation.prompt_length)
         return _forecast(known, call, _free_bytes(machine, options, free_bytes), machine.assumed)
     except DerivationError:
@@ -191,13 +193,13 @@ def _read_arguments(
     usual = {"batch_size": prompts, "guidance": scale is None or scale > 1}
     sizes = {name: usual.get(name) if value is None else value for name, value in given.items()}
     sizes["num_frames"] = own.pop("num_frames", None)
-    for name, side in zip(("height", "width"), _image_size(pipe, image), strict=True):
+    for name, side in zip(("height", "width"), _image_size(image), strict=True):
         sizes[name] = side if sizes[name] is None else sizes[name]
     return sizes, own
 
 
-def _image_size(pipe: Any, image: Any) -> tuple[int | None, int | None]:
-    """Return (height, width) of an image, PIL's or an array, else the pipeline's own."""
+def _image_size(image: Any) -> tuple[int | None, int | None]:
+    """Return (height, width) of an image, PIL's or an array."""
     while isinstance(image, (list, tuple)) and image:
         image = image[0]
     if isinstance(size := getattr(image, "size", None), tuple):
@@ -205,10 +207,7 @@ def _image_size(pipe: Any, image: Any) -> tuple[int | None, int | None]:
     if (shape := getattr(image, "shape", None)) is not None and len(shape) > 1:
         # H x W x 3 of NumPy, (B x) 3 x H x W of torch
         return (int(shape[0]), int(shape[1])) if shape[-1] in (1, 3, 4) else (int(shape[-2]), int(shape[-1]))
-    own, factor = getattr(getattr(pipe, "unet", None), "config", None), getattr(pipe, "vae_scale_factor", None)
-    sample = own.get("sample_size") if own is not None and hasattr(own, "get") else None
-    side = sample * factor if isinstance(sample, int) and isinstance(factor, int) else None
-    return side, side
+    return None, None
 
 
 def _known(pipe: Any, compiled: bool, options: dict[str, Any]) -> _Known:

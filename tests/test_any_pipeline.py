@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import inspect
 import json
 import random
 import subprocess
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 
 from conftest import SD15
 from peft import LoraConfig
@@ -28,7 +30,7 @@ from derivation.export import export
 from derivation.gpu.profile import hardware
 from derivation.guard import will_fit
 from derivation.options import Options
-from derivation.tape.grid import Range
+from derivation.tape.grid import Range, Sides
 from derivation.tape.recorded import RecordedSubject
 from derivation.tape.symbols import as_poly, ceil512, symbol
 from derivation.tape.tape import Tape
@@ -183,6 +185,29 @@ def test_an_unknown_class_and_a_broken_config_are_one_line(tmp_path: Path) -> No
 def test_bundled_configs_have_the_published_parameters(model: str) -> None:
     pipe = build(Description.of(TRACED / model), "bfloat16")
     assert sum(p.numel() for p in modules_of(pipe)["transformer"].parameters()) == PUBLISHED[model]
+
+
+# Height and width where the class's signature says none: the model cards', and pipeline_z_image.py.
+OWN_SIDES = {
+    "THUDM/CogVideoX-2b": [480, 720],
+    "guoyww/animatediff-motion-adapter-v1-5-2": [512, 512],
+}
+
+
+def test_a_call_without_a_size_has_the_pipelines_own(flux) -> None:
+    for name in bundled_traced():
+        folder = traced_folder(name)
+        call = inspect.signature(getattr(diffusers, folder.class_name).__call__).parameters
+        named = [call[side].default for side in ("height", "width")]
+        wanted = OWN_SIDES.get(name, [1024, 1024]) if None in named else named
+        assert json.loads(gzip.decompress((folder.path / store.RECORDED).read_bytes()))["own_sides"] == wanted, name
+    plain, recorded = flux
+    assert recorded.own_sides == (plain.pipe.default_sample_size * plain.pipe.vae_scale_factor,) * 2
+    assert recorded.default_sides == (min(recorded.own_sides[0], recorded.sides.most),) * 2
+    # of which no regime covers 720: multiples of 64
+    assert replace(recorded, own_sides=(720, 1280), sides=Sides(256, 64, 1280)).default_sides == (768, 1280)
+    derivation = Derivation(recorded, recorded.fixed)
+    assert derivation.estimate() == derivation.estimate(*recorded.default_sides)
 
 
 def test_bundled_ids_are_found_by_their_short_names() -> None:

@@ -236,6 +236,16 @@ def test_lambdify_equals_the_replayed_tape(target, adapted):
         adapted.lambdify("jax")
 
 
+# The sizes that the model cards say the checkpoints were trained at.
+@pytest.mark.parametrize(("model", "side"), [("sd15", 512), ("sd2.1", 768), ("sdxl", 1024), ("refiner", 1024)])
+def test_a_call_without_a_size_has_the_pipelines_own(model: str, side: int) -> None:
+    d = derive(model)
+    assert d.default_sides == (side, side) and d.stage_peaks() == d.stage_peaks(side, side)
+    assert d.stage_peaks(640) == d.stage_peaks(640, side) and d.stage_peaks(width=640) == d.stage_peaks(side, 640)
+    example = d.at(width=640).equation.example
+    assert (example.height, example.width) == (side, 640)
+
+
 def test_a_stage_that_there_is_not_and_a_library_that_is_missing_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     d = derive(SD15, pipeline="img2img")
     with pytest.raises(

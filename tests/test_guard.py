@@ -193,8 +193,6 @@ def test_the_arguments_of_the_pipelines_own_call() -> None:
     assert will_fit(pipe, image=array, strength=0.4, negative_prompt="x", free_bytes=0).needed_bytes == expected(
         256, 320, strength=0.4, negative_prompt=True
     )
-    pipe.vae_scale_factor = 8
-    pipe.unet.config = dict(pipe.unet.config)
     assert will_fit(pipe, prompt="a", free_bytes=0).needed_bytes == expected(512, 512)
 
 
@@ -253,8 +251,6 @@ def test_what_goes_wrong_inside_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(DerivationError) as caught:
             will_fit(pipe, 512, 512, free_bytes=1)
         assert "\n" not in str(caught.value)
-    with pytest.raises(DerivationError, match="height = None"):
-        will_fit(StableDiffusionImg2ImgPipeline(), prompt="a", free_bytes=1)
 
 
 def test_free_bytes_count_what_pytorch_has_cached(monkeypatch: pytest.MonkeyPatch) -> None:

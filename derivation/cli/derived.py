@@ -77,7 +77,8 @@ def estimate(
 
     if snapshot is not None:
         check_file("snapshot", snapshot)
-    derivation, call = derivation_of(model, options, revision), call_of(size, prompt)
+    derivation = derivation_of(model, options, revision)
+    call = call_of(size, prompt, derivation.default_sides)
     if snapshot is not None:
         output.wrote(write_file(snapshot, pickle.dumps(derivation.snapshot(call), protocol=PICKLE_PROTOCOL)))
     found = derivation.estimate(call)
@@ -228,7 +229,8 @@ def verify(
         if failed:
             raise typer.Exit(1)
         return
-    rows = [row.as_dict() for row in run_verification(checkpoint, [call_of(size, prompt)], **typed(options))]
+    call = call_of(size, prompt, checkpoint.default_sides)
+    rows = [row.as_dict() for row in run_verification(checkpoint, [call], **typed(options))]
     matches = all(row["match"] for row in rows)
     output.emit({"match": matches, **circumstances(), "rows": rows}, json, _show_verified)
     if not matches:

@@ -20,14 +20,13 @@ from derivation.errors import DerivationError, shown, unsupported
 from derivation.gpu.cards import known, memory_bytes, with_memory
 from derivation.options import TABLE, Options
 
-DEFAULT_SIDE = 512
 DEFAULT_GUIDANCE_SCALE = 7.5
 
 # Of a call; an option's own is in its row.
 HELP = {
-    "size": "Image as HEIGHTxWIDTH in pixels, such as 512x768; one number is a square.",
-    "height": "Image height in pixels, 512 if not given.",
-    "width": "Image width in pixels, 512 if not given.",
+    "size": "Image as HEIGHTxWIDTH in pixels, such as 512x768; one number is a square; else the pipeline's own.",
+    "height": "Image height in pixels; the pipeline's own by default.",
+    "width": "Image width in pixels; the pipeline's own by default.",
     "batch_size": "Prompts in one call.",
     "num_frames": "Frames of a video; the pipeline's own number by default.",
     "prompt_length": "Prompt length in tokens; the pipeline's own (77 for Stable Diffusion) by default.",
@@ -67,15 +66,18 @@ class Size:
     width: int | None = None
 
     @property
-    def sides(self) -> tuple[int, int] | None:
-        """(height, width), None where nothing is given."""
+    def given(self) -> tuple[int | None, int | None]:
+        """(height, width), None for a side that is not given."""
         if self.size is None:
-            given = (self.height, self.width)
-            height, width = (DEFAULT_SIDE if side is None else side for side in given)
-            return None if given == (None, None) else (height, width)
+            return self.height, self.width
         if (self.height, self.width) != (None, None):
             raise unsupported("size", self.size, "size, or height and width, not both")
         return parse_size(self.size)
+
+    def sides(self, usual: tuple[int, int]) -> tuple[int, int]:
+        """Return (height, width), a side that is not given from ``usual``."""
+        height, width = (side if own is None else own for own, side in zip(self.given, usual, strict=True))
+        return height, width
 
 
 def _complete_model(incomplete: str) -> list[str]:
@@ -222,7 +224,7 @@ def typed(options: Options) -> dict[str, Any]:
     return {name: value for name, value in options.as_dict().items() if value != usual[name] or name in _SAID.get()}
 
 
-def call_of(size: Size, prompt: Prompt) -> Call:
-    """Return the call that is asked about, a square of 512 where no size is given; raises DerivationError."""
-    height, width = size.sides or (DEFAULT_SIDE, DEFAULT_SIDE)
+def call_of(size: Size, prompt: Prompt, usual: tuple[int, int]) -> Call:
+    """Return the call that is asked about, of ``usual`` sides where none are given; raises DerivationError."""
+    height, width = size.sides(usual)
     return Call(height, width, prompt.batch_size, prompt.prompt_length, prompt.guidance, prompt.num_frames)

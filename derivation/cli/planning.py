@@ -40,12 +40,13 @@ def fit(
     from derivation.ask.fit import fit as fitted
     from derivation.ask.fit import largest_batch, parse_aspect
 
-    ratio, sides = parse_aspect(aspect), size.sides
+    ratio, given = parse_aspect(aspect), size.given
     budget, said = _budget(vram, options)
     derivation = derivation_of(model, options, revision)
-    if sides is None:
+    if given == (None, None):
         answer = fitted(derivation, budget, ratio, prompt.batch_size, prompt.prompt_length, prompt.guidance).as_dict()
     else:
+        sides = size.sides(derivation.default_sides)
         best = largest_batch(derivation, budget, *sides, prompt.prompt_length, prompt.guidance)
         answer = {"weights_bytes": derivation.weights_bytes, "largest_batch": None if best is None else asdict(best)}
     result = {"model": derivation.name, **derivation.options.as_dict(), **asdict(prompt), **answer, "counted": said}
@@ -90,7 +91,7 @@ def recommend(
 
     budget, said = _budget(vram, options)
     derivation = derivation_of(model, options, revision)
-    call = call_of(size, prompt)
+    call = call_of(size, prompt, derivation.default_sides)
     found = recommended(derivation, budget, call)
     sides = {"height": call.height, "width": call.width}
     result = {"model": derivation.name, **derivation.options.as_dict(), **sides, **asdict(prompt), **found.as_dict()}

@@ -8,12 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..call import DEFAULT_SIDE
 from ..errors import DerivationError, UnsupportedConfig
 from .checks import INDEX, At, Check, anything, flag_or_null, one_of, strict
 from .clip import TEXT_CLASSES, CLIPTextConfig, CLIPVisionConfig, clip_text_config, clip_vision_config
 from .controlnet import ControlNetConfig
 from .json_file import read_json
-from .models import UNet2DConditionConfig, VAEConfig, unet_config, vae_config
+from .models import VAE_SCALE_FACTOR, UNet2DConditionConfig, VAEConfig, unet_config, vae_config
 from .schedulers import DEFAULTS, UNWALKED, SchedulerConfig, scheduler_config
 
 BUNDLED = Path(__file__).resolve().parent / "configs"
@@ -74,6 +75,20 @@ class Checkpoint:
     def task(self) -> str:
         """The option ``pipeline`` that the class stands for."""
         return task_of(self.pipeline_class)
+
+    @property
+    def default_sides(self) -> tuple[int, int]:
+        """The height and width in pixels of a call that says none: diffusers takes ``unet.config.sample_size``."""
+        latents = None if self.unet is None else self.unet.sample_size
+        if latents is None:
+            return DEFAULT_SIDE, DEFAULT_SIDE
+        height, width = (latents, latents) if isinstance(latents, int) else latents
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """How many pixels a side a latent is."""
+        return VAE_SCALE_FACTOR if self.vae is None else self.vae.scale_factor
 
     def require_whole(self, needed_by: str) -> None:
         """Raise DerivationError for a component alone."""

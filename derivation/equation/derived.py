@@ -22,9 +22,6 @@ from derivation.tape.subject import Parameters, Subject, weights_bytes
 
 T = TypeVar("T")
 
-# The image of the example that generated files print.
-EXAMPLE_SIDE = 512
-
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -220,6 +217,11 @@ class Derived:
         frames = () if self.grid.frames is None else ("F",)
         return ("B", "L", *frames, *self.grid.sizes(self.grid.unit, self.grid.unit))
 
+    def chunked(self, name: str, values: Mapping[str, int]) -> dict[str, int]:
+        """Return ``values`` with the prompt length that one call of component ``name`` can take."""
+        longest = self.subject.longest_prompt(name)
+        return {**values, "L": values["L"] if longest is None else min(values["L"], longest)}
+
     @property
     def given(self) -> dict[str, int]:
         """Symbols that have one value here, of those that a caller gives."""
@@ -236,9 +238,16 @@ class Derived:
         return self.fixed.get("L", self.subject.prompt_length)
 
     @property
+    def default_sides(self) -> tuple[int, int]:
+        """The height and width in pixels of a call that says none: those that are fixed, else the pipeline's own."""
+        sides = zip(("h0", "w0"), self.subject.default_sides, strict=True)
+        height, width = (self.fixed[key] * self.factor if key in self.fixed else side for key, side in sides)
+        return height, width
+
+    @property
     def example(self) -> Example:
-        """A call of 512 x 512 pixels, or of the sides that are fixed, and its peak from the replayed tape."""
-        height, width = (self.fixed[key] * self.factor if key in self.fixed else EXAMPLE_SIDE for key in ("h0", "w0"))
+        """A call that says no size, and its peak from the replayed tape."""
+        height, width = self.default_sides
         call = Call(height, width, self.defaults["B"], self.defaults["L"])
         return Example(height, width, self.weights_bytes + max(self.stage_peaks(call).values()))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from derivation.call import Call
+from derivation.call import DEFAULT_SIDE, Call
 from derivation.errors import DerivationError, unsupported
 from derivation.options import Options, options_of
 from derivation.tape.grid import Frames, Grid, Range, Sides
@@ -65,7 +65,8 @@ class RecordedSubject:
     """A traced pipeline: its tapes under guidance and without, by sizes, and its parameters.
 
     ``retrace`` records a call at sizes that no regime covers, ``under`` returns the pipeline with other options;
-    ``offload_order`` is the pipeline's ``model_cpu_offload_seq``.
+    ``offload_order`` is the pipeline's ``model_cpu_offload_seq``, ``own_sides`` are the height and width of a call
+    that says none, which the regimes need not cover.
     """
 
     name: str
@@ -81,6 +82,7 @@ class RecordedSubject:
     passes: int
     offload_order: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    own_sides: tuple[int, int] = (DEFAULT_SIDE, DEFAULT_SIDE)
     retrace: Retrace | None = field(default=None, compare=False)
     under: Callable[[Options], RecordedSubject] | None = field(default=None, compare=False)
 
@@ -101,6 +103,13 @@ class RecordedSubject:
             *(() if frames is None else (f"num_frames = {frames}",)),
             *(f"unknown when it was traced: {line}" for line in lines),
         )
+
+    @property
+    def default_sides(self) -> tuple[int, int]:
+        """The height and width of a call that says none, rounded up to sides that are covered."""
+        least, step, most = self.sides.least, self.sides.step, self.sides.most
+        height, width = (min(max(-(-side // step) * step, least), most) for side in self.own_sides)
+        return height, width
 
     @cached_property
     def bounds(self) -> dict[str, Range]:
@@ -207,6 +216,7 @@ class RecordedSubject:
             "grid": [self.grid.vae_scale_factor, self.grid.levels],
             "frames": None if frames is None else [frames.factor, frames.default],
             "sides": [self.sides.least, self.sides.step, self.sides.most],
+            "own_sides": list(self.own_sides),
             "prompt_length": self.prompt_length,
             "parameters": {m: [[n, list(s), d] for n, (s, d) in es.items()] for m, es in self.parameters.items()},
             "parameter_counts": dict(self.parameter_counts),
@@ -222,6 +232,7 @@ class RecordedSubject:
         if document.get("format") != FORMAT:
             raise unsupported("format", document.get("format"), FORMAT)
         frames, (factor, levels) = document["frames"], document["grid"]
+        height, width = document.get("own_sides", (DEFAULT_SIDE, DEFAULT_SIDE))
         options = options_of(document["options"])
         return cls(
             document["name"],
@@ -237,5 +248,6 @@ class RecordedSubject:
             document["passes"],
             tuple(document["offload_order"]),
             document["versions"],
+            (height, width),
             retrace,
         )

@@ -37,6 +37,10 @@ class Subject(Protocol):
         """The prompt length in tokens of a call that says none."""
 
     @property
+    def default_sides(self) -> tuple[int, int]:
+        """The height and width in pixels of a call that says none."""
+
+    @property
     def grid(self) -> Grid: ...
     @property
     def sides(self) -> Sides: ...

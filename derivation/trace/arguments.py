@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,6 +76,20 @@ class Arguments:
         """The height and width of a call that says none, in pixels; None where nothing says them."""
         own = (self._side("height"), self._side("width"))
         return None if None in own else own  # type: ignore[return-value]
+
+    @property
+    def default_sides(self) -> tuple[int, int] | None:
+        """The height and width of a call that says none: ``usual_sides``, else what the call's code falls back to."""
+        own = self.usual_sides or (self._fallback("height"), self._fallback("width"))
+        return None if None in own else own  # type: ignore[return-value]
+
+    def _fallback(self, name: str) -> int | None:
+        """Return N of ``name = name or N``, of ``self.default_sample_size * self.vae_scale_factor`` where that is N."""
+        code = inspect.getsource(type(self.pipe).__call__)
+        if (found := re.search(rf"\b{name} = {name} or (\d+)\b", code)) is not None:
+            return int(found[1])
+        latents = getattr(self.pipe, "default_sample_size", None)
+        return latents * self.grid.vae_scale_factor if isinstance(latents, int) else None
 
     def _side(self, name: str) -> int | None:
         factor = self.grid.vae_scale_factor

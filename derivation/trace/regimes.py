@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from derivation.call import DEFAULT_SIDE
 from derivation.errors import DerivationError
 from derivation.options import Options
 from derivation.tape.grid import Range, Sides
@@ -62,6 +63,7 @@ def record(
         traced.arguments.steps,
         tuple((traced.pipe.model_cpu_offload_seq or "").split("->")),
         {library: version(library) for library in ("torch", "diffusers", "transformers")},
+        traced.arguments.default_sides or (DEFAULT_SIDE, DEFAULT_SIDE),
         traced.at,
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from derivation.call import DEFAULT_PROMPT_LENGTH, MAX_SIDE_PIXELS, Call
+from derivation.call import DEFAULT_PROMPT_LENGTH, DEFAULT_SIDE, MAX_SIDE_PIXELS, Call
 from derivation.errors import DerivationError, one_of, unsupported
 from derivation.options import Options, options_of
 from derivation.tape.grid import Grid, Range, Sides
@@ -124,6 +124,13 @@ class TracedTransformer:
         """Return the transformer's call; raises DerivationError for another name."""
         one_of("component", name, self.calls)
         return self.program(guidance, fixed)
+
+    @property
+    def default_sides(self) -> tuple[int, int]:
+        """The config's ``sample_size`` latents a side in whole patches, where it has one."""
+        latents = self.config.get("sample_size")
+        side = latents * GRID.vae_scale_factor if isinstance(latents, int) else DEFAULT_SIDE
+        return (-(-side // GRID.unit) * GRID.unit,) * 2
 
     @property
     def sides(self) -> Sides:

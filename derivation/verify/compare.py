@@ -84,7 +84,9 @@ def compare_components(derivation: Derivation, call: Call) -> list[Verified]:
     if not derivation.calls:
         raise DerivationError(f"{derivation.checkpoint.source}: nothing in it runs on the GPU")
     values = derivation.sizes(call)
-    cases = ((name, read_config(derivation, name), derivation.chunked(name, values)) for name in derivation.calls)
+    cases = (
+        (name, read_config(derivation, name), derivation.equation.chunked(name, values)) for name in derivation.calls
+    )
     return [compare_component(derivation, *case, call.guidance) for case in cases]
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from derivation.call import DEFAULT_PROMPT_LENGTH, Call
-from derivation.config import VAE_SCALE_FACTOR, Checkpoint, load
+from derivation.config import Checkpoint, load
 from derivation.config.document import from_document, to_document
 from derivation.errors import DerivationError, unsupported
 from derivation.gpu.profile import Hardware, UnfusedAttention, hardware, lacks_fused_attention
@@ -75,9 +75,8 @@ class WalkedSubject:
     def grid(self) -> Grid:
         """How image sides map to level sides; without a VAE a latent is 8 pixels wide."""
         vae, unet = self.checkpoint.vae, self.checkpoint.unet
-        factor = VAE_SCALE_FACTOR if vae is None else vae.scale_factor
         tile = Tiling.of(vae, self.options).tile if vae is not None and self.options.vae_tiling else None
-        return Grid(factor, 1 if unet is None else len(unet.block_out_channels), tile)
+        return Grid(self.checkpoint.vae_scale_factor, 1 if unet is None else len(unet.block_out_channels), tile)
 
     @cached_property
     def components(self) -> dict[str, Component]:
@@ -139,6 +138,11 @@ class WalkedSubject:
     def adapters(self) -> Adapters:
         """The LoRAs on the models' layers."""
         return lora(self.checkpoint, self.options)
+
+    @property
+    def default_sides(self) -> tuple[int, int]:
+        """The height and width of a call that says none."""
+        return self.checkpoint.default_sides
 
     @property
     def sides(self) -> Sides:

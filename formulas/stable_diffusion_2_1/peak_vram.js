@@ -27,7 +27,7 @@ export const WEIGHTS_BYTES = 2579986432;
 
 /**
  * Peak in bytes: weights and live tensors, for an image of height x width pixels.
- * peak_vram(512, 512) is 2983378944.
+ * peak_vram(768, 768) is 3487023104.
  * Throws RangeError for a size that the pipeline rejects.
  */
 export function peak_vram(height, width, prompt_length = 77, batch_size = 1, guidance = true) {

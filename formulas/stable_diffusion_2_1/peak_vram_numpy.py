@@ -43,8 +43,8 @@ def peak_vram(
 ) -> Bytes:
     """Return the peaks in bytes; raises ValueError for sizes that the pipeline or 64-bit integers cannot take.
 
-    >>> peak_vram([512], 512).tolist()
-    [2983378944]
+    >>> peak_vram([768], 768).tolist()
+    [3487023104]
     """
     height = _integers("height", height, 8, MAX_SIDE)
     width = _integers("width", width, 8, MAX_SIDE)

@@ -33,7 +33,7 @@ Numbers: int64_t. Up to the limits below, every intermediate value is proven to 
 #define PEAK_VRAM_MAX_BATCH_SIZE 1024
 
 /* Peak in bytes: weights and live tensors, for an image of height x width pixels; -1 for sizes that the
-   pipeline rejects or that are above the limits. peak_vram(512, 512, 77, 1, true) is 7911601152. */
+   pipeline rejects or that are above the limits. peak_vram(1024, 1024, 77, 1, true) is 10328404992. */
 static inline int64_t peak_vram(int64_t height, int64_t width, int64_t prompt_length, int64_t batch_size, bool guidance) {
     const int64_t WEIGHTS_BYTES = INT64_C(6937744896);
     if (height < 8 || height > PEAK_VRAM_MAX_SIDE || width < 8 || width > PEAK_VRAM_MAX_SIDE ||

@@ -27,7 +27,7 @@ export const WEIGHTS_BYTES = 6937744896;
 
 /**
  * Peak in bytes: weights and live tensors, for an image of height x width pixels.
- * peak_vram(512, 512) is 7911601152.
+ * peak_vram(1024, 1024) is 10328404992.
  * Throws RangeError for a size that the pipeline rejects.
  */
 export function peak_vram(height, width, prompt_length = 77, batch_size = 1, guidance = true) {

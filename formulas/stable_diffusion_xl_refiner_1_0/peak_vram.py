@@ -39,8 +39,8 @@ def peak_vram(
 
     Raises ValueError for a size that the pipeline rejects, and TypeError for one that is not an integer.
 
-    >>> peak_vram(512, 512)
-    7049206784
+    >>> peak_vram(1024, 1024)
+    9466010624
     """
     height, width = index(height), index(width)
     prompt_length, batch_size = index(prompt_length), index(batch_size)
@@ -133,8 +133,8 @@ def f(h: int, w: int, prompt_length: int = 77, **kwargs: object) -> int:
     Takes batch_size, and guidance or guidance_scale (guidance is on above 1). The pipeline's arguments
     that have no effect on the peak are accepted; others raise TypeError. Runs of very few steps may hold less.
 
-    >>> f(512, 512, 77, guidance_scale=7.5, num_inference_steps=30)
-    7049206784
+    >>> f(1024, 1024, 77, guidance_scale=7.5, num_inference_steps=30)
+    9466010624
     """
     options = {name: value for name, value in kwargs.items() if name not in WITHOUT_EFFECT}
     scale = options.pop("guidance_scale", None)
