@@ -35,6 +35,7 @@ from derivation.tape.recorded import RecordedSubject
 from derivation.tape.symbols import as_poly, ceil512, symbol
 from derivation.tape.tape import Tape
 from derivation.trace import store
+from derivation.trace.arguments import Arguments
 from derivation.trace.build import Description, build
 from derivation.trace.interpolate import Parted, fit, normalised, parting, points
 from derivation.trace.modules import modules_of
@@ -202,8 +203,11 @@ def test_a_call_without_a_size_has_the_pipelines_own(flux) -> None:
         wanted = OWN_SIDES.get(name, [1024, 1024]) if None in named else named
         assert json.loads(gzip.decompress((folder.path / store.RECORDED).read_bytes()))["own_sides"] == wanted, name
     plain, recorded = flux
-    assert recorded.own_sides == (plain.pipe.default_sample_size * plain.pipe.vae_scale_factor,) * 2
-    assert recorded.default_sides == (min(recorded.own_sides[0], recorded.sides.most),) * 2
+    own = plain.pipe.default_sample_size * plain.pipe.vae_scale_factor
+    assert Arguments(object.__new__(diffusers.ZImagePipeline), {}).default_sides == (1024, 1024)
+    assert own and Arguments(plain.pipe, {}).default_sides == (own, own)
+    assert recorded.own_sides == tuple(plain.arguments.given[side] for side in ("height", "width"))
+    assert recorded.default_sides == (max(recorded.own_sides[0], recorded.sides.least),) * 2
     # of which no regime covers 720: multiples of 64
     assert replace(recorded, own_sides=(720, 1280), sides=Sides(256, 64, 1280)).default_sides == (768, 1280)
     derivation = Derivation(recorded, recorded.fixed)

@@ -79,17 +79,18 @@ class Arguments:
 
     @property
     def default_sides(self) -> tuple[int, int] | None:
-        """The height and width of a call that says none: ``usual_sides``, else what the call's code falls back to."""
-        own = self.usual_sides or (self._fallback("height"), self._fallback("width"))
+        """The height and width of a call that says none, as the call's own code has them; None where nothing does."""
+        own = (self._default("height"), self._default("width"))
         return None if None in own else own  # type: ignore[return-value]
 
-    def _fallback(self, name: str) -> int | None:
-        """Return N of ``name = name or N``, of ``self.default_sample_size * self.vae_scale_factor`` where that is N."""
+    def _default(self, name: str) -> int | None:
+        """Return a side: the signature's, N of ``name = name or N``, else the pipeline's or its model's sample size."""
         code = inspect.getsource(type(self.pipe).__call__)
-        if (found := re.search(rf"\b{name} = {name} or (\d+)\b", code)) is not None:
-            return int(found[1])
+        number = re.search(rf"\b{name} = {name} or (\d+)\b", code)
         latents = getattr(self.pipe, "default_sample_size", None)
-        return latents * self.grid.vae_scale_factor if isinstance(latents, int) else None
+        known = (self.given.get(name), self.names[name].default if name in self.names else None)
+        found = (*known, number and int(number[1]), isinstance(latents, int) and latents * self.grid.vae_scale_factor)
+        return next((side for side in found if side), None) or self._side(name)
 
     def _side(self, name: str) -> int | None:
         factor = self.grid.vae_scale_factor
