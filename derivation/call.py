@@ -85,10 +85,9 @@ def takes_call(method: Callable[..., R]) -> Callable[..., R]:
             call, *rest = (named.pop("call"),) if "call" in named else given
             return method(self, call.filled(self.prompt_length), *rest, **named)
         own = {name: named.pop(name) for name in NAMES if name in named}
-        usual = dict(zip(("height", "width"), self.default_sides, strict=True)) if len(given) < 2 else {}
-        sides = {name: side for name, side in usual.items() if name not in NAMES[: len(given)]}
+        sides = () if given or {"height", "width"} & own.keys() else self.default_sides
         try:
-            call = Call(*given, **{**sides, **own})
+            call = Call(*sides, *given, **own)
         except TypeError as error:
             raise TypeError(str(error).replace("Call.__init__()", f"{method.__name__}()")) from None
         return method(self, call.filled(self.prompt_length), **named)

@@ -35,8 +35,9 @@ def test_a_call_is_taken_whole_or_by_its_arguments():
     for given, wrong in (((0, 8), "height = 0"), ((8, 8, True), "batch_size = True"), ((8, 8, 1, 1, 7.5), "guidance")):
         with pytest.raises(DerivationError, match=wrong):
             d.stage_peaks(*given)
-    with pytest.raises(TypeError, match=r"stage_peaks\(\)"):
-        d.stage_peaks(512)
+    for one in ({"height": 512}, {"width": 512}):
+        with pytest.raises(TypeError, match=r"stage_peaks\(\)"):
+            d.stage_peaks(**one)
 
 
 @pytest.mark.parametrize("name", bundled())
@@ -241,7 +242,7 @@ def test_lambdify_equals_the_replayed_tape(target, adapted):
 def test_a_call_without_a_size_has_the_pipelines_own(model: str, side: int) -> None:
     d = derive(model)
     assert d.default_sides == (side, side) and d.stage_peaks() == d.stage_peaks(side, side)
-    assert d.stage_peaks(640) == d.stage_peaks(640, side) and d.stage_peaks(width=640) == d.stage_peaks(side, 640)
+    assert d.stage_peaks(batch_size=2) == d.stage_peaks(side, side, 2)
     example = d.at(width=640).equation.example
     assert (example.height, example.width) == (side, 640)
 
