@@ -169,6 +169,23 @@ def test_images_a_prompt_tiles_and_no_guidance_are_the_estimate_s(page, tmp_path
             )
         ),
         *(
+            {
+                **usual,
+                **tiled,
+                "pipeline": "txt2img",
+                "size": size,
+                "batch": batch,
+                "card": card,
+                "safety_checker": checked,
+            }
+            for size, batch, card, checked in (
+                ("1536x784", "1", "t4", "True"),
+                ("2048x1352", "2", "h100", "True"),
+                ("384x1800", "1", "rtx-4090", "False"),
+                ("512x512", "3", "rtx-3060", "True"),
+            )
+        ),
+        *(
             {**usual, **several, "pipeline": "txt2img", "size": "512x768", "batch": batch, "card": card} | images
             for batch, card in (("1", "t4"), ("2", "h100"), ("1", "12"))
             for images in (
@@ -182,6 +199,19 @@ def test_images_a_prompt_tiles_and_no_guidance_are_the_estimate_s(page, tmp_path
         assert each["verdict"] != "none" and int(each["needs"]) == expected(state).needs_bytes, state
 
 
+def test_a_vae_tile_of_one_line_on_a_card_is_left_to_the_command(page, tmp_path):
+    state = {**settings(1)[0], "dtype": "float16", "attention": "sdpa", "offload": "None", "vae_slicing": "False"}
+    state |= {
+        "pipeline": "txt2img",
+        "vae_tiling": "True",
+        "num_images_per_prompt": "1",
+        "guidance": "True",
+        "batch": "1",
+    }
+    cards = [{**state, "card": card, "free": "", "size": "776x1024"} for card in ("t4", "12")]
+    assert [each["verdict"] == "none" for each in shown(page, cards, tmp_path)] == [True, False]
+
+
 def read_back(latex, height, width, batch):
     """Return the bytes that an equation of nvidia-smi says at a size."""
     context = re.search(r"underbrace\{([\d{,}]+)\}_", latex)[1]
@@ -191,6 +221,7 @@ def read_back(latex, height, width, batch):
         level = -(-side // 8)
         for k in range(4):
             values[f"{letter}{k}"], level = level, -(-level // 2)
+    values |= {f"{kind}{axis}": int(side) for kind, axis, side in re.findall(r"\$([TRQC])_\{([hw])\} = (\d+)\$", latex)}
     count = int(re.search(r"N = (\d+)", body)[1])
     for times, inside in re.findall(r"\+ (?:(\d+)\\,)?s\((.*?)\)", body):
         nbytes = 0
@@ -198,7 +229,7 @@ def read_back(latex, height, width, batch):
             r"([+-]?) ?(?:\\tfrac\{)?(\d+)\}?(?:\{(\d+)\})?(?:\\,([A-Zhw_{}0-9^ ]*))?", inside
         ):
             part = Fraction(int(f"{sign}{top}"), int(bottom or 1))
-            for name, power in re.findall(r"([BHW]|[hw]_\{\d\})(?:\^\{(\d)\})?", letters):
+            for name, power in re.findall(r"([BHW]|[hw]_\{\d\}|[TRQC]_\{[hw]\})(?:\^\{(\d)\})?", letters):
                 part *= values[re.sub("[_{}]", "", name)] ** int(power or 1)
             nbytes += part
         count += int(times or 1) * -(-nbytes // (2 << 20))
@@ -209,12 +240,21 @@ def test_the_latex_of_nvidia_smi_on_the_chosen_card_reads_back_to_what_is_needed
     usual = {**settings(1)[0], "num_images_per_prompt": "1", "vae_tiling": "False", "guidance": "True", "free": ""}
     usual |= {"dtype": "float16", "attention": "sdpa", "vae_slicing": "False", "safety_checker": "True"}
     states = [
-        {**usual, "card": card, "size": size, "batch": batch, "offload": offload, "pipeline": pipeline}
-        for card, size, batch, offload, pipeline in (
-            ("rtx-3060", "512x512", "1", "None", "txt2img"),
-            ("t4", "1024x768", "2", "None", "img2img"),
-            ("h100", "1000x776", "3", "None", "inpaint"),
-            ("rtx-4090", "2048x1536", "1", "model", "txt2img"),
+        {
+            **usual,
+            "card": card,
+            "size": size,
+            "batch": batch,
+            "offload": offload,
+            "pipeline": pipeline,
+            "vae_tiling": tiled,
+        }
+        for card, size, batch, offload, pipeline, tiled in (
+            ("rtx-3060", "512x512", "1", "None", "txt2img", "False"),
+            ("t4", "1024x768", "2", "None", "img2img", "False"),
+            ("h100", "1000x776", "3", "None", "inpaint", "False"),
+            ("rtx-4090", "2048x1536", "1", "model", "txt2img", "False"),
+            ("rtx-3060", "1536x784", "2", "None", "txt2img", "True"),
         )
     ]
     for state, each in zip(states, shown(page, states, tmp_path), strict=True):

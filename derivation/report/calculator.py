@@ -24,10 +24,9 @@ from derivation.options.choices import DTYPES, EAGER, OFFLOADS, PIPELINES, SDPA
 from derivation.options.row import flag
 from derivation.report.answer import STAGE_TITLES
 from derivation.report.tapes import Tapes
-from derivation.tape.program import Recordings
 from derivation.tape.recorded import RecordedSubject
 from derivation.tape.subject import Subject
-from derivation.tape.tape import Answered, Tape
+from derivation.tape.tape import Answered
 from derivation.text import GIB
 from derivation.verdict import confidence, worst
 from derivation.walk.pipelines import SAFETY_CHECKER
@@ -36,8 +35,8 @@ from derivation.walk.subject import WalkedSubject
 MAX_SIDE, MAX_BATCH = 2048, 16
 USUAL_SIDE = 512
 HALVES = ("float16", "bfloat16")
-# Sides of squares, in VAE tiles, whose tilings the page holds.
-TILED_SIDES = (1, 2, 3, 5)
+# The side of a square, in VAE tiles, that has every kind of tile.
+TILED_SIDE = 2
 # A kind of card that fewer of the table are is left out, but for the report's own.
 LEAST_CARDS = 3
 # What the form switches: the option or the call's guidance, its label, what it may be.
@@ -150,8 +149,11 @@ def _programs(d: Derivation, held: Tapes, kernel: Kernel) -> Iterator[tuple[str,
             if subject.options.pipeline != chosen["pipeline"]:  # a traced class is one pipeline
                 continue
             unsliced = (gpu, *values[:-1])
-            numbers = _tapes(d, subject, held, known.get(unsliced, []), chosen["guidance"])
-            known[unsliced] = numbers[1:] if chosen["num_images_per_prompt"] == 1 else []
+            if chosen["vae_tiling"] and subject.grid.tile is not None:
+                numbers = _tilings(d, subject, held, known.get((gpu, *values[:-2], False), []))
+            else:
+                numbers = _tapes(d, subject, held, known.get(unsliced, [])[1:], chosen["guidance"])
+                known.setdefault(unsliced, numbers if chosen["num_images_per_prompt"] == 1 else [])
             for checker, those in _checked(subject, held, numbers):
                 for dtype in kernel.shown(gpu):
                     named = {**chosen, "dtype": dtype, "safety_checker": checker}
@@ -159,10 +161,8 @@ def _programs(d: Derivation, held: Tapes, kernel: Kernel) -> Iterator[tuple[str,
 
 
 def _is_held(d: Derivation, kernel: Kernel, gpu: str | None, chosen: Mapping[str, Any]) -> bool:
-    """Return whether the page holds a setting: VAE tiles for usual ones alone, several images a prompt and no guidance
-    for those of the report's own pipeline.
-
-    Tiles are walked each where a card's allocator is replayed, as many as the size has: without a card they are not.
+    """Return whether the page holds a setting: VAE tiles, several images a prompt and no guidance for usual ones of the
+    report's own pipeline, VAE tiles without a card for others, too.
     """
     images, tiled = chosen["num_images_per_prompt"], chosen["vae_tiling"]
     own = images == d.options.num_images_per_prompt and tiled == d.options.vae_tiling
@@ -170,7 +170,7 @@ def _is_held(d: Derivation, kernel: Kernel, gpu: str | None, chosen: Mapping[str
     same = usual and chosen["pipeline"] == d.options.pipeline and isinstance(d.subject, WalkedSubject)
     if not chosen["guidance"]:
         return own and same
-    alone = images == 1 and gpu is None and not chosen["vae_slicing"]
+    alone = images == 1 and not chosen["vae_slicing"] and (same or gpu is None)
     return own or (usual and alone if tiled else same)
 
 
@@ -183,8 +183,6 @@ def _tapes(d: Derivation, subject: Subject, held: Tapes, single: list[int], guid
         own = [regime for regime in subject.regimes if regime.guidance] or list(subject.regimes)
         return [held.add(regime.decided().tape, weights, regime.ranges) for regime in own]
     program = subject.program(guidance, {"L": d.prompt_length, **d.fixed})
-    if subject.grid.tile is not None:
-        return [held.add(tape, weights) for tape in _tilings(Derivation(subject, d.fixed), program)]
     tapes = [program.generic.tape]
     if not single:
         least = 2 * d.grid.unit
@@ -192,14 +190,15 @@ def _tapes(d: Derivation, subject: Subject, held: Tapes, single: list[int], guid
     return [*(held.add(tape, weights) for tape in tapes), *single]
 
 
-def _tilings(d: Derivation, program: Recordings) -> list[Tape]:
-    """Return the tapes of one and several images in one and several VAE tiles, whose count is a symbol."""
-    assert d.grid.tile is not None
-    side = d.grid.tile.side * d.grid.vae_scale_factor
-    sides = [n * side for n in TILED_SIDES if n * side <= MAX_SIDE]
-    calls = product((2, 1), sides, sides)
-    variants = (program.regime(d.sizes(height, width, batch)) for batch, height, width in calls)
-    return list({id(variant): variant.tape for variant in variants}.values())
+def _tilings(d: Derivation, subject: Subject, held: Tapes, whole: list[int]) -> list[int]:
+    """Return the numbers of the tapes of several images and of one in VAE tiles, and of ``whole`` without any."""
+    weights, program = held.weights(subject.resident), subject.program(True, {"L": d.prompt_length, **d.fixed})
+    tiled = Derivation(subject, d.fixed)
+    assert tiled.grid.tile is not None
+    side = tiled.grid.tile.side * tiled.grid.vae_scale_factor
+    sides = (TILED_SIDE * side,) if whole else (TILED_SIDE * side, side)
+    tapes = (program.regime(tiled.sizes(n, n, batch)).tape for n in sides for batch in (2, 1))
+    return [*(held.add(tape, weights) for tape in tapes), *map(held.whole, whole)]
 
 
 def _checked(subject: Subject, held: Tapes, numbers: list[int]) -> Iterator[tuple[bool, list[int]]]:
@@ -214,7 +213,7 @@ def _checked(subject: Subject, held: Tapes, numbers: list[int]) -> Iterator[tupl
 def _kernels(d: Derivation) -> tuple[Kernel, ...]:
     """Return what the page holds: half precision with SDPA on each kind of card and on none, others on the first."""
     own, walked = d.options, isinstance(d.subject, WalkedSubject)
-    if not d.subject.whole or own.vae_tiling or own.alloc_conf is not None:
+    if not d.subject.whole or own.alloc_conf is not None:
         return (Kernel((own.dtype,), own.attention, {None: None}),)
     if not walked:
         return (Kernel((own.dtype,), own.attention, {None: None, **_kinds(d, own.dtype, own.attention)}),)

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from derivation.allocator.memory import weight_bytes
 from derivation.allocator.simulate import WORKSPACE
-from derivation.tape.events import Allocation, Category
+from derivation.errors import DerivationError
+from derivation.tape.events import Allocation, Category, Tiled
 from derivation.tape.grid import Range
 from derivation.tape.subject import Parameters
 from derivation.tape.symbols import Size, as_terms
@@ -65,7 +66,8 @@ class Tapes:
 
         It holds where its decisions do and, of a recorded one, within ``ranges``.
         """
-        edges = tape.edges
+        tiles = {edge for tiled in tape.tilings for run in tiled.runs for edge in (tiled.start, tiled.end, *run)}
+        edges = sorted({*tape.edges, *tiles})
         chunks = [self._chunk(tokens.tobytes()) for tokens in self._tokens(tape, edges)]
         place = {edge: i for i, edge in enumerate(edges)}
         return self._numbered(
@@ -74,12 +76,37 @@ class Tapes:
                 "stages": [[place[mark.event], self._name(mark.stage)] for mark in tape.marks],
                 "loops": [[place[start], place[end], times] for start, end, times in tape.loops],
                 "guards": [[self._size(g.size), g.bound, int(g.answer)] for g in tape.guards.values()],
+                "tilings": [self._tiled(tape, tiled, chunks, place) for tiled in tape.tilings],
                 "ones": sorted(tape.ones),
                 "fixed": {name: value for name, value in tape.fixed.items() if value > 1},
                 "ranges": {name: [r.first, r.last, r.step] for name, r in (ranges or {}).items()},
                 "weights": weights,
             }
         )
+
+    def _tiled(self, tape: Tape, tiled: Tiled, chunks: list[int], place: Mapping[int, int]) -> dict[str, Any]:
+        """Return a call in tiles: its chunks, one tile's of each kind, and the kinds of lines, rows and the result.
+
+        Raises DerivationError where a tile leaves more than its result.
+        """
+        if any(sum(1 if event > 0 else -1 for event in tape.events[a:b]) != 1 for a, b in tiled.runs):
+            raise DerivationError("vae_tiling: the first tile differs from the others")
+        births = (tape.allocations[event - 1] for event in tape.events[tiled.runs[-1][1] : tiled.end] if event > 0)
+        *rows, joined = [a for a in births if a.op == "cat"]
+        return {
+            "span": [place[tiled.start], place[tiled.end]],
+            "tiles": [chunks[place[start]] for start, _ in tiled.runs],
+            "lines": [[self._kind(a) for a in line] for line in tiled.lines],
+            "rows": [self._kind(row) for row in rows],
+            "joined": self._kind(joined),
+            "unit": tiled.unit,
+            "extent": tiled.extent,
+        }
+
+    def whole(self, number: int) -> int:
+        """Return the number of a tape that holds where a VAE does not work in tiles alone."""
+        made = self._made[number]
+        return self._numbered({**made, "ones": sorted({*made["ones"], "E"})})
 
     def _numbered(self, made: dict[str, Any]) -> int:
         number = self._tape(repr(made))
@@ -95,6 +122,7 @@ class Tapes:
         out = {i for start, end, (_, name) in spans if self._name.rows[name] == model for i in range(start, end)}
         place = [sum(j not in out for j in range(i)) for i in range(total + 1)]
         changed = {
+            "tilings": [{**tiled, "span": [place[edge] for edge in tiled["span"]]} for tiled in made["tilings"]],
             "chunks": [self._thinned(chunk, model) for i, chunk in enumerate(made["chunks"]) if i not in out],
             "stages": [[place[start], name] for start, name in made["stages"] if start not in out],
             "loops": [[place[start], place[end], times] for start, end, times in made["loops"]],
@@ -132,12 +160,12 @@ class Tapes:
             "tapes": self._made,
         }
 
-    def _kind(self, a: Allocation) -> None:
-        """Number an allocation's kind, known by the object from now on: blocks' copies are one."""
+    def _kind(self, a: Allocation) -> int:
+        """Return the number of an allocation's kind, known by the object from now on: blocks' copies are one."""
         layer = LAYERS.get(a.category, TENSOR) if a.op != WORKSPACE else OPTIONAL
         kind = (self._name(a.path), self._name(a.op), self._size(a.nbytes), self._size(a.count), layer)
         self._seen.append(a)
-        self._numbers[id(a)] = self._row((*kind, *map(self._size, a.shape)))
+        return self._numbers.setdefault(id(a), self._row((*kind, *map(self._size, a.shape))))
 
     def weights(self, resident: Parameters) -> int:
         """Return the number of a list of weights, bytes and names by turns, as ``pipe.to("cuda")`` moves them."""

@@ -49,6 +49,23 @@ def _moved(a: Allocation, path: str) -> Allocation:
     return Allocation(path, a.op, a.shape, a.dtype, a.nbytes, a.category, a.count, a.loaded)
 
 
+@dataclass(frozen=True, slots=True)
+class Tiled:
+    """A call of a VAE in tiles: its events from ``start`` to ``end``, and those of one tile of each kind, row by row.
+
+    Kinds are the tallest, what is left over, and what of that is left over, by widths alike. ``lines`` are what
+    blending one line makes: across each kind of width with the tile above, across each kind of height with the one
+    before. ``unit`` is what a latent's side is in a result, ``extent`` the most lines that are blended.
+    """
+
+    start: int
+    end: int
+    runs: tuple[tuple[int, int], ...]
+    lines: tuple[tuple[Allocation, ...], ...]
+    unit: int
+    extent: int
+
+
 class Decider(Protocol):
     """A tape: what takes decisions on sizes."""
 

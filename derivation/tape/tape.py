@@ -17,7 +17,7 @@ from derivation.gpu.profile import Hardware
 from derivation.libraries import Libraries
 from derivation.options import Options
 from derivation.tape.adapters import NO_ADAPTERS, Adapters
-from derivation.tape.events import Allocation, Category, Guard, Mark
+from derivation.tape.events import Allocation, Category, Guard, Mark, Tiled
 from derivation.tape.symbols import DTYPE_BYTES, Size, as_whole_tile, evaluate, nonnegative_from_one, product, symbol
 from derivation.tape.tiles import Tile
 
@@ -74,11 +74,11 @@ class Tape:
     steps; ``dtypes`` maps a model, then parts of it, to their parameters' dtype where that was changed; ``leaves``
     holds, for each open scope, the parameters that are on the GPU until it is left; ``tile`` is set where the run
     stands for every number of VAE tiles, and ``cut`` holds event ranges (start, end, symbols) that belong to cut
-    tiles: they do not occur where a symbol is 0; ``emptied`` holds how many events precede each
-    torch.cuda.empty_cache(); ``convolutions`` holds, of traced ones, the shapes of input and weight by the output's
-    allocation; ``asked`` holds the answers that decide what a module does, in order, ``answers`` the GPU's,
-    ``adapters`` the LoRAs on the models' layers, and ``memory`` what modules have recorded, on this tape or others
-    (``derivation.tape.block``), None for no memory.
+    tiles: they do not occur where a symbol is 0; ``tilings`` holds the VAE's calls in tiles; ``emptied`` holds how
+    many events precede each torch.cuda.empty_cache(); ``convolutions`` holds, of traced ones, the shapes of input and
+    weight by the output's allocation; ``asked`` holds the answers that decide what a module does, in order,
+    ``answers`` the GPU's, ``adapters`` the LoRAs on the models' layers, and ``memory`` what modules have recorded, on
+    this tape or others (``derivation.tape.block``), None for no memory.
     """
 
     options: Options
@@ -101,6 +101,7 @@ class Tape:
     leaves: list[list[Storage | None]] = field(default_factory=list)
     tile: Tile | None = None
     cut: list[tuple[int, int, frozenset[str]]] = field(default_factory=list)
+    tilings: list[Tiled] = field(default_factory=list)
     emptied: list[int] = field(default_factory=list)
     convolutions: dict[int, Shapes] = field(default_factory=dict)
     asked: list[Question] = field(default_factory=list)

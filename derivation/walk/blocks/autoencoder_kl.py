@@ -6,16 +6,17 @@ where they are numbers, each is walked.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from derivation.config import AutoencoderKLConfig
 from derivation.errors import DerivationError
+from derivation.tape.events import Allocation, Tiled
 from derivation.tape.symbols import TILE_AXES, Size
-from derivation.tape.tape import tape
+from derivation.tape.tape import Tape, tape
 from derivation.tape.tensor import SymTensor
 from derivation.tape.tiles import Tiling, cut_symbols, cuts
 from derivation.walk.blocks.vae import Decoder, DiagonalGaussianDistribution, Encoder
-from derivation.walk.ops import Conv2d, add, cat, empty, mul
+from derivation.walk.ops import Conv2d, add, cat, empty, given, mul
 
 # Where sides are numbers: 8192 x 8192 pixels in tiles of 512 are 484.
 MAX_TILES = 512
@@ -107,7 +108,24 @@ def tiled_decode(z: SymTensor, config: AutoencoderKLConfig) -> SymTensor:
 
 
 def _tiles(x: SymTensor, run: Run, tiling: Tiling, tile: tuple[int, int], channels: int) -> SymTensor:
-    """Run overlapping tiles, blend them, and join what is left; ``tile`` is a tile's side, given and resulting.
+    """Run overlapping tiles, blend them, and join what is left; ``tile`` is a tile's side, given and resulting."""
+    here, runs = tape(), list[tuple[int, int]]()
+    start = len(here.events)
+    joined = _joined(x, run, tiling, tile, channels, runs)
+    if here.tile is not None:
+        sides = [
+            [cut.out for cut in cuts(n, axis, tiling, tile)] for n, axis in zip(x.shape[2:], TILE_AXES, strict=True)
+        ]
+        lines = _lines((x.shape[0], channels), sides[1], sides[0])
+        unit, extent = tile[1] // tiling.latent, tiling.blend_extent(tile[1])
+        here.tilings.append(Tiled(start, len(here.events), tuple(runs), lines, unit, extent))
+    return joined
+
+
+def _joined(
+    x: SymTensor, run: Run, tiling: Tiling, tile: tuple[int, int], channels: int, runs: list[tuple[int, int]]
+) -> SymTensor:
+    """Return the tiles' results joined, and add each one's events to ``runs``.
 
     Of tiles that are alike the last is run, with the earlier ones alive.
     """
@@ -131,6 +149,7 @@ def _tiles(x: SymTensor, run: Run, tiling: Tiling, tile: tuple[int, int], channe
             earlier.append(alike(tall.out, wide.out, wide.count - 1))
             start = len(tape().events)
             row.append(run(x.narrow(2, tall.side).narrow(3, wide.side)))
+            runs.append((start, len(tape().events)))
             if symbols := cut_symbols(tall.side, wide.side):
                 tape().cut.append((start, len(tape().events), symbols))
         rows.append(row)
@@ -161,7 +180,22 @@ def _blend(a: SymTensor, b: SymTensor, dim: int, blend_extent: int) -> None:
     if lines == 0:
         return
     start = len(tape().events)
-    line_a, line_b = a.select(dim), b.select(dim)
+    _blend_line(a.select(dim), b.select(dim))
+    tape().loops.append((start, len(tape().events), lines))
+
+
+def _blend_line(line_a: SymTensor, line_b: SymTensor) -> None:
     blended = add(mul(line_a), mul(line_b))
     del blended
-    tape().loops.append((start, len(tape().events), lines))
+
+
+def _lines(outer: tuple[Size, Size], *sides: Sequence[Size]) -> tuple[tuple[Allocation, ...], ...]:
+    """Return what ``_blend_line`` allocates for lines [N, C, side] of each side, in order."""
+    here, found = tape(), list[tuple[Allocation, ...]]()
+    for side in (each for group in sides for each in group):
+        aside = Tape(here.options, here.hardware, ones=here.ones, fixed=here.fixed, path=list(here.path))
+        with aside.running():
+            line = given((*outer, side), here.weights_dtype())
+            _blend_line(line, line)
+        found.append(tuple(aside.allocations))
+    return tuple(found)
