@@ -221,7 +221,7 @@ def _kernels(d: Derivation) -> tuple[Kernel, ...]:
     upcasts = d.checkpoint.pipeline_class.startswith("StableDiffusionXL")  # a VAE of float16 alone: needs_upcasting
     dtypes = (half,) if upcasts else tuple(dict.fromkeys([half, *HALVES]))
     found = [Kernel(dtypes, SDPA, {None: None, **_kinds(d, half, SDPA)})]
-    rarer = ((dtypes, EAGER), (("float32",), SDPA), (("float32",), EAGER))
+    rarer = () if own.vae_tiling else ((dtypes, EAGER), (("float32",), SDPA), (("float32",), EAGER))
     found += [Kernel(types, name, _kinds(d, types[0], name, 1)) for types, name in rarer]
     known_already = [(dtype, kernel.attention) for kernel in found for dtype in kernel.dtypes]
     if (own.dtype, SDPA if own.attention == "efficient" else own.attention) not in known_already:
