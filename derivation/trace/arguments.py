@@ -27,20 +27,23 @@ PROMPTS = ("prompt", "negative_prompt")
 _GUIDANCE = ("guidance_scale", "true_cfg_scale")
 # The arguments that say how many images a call makes, before and after those that hold images.
 _BATCHED, _REPEATED = ("prompt", "class_labels", "batch_size"), ("num_images_per_prompt", "num_videos_per_prompt")
-_IMAGES = ("image", "mask_image", "control_image", "video", "image_reference")
+_STILL = ("image", "mask_image", "control_image", "image_reference")
+_IMAGES = (*_STILL, "video")
 
 
 @dataclass(frozen=True)
 class Arguments:
     """How a pipeline is called: ``given`` arguments that do not depend on sizes, ``steps`` passes of the loop.
 
-    ``bare``: one prompt is a string, for pipelines that take no list.
+    ``bare``: one prompt is a string, for pipelines that take no list. ``images`` are arguments that have a default, but
+    that the call is given.
     """
 
     pipe: Any
     given: Mapping[str, Any]
     steps: int = 2
     bare: bool = False
+    images: tuple[str, ...] = ()
 
     @cached_property
     def names(self) -> Mapping[str, inspect.Parameter]:
@@ -124,7 +127,17 @@ class Arguments:
     def _missing(self) -> list[str]:
         """The images that a call cannot go without and that are not given."""
         empty = inspect.Parameter.empty
-        return [n for n in _IMAGES if n in self.names and self.names[n].default is empty and n not in self.given]
+        return [n for n in self._not_given if self.names[n].default is empty or n in self.images]
+
+    @property
+    def _not_given(self) -> list[str]:
+        return [n for n in _IMAGES if n in self.names and n not in self.given]
+
+    @property
+    def image_choices(self) -> tuple[tuple[str, ...], ...]:
+        """What ``images`` can be: none, all that may be None and are not typed so, or one of them."""
+        names = [n for n in self._not_given if n in _STILL and _asked(self.names[n])]
+        return tuple(dict.fromkeys([(), tuple(names), *((n,) for n in names)]))
 
     def at(self, call: Call, padded: bool = True) -> dict[str, Any]:
         """Return the arguments of one call; ``padded`` says whether L is ``max_sequence_length`` or the words.
@@ -166,6 +179,11 @@ class Arguments:
         """Return the images that the call cannot go without, and those that are given at this size."""
         wanted = [*self._missing, *(n for n, value in self.given.items() if _is_image(value))]
         return {name: _resized(self.given.get(name), call) for name in wanted}
+
+
+def _asked(parameter: inspect.Parameter) -> bool:
+    """Return whether None is a parameter's default and not one of its types."""
+    return parameter.default is None and "None" not in str(parameter.annotation)
 
 
 def _is_image(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -66,12 +67,12 @@ class TracedPipeline:
         self.arguments = replace(self.arguments, steps=steps)
 
     def _accepted(self) -> Call:
-        """Return a call that the pipeline takes: of one bare prompt, smaller sides or its own, where it must be."""
+        """Return a call that the pipeline takes: of images, a bare prompt, smaller sides or its own, where it must."""
         first: DerivationError | None = None
         for sides, middle in self._candidates():
             self.sides, self.middle = sides, middle
-            for bare in (False, True):
-                self.arguments = replace(self.arguments, bare=bare)
+            for images, bare in product(self.arguments.image_choices, (False, True)):
+                self.arguments = replace(self.arguments, images=images, bare=bare)
                 try:
                     self.trace(self.base())
                 except DerivationError as error:
@@ -118,7 +119,7 @@ class TracedPipeline:
 
     def trace(self, call: Call) -> Tape:
         """Return the tape of one call, in integers; raises DerivationError for what the pipeline rejects."""
-        key = (call, self._padded, self.arguments.steps, self.arguments.bare)
+        key = (call, self._padded, self.arguments.steps, self.arguments.images, self.arguments.bare)
         if key not in self._tapes:
             with without_collector():
                 if self._state is None:  # transformers wraps methods at the first call
