@@ -16,11 +16,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from derivation import DerivationError
 from derivation.cli.arguments import add_options, given_options
+from derivation.cli.parameters import USUAL_MODEL, USUAL_PIPELINE, reported
 from derivation.config import bundled
 from derivation.errors import one_line
-
-# The report where no model is named.
-USUAL_MODEL, USUAL_OPTIONS = "stable-diffusion-v1-5/stable-diffusion-v1-5", {"pipeline": "img2img"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
         epilog="example: python build_report.py stabilityai/stable-diffusion-2-1 --pipeline txt2img --output report/",
     )
     models = "bundled ids, folders or Hugging Face Hub ids (org/name, org/name@revision)"
-    result.add_argument("models", metavar="MODEL", nargs="*", help=f"{models} (default: {USUAL_MODEL}, img2img)")
+    result.add_argument(
+        "models", metavar="MODEL", nargs="*", help=f"{models} (default: {USUAL_MODEL}, {USUAL_PIPELINE})"
+    )
     result.add_argument("--all", action="store_true", help="every bundled model, and an index page that compares them")
     result.add_argument("--output", type=Path, default=Path("report"), help="folder to write (default: report/)")
     result.add_argument("--pdf", action="store_true", help="also typeset the notes, where a TeX engine is installed")
@@ -57,9 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     start = time.monotonic()
     try:
-        options = given_options(args)
-        models = bundled() if args.all else args.models or [USUAL_MODEL]
-        options = options if args.all or args.models else {**USUAL_OPTIONS, **options}
+        models, options = reported(bundled() if args.all else args.models, given_options(args))
         with output.telling("report") as progress:
             paths = build_all(models, args.output, args.pdf, args.verify, progress, args.all, **options)
     except DerivationError as error:
@@ -68,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = round(time.monotonic() - start, 1)
     if args.json:
         print(json.dumps({"files": [str(path) for path in paths], "seconds": seconds}))
-    elif sys.stderr.isatty():
+    else:
         print(f"wrote {', '.join(str(path) for path in paths)} in {seconds} s", file=sys.stderr)
     return 0
 

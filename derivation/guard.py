@@ -26,10 +26,11 @@ from derivation.errors import DerivationError, unsupported
 from derivation.gpu.cards import of_device
 from derivation.options.live import FREEU
 from derivation.options.live.modules import MODELS, attentions, first_parameter, models_of, tuners, up_blocks
+from derivation.options.live.traced import VAE_SWITCHES
 from derivation.verdict import Verdict, of_tensors
 
-# What a pipeline can set on its VAE
-VAE_SWITCHES = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_overlap_factor")
+# What can be set on a pipeline's VAE
+ON_VAE = (*VAE_SWITCHES, "tile_sample_min_size", "tile_overlap_factor")
 
 # What configures PyTorch's caching allocator.
 ALLOC_CONF = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -310,7 +311,7 @@ def _watch(models: Mapping[str, Any], parameters: Mapping[str, Callable[[], Any]
                 (type(p := module.processor), getattr(p, "slice_size", None), getattr(p, "_attention_backend", None))
                 for module in modules
             ],
-            *[getattr(vae, switch, None) for switch in VAE_SWITCHES],
+            *[getattr(vae, name, None) for name in ON_VAE],
             *[getattr(block, FREEU[0], None) for block in blocks],
             *[id(getattr(model, hook, None)) for model in models.values() for hook in ("_hf_hook", "_diffusers_hook")],
             id(getattr(unet, "encoder_hid_proj", None)),

@@ -28,7 +28,10 @@ FITS, RELEASED, SLOWER, NO_FIT = (
 # Tensors and weights alone, no GPU named: less than any card needs, so only the "no" is a verdict on the call.
 TENSORS_FIT = "the tensors fit"
 NO_CARD = "no verdict: the architecture names no card"
-MEASURED, DOCUMENTED, NEAREST, TENSORS = "measured card", "documented profile", "nearest card", "tensors only"
+MEASURED = "calls measured on this card"
+DOCUMENTED = "cuDNN as published for its architecture"
+NEAREST = "cuDNN as on another architecture"
+TENSORS = "tensors only"
 
 
 @dataclass(frozen=True, slots=True)

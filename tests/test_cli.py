@@ -532,3 +532,26 @@ def test_long_work_writes_a_line_a_step_to_a_pipe_and_short_work_none(capsys, mo
     assert said.out == ""
     counted = [f"counting: {n} of 25" for n in (3, 5, 8, 10, 13, 15, 18, 20, 23, 25)]
     assert said.err.splitlines() == [*counted, r"work: two\nlines"]
+
+
+def test_a_report_of_no_model_is_the_one_of_build_report(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("derivation.report.build", lambda models, *_, **options: asked.append((models, options)) or [])
+    monkeypatch.setattr(
+        "derivation.report.job.build_all", lambda models, *_, **options: asked.append((models, options)) or []
+    )
+    job = runpy.run_path(str(Path(__file__).parent.parent / "build_report.py"))
+    for arguments in ([], ["--dtype", "float32"], ["--pipeline", "txt2img"], [SDXL]):
+        assert run(["report", *arguments]) == job["main"](arguments) == 0
+        (models, options), again = asked[-2:]
+        assert again == (models, {name: value for name, value in options.items() if name != "revision"})
+    assert asked[0] == ([SD15], {"pipeline": "img2img", "revision": None}) and asked[-1] == ([SDXL], {})
+    # in a pipe, too
+    assert capsys.readouterr().err.startswith("wrote ")
+
+
+def test_what_people_cannot_know_is_said_where_it_is_shown(capsys):
+    assert run(["compare", VAE, "--with", "dtype=float32"]) == 0
+    assert "H, W: the image's height and width in pixels" in capsys.readouterr().out
+    assert run(["fit", "sd15", "--memory", "8", "--size", "512"]) == 0
+    assert "not counted: what cuDNN, cuBLAS and attention kernels take for themselves" in capsys.readouterr().out

@@ -80,7 +80,7 @@ def test_the_words_of_a_verdict() -> None:
     fits, none = d.verdict(1024, 1024, 2), d.verdict(2520, 2520)
     assert (fits.verdict, fits.sure, fits.short_bytes) == (FITS, True, 0)
     assert str(fits) == "needs 9.53 GiB of 11.66 GiB: fits"
-    assert fits.trust == "left: 2.13 GiB, at least the margin of 2.00 GiB (documented profile)"
+    assert fits.trust == "left: 2.13 GiB, at least the margin of 2.00 GiB (cuDNN as published for its architecture)"
     assert (none.verdict, none.fits, none.left_bytes, none.trust) == (NO_FIT, False, None, "")
     assert none.failed is not None and none.short_bytes == none.failed["short_bytes"] > 0
     assert "does not fit, out of memory at vae.decoder." in str(none) and str(none).endswith(" short")

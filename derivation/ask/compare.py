@@ -66,7 +66,7 @@ class StageDifference:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Differences:
     """Two derivations side by side; ``numbers`` maps a square's side to its stages and peak, in bytes.
 
     Of a side with a GPU they also have what it needs there and the verdict.
@@ -96,11 +96,11 @@ def compare(
     batch_size: int = 1,
     prompt_length: int | None = None,
     guidance: bool = True,
-) -> Comparison:
+) -> Differences:
     """Return where ``a`` and ``b`` differ; raises DerivationError for a side that both pipelines reject."""
     call = {"batch_size": batch_size, "prompt_length": prompt_length, "guidance": guidance}
     at = {H: max(sides), W: max(sides), L: prompt_length or a.prompt_length, B: batch_size}
-    return Comparison(
+    return Differences(
         a.name,
         b.name,
         tuple(p for p in _pairs(a.options.as_dict(), b.options.as_dict()) if not p.same),

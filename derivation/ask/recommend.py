@@ -30,7 +30,7 @@ REMEDIES = tuple(sorted((remedy for row in TABLE.values() for remedy in row.reme
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Saving:
     """One remedy: ``saves_bytes`` by itself, and whether the size needs it.
 
     ``adds_bytes`` is what it saves on top of the needed remedies before it, and ``peak_tensor_bytes`` the peak with
@@ -57,7 +57,7 @@ class Recommendation:
     budget_bytes: int
     as_asked: Image
     with_needed: Image
-    steps: tuple[Step, ...]
+    steps: tuple[Saving, ...]
     cheaper_sizes: tuple[Nearby, ...] = ()
     expandable: Verdict | None = None
 
@@ -67,7 +67,7 @@ class Recommendation:
         return self.with_needed.verdict.fits
 
     @property
-    def needed(self) -> tuple[Step, ...]:
+    def needed(self) -> tuple[Saving, ...]:
         """The remedies to apply, cheapest first."""
         return tuple(step for step in self.steps if step.needed)
 
@@ -140,13 +140,13 @@ def _expandable(peaks: _Peaks, options: Options) -> Verdict | None:
     return None
 
 
-def _step(peaks: _Peaks, remedy: Remedy, saves_bytes: int, chosen: Sequence[Remedy]) -> Step:
+def _step(peaks: _Peaks, remedy: Remedy, saves_bytes: int, chosen: Sequence[Remedy]) -> Saving:
     needed, after, adds = remedy in chosen, None, None
     if needed:
         before = chosen[: chosen.index(remedy)]
         after = peaks[[*before, remedy]]
         adds = peaks[before] - after
-    return Step(remedy.name, dict(remedy.change), remedy.cost, remedy.call, saves_bytes, needed, adds, after)
+    return Saving(remedy.name, dict(remedy.change), remedy.cost, remedy.call, saves_bytes, needed, adds, after)
 
 
 def _savings(peaks: _Peaks, options: Options) -> dict[Remedy, int]:

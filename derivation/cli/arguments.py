@@ -23,5 +23,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the options that somebody typed; raises DerivationError for a bad value."""
-    hints, typed = get_type_hints(Options), vars(arguments)
-    return {f.name: value_of(f.name, hints[f.name], typed[f.name]) for f in fields(Options) if f.name in typed}
+    hints, given = get_type_hints(Options), vars(arguments)
+    return {f.name: value_of(f.name, hints[f.name], given[f.name]) for f in fields(Options) if f.name in given}

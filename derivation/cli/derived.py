@@ -14,6 +14,7 @@ import typer
 from derivation.call import parse_size
 from derivation.cli import output
 from derivation.cli.parameters import (
+    USUAL_MODEL,
     Json,
     Model,
     Prompt,
@@ -23,6 +24,7 @@ from derivation.cli.parameters import (
     completing,
     derivation_of,
     expanded,
+    reported,
     typed,
 )
 from derivation.config import bundled, bundled_traced, load, traced_folder
@@ -35,7 +37,6 @@ from derivation.verdict import Verdict
 
 # The newest that torch/utils/viz/MemoryViz.js reads.
 PICKLE_PROTOCOL = 4
-DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 KNOWN = {
     "model",
     "guidance",
@@ -188,7 +189,7 @@ def verify(
     size: Size,
     prompt: Prompt,
     options: Options,
-    model: Model = DEFAULT_MODEL,
+    model: Model = USUAL_MODEL,
     everything: Annotated[bool, typer.Option("--all", help="Compare every bundled checkpoint and option.")] = False,
     fuzz: Annotated[int, typer.Option(help="Compare this many seeded random cases instead.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="First seed of --fuzz.", min=0)] = 0,
@@ -317,7 +318,9 @@ def models(json: Json = False) -> None:
 @expanded
 def report(
     options: Options,
-    model: Annotated[list[str] | None, typer.Argument(help="Bundled ids, folders or Hugging Face Hub ids.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Argument(help="Bundled ids, folders or Hub ids; else SD 1.5's img2img.")
+    ] = None,
     output_path: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("report"),
     revision: Revision = None,
 ) -> None:
@@ -328,6 +331,6 @@ def report(
     from derivation.report import build
 
     asked = [name for name in sys.argv[1:] if name.isprintable()]
-    models, command = model or [DEFAULT_MODEL], " ".join(["derivation", *asked])
-    for path in build(models, output_path, command, revision=revision, **typed(options)):
+    models, chosen = reported(model, typed(options))
+    for path in build(models, output_path, " ".join(["derivation", *asked]), revision=revision, **chosen):
         output.line(f"wrote {path}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import wraps
@@ -21,6 +21,8 @@ from derivation.gpu.cards import known, memory_bytes, with_memory
 from derivation.options import TABLE, Options
 
 DEFAULT_GUIDANCE_SCALE = 7.5
+# What is derived where no model is named.
+USUAL_MODEL, USUAL_PIPELINE = "stable-diffusion-v1-5/stable-diffusion-v1-5", "img2img"
 
 # Of a call; an option's own is in its row.
 HELP = {
@@ -222,6 +224,11 @@ def typed(options: Options) -> dict[str, Any]:
     """Return the options that somebody typed."""
     usual = Options().as_dict()
     return {name: value for name, value in options.as_dict().items() if value != usual[name] or name in _SAID.get()}
+
+
+def reported(models: Sequence[str] | None, options: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the models of a report and their options: as typed, where no model is named USUAL_MODEL's img2img."""
+    return (list(models), {**options}) if models else ([USUAL_MODEL], {"pipeline": USUAL_PIPELINE, **options})
 
 
 def call_of(size: Size, prompt: Prompt, usual: tuple[int, int]) -> Call:

@@ -124,6 +124,7 @@ def _show_recommendation(result: Mapping[str, Any]) -> None:
     output.line(result["counted"])
 
 
+BESIDES = "what cuDNN, cuBLAS and attention kernels take for themselves, the allocator's rounding, the CUDA context"
 SAVINGS = ("saves_bytes", "adds_bytes", "peak_tensor_bytes")
 
 
@@ -177,6 +178,7 @@ def _show_comparison(result: Mapping[str, Any]) -> None:
     if result["options"]:
         output.table("Options", ("option", "A", "B"), ((p["name"], p["a"], p["b"]) for p in result["options"]))
     _show_pairs("Weights, bytes", result["weights"])
+    output.line("H, W: the image's height and width in pixels; B: prompts in one call; L: tokens of a prompt")
     for stage in result["stages"]:
         if stage["only_a"] or stage["only_b"]:
             rows = [
@@ -207,7 +209,7 @@ def _budget(vram: str | None, options: Options) -> tuple[int | None, str]:
     free = None if vram is None else memory_bytes(vram, "vram")
     bytes_free = "" if free is None else f"memory {str(vram).strip()} is {human(free)} ({free:,} bytes)"
     if options.gpu is None:
-        return free, f"{bytes_free}; counted: weights, tensors; not counted: library scratch, allocator, CUDA context"
+        return free, f"{bytes_free}; counted: weights, tensors; not counted: {BESIDES}"
     card = lookup(options.gpu)
     if free is not None:
         return free, f"{bytes_free}, free on the {card.name}"

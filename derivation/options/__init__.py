@@ -62,13 +62,18 @@ class Options:
     )
     gpu: str | None = row(
         None,
-        "GPU, architecture or a card's JSON file, such as rtx-4090 or sm89: adds its libraries' scratch memory.",
+        "GPU, architecture or a card's JSON file, such as rtx-4090 or sm89: adds scratch, the allocator, the context.",
         "machine",
     )
     torch: str | None = row(None, "torch version whose allocations count.", "machine")
     diffusers: str | None = row(None, "diffusers version whose allocations count.", "machine")
     transformers: str | None = row(None, "transformers version whose allocations count.", "machine")
-    scratch: str = row("expected", "Library scratch on a GPU", "machine", choices=lambda: SCRATCH)
+    scratch: str = row(
+        "expected",
+        "Scratch, which cuDNN, cuBLAS and attention take on a GPU",
+        "machine",
+        choices=lambda: SCRATCH,
+    )
     alloc_conf: str | None = row(
         None,
         "PYTORCH_CUDA_ALLOC_CONF of the process, such as expandable_segments:True; read with a GPU.",
