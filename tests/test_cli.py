@@ -205,6 +205,7 @@ def test_models_lists_every_bundled_checkpoint(capsys: pytest.CaptureFixture[str
 def test_fit_recommend_and_compare_print_json_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
     requests = {
         ("fit", SD15, "--vram", "8GiB", "--aspect", "16:9"): ("image", "aligned", "budget_bytes"),
+        ("fit", SD15, "--gpu", "t4", "--num-inference-steps", "5"): ("image", "aligned", "sure"),
         ("fit", SD15, "--vram", "8GiB", "--height", "512", "--width", "512"): ("largest_batch",),
         ("recommend", SD15, "--vram", "4GiB", "--attention", "eager", "--height", "768"): ("steps", "fits"),
         ("compare", SD15, "--with", "attention=eager"): ("weights", "stages", "numbers"),

@@ -318,6 +318,7 @@ def test_the_json_document_says_what_the_form_says(sd15: Derivation, expected: d
 
 def python_of(formula: str) -> str:
     """Return a LaTeX sum as Python."""
+    formula = formula.replace("2^{21} ", "2**21*")
     plain = re.sub(r"&\\quad|\\\\|[{}.]|\\,", " ", formula.replace("{,}", "").replace(r"\le", "<=")).strip().rstrip(",")
     return re.sub(r"(?<=[\dHW)]) +(?=[HWs])", "*", " ".join(plain.split()))
 
@@ -333,6 +334,16 @@ def test_the_latex_is_what_the_replay_says(sd15: Derivation) -> None:
         row = next((i for i, each in enumerate(told, 1) if all(eval(c, {}, names) for c in each)), 0)
         shown = sd15.device_memory(height, width).device
         assert context + (1 << 21) * eval(sums[row], {}, names) == shown, (height, width, row)
+    assert "$B = 1$ and $L = 77$" in latex and not any("- " in each for row in conditions for each in row)
+
+
+def test_the_latex_of_one_size_names_it(sd15: Derivation) -> None:
+    latex = sd15.at(height=512, width=768, batch_size=2).latex("device")
+    assert "$H = 512$ and $W = 768$" in latex and "$B = 2$ and $L = 77$" in latex
+    [context, units] = re.findall(r"underbrace{([\d{},]+)}|N = (.*)$", latex, re.MULTILINE)
+    [n] = re.findall(r"\$(\d+)\$\.$", latex, re.MULTILINE)
+    shown = int(context[0].replace("{,}", "")) + (1 << 21) * eval(python_of(units[1]), {}, {"n": int(n)})
+    assert shown == sd15.device_memory(512, 768, 2).device
 
 
 def segments(nbytes: int) -> int:

@@ -22,6 +22,7 @@ from derivation.ask.fit import (
     last_that_fits,
     parse_aspect,
     sides,
+    surely_fits,
 )
 from derivation.ask.nearby import cheaper_sizes
 from derivation.ask.recommend import REMEDIES, recommend
@@ -140,6 +141,19 @@ def test_what_fits_a_card_is_what_estimate_says_of_it() -> None:
     larger = derivation.estimate(image.height + 8, image.width + 8)
     assert (larger["verdict"], larger["left_bytes"]) == ("does not fit", None)
     assert larger["failed"]["module"].startswith("vae.decoder.") and larger["short_bytes"] > 0
+
+
+def test_what_surely_fits_leaves_the_margin_and_the_next_step_does_not() -> None:
+    derivation = derived(gpu="t4")
+    found, largest = surely_fits(derivation), fit(derivation).aligned
+    assert found is not None and largest is not None and found.width < largest.width
+    assert found.verdict.sure and not largest.verdict.sure
+    larger = derivation.verdict(Call(found.height + ALIGNED, found.width + ALIGNED))
+    assert larger.fits and not larger.sure
+    batch = largest_batch(derivation, None, 512, 512, sure=True)
+    assert batch is not None and batch.verdict.sure
+    assert not derivation.verdict(Call(512, 512, batch.batch_size + 1)).sure
+    assert surely_fits(derived(), 8 * GIB) is None
 
 
 @pytest.mark.parametrize("attention", ["efficient", "eager", "math", "flash"])

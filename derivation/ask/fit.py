@@ -64,11 +64,13 @@ class Fit:
 class Request:
     """A derivation, and the bytes that are free for it: None is all of its GPU.
 
-    Raises DerivationError for neither, and for a GPU whose memory is not known.
+    Where it is to be ``sure``, a call fits if what is left is at least the verdict's margin. Raises DerivationError for
+    neither, and for a GPU whose memory is not known.
     """
 
     derivation: Derivation
     free_bytes: int | None
+    sure: bool = False
 
     def __post_init__(self) -> None:
         if self.free_bytes is not None:
@@ -85,6 +87,11 @@ class Request:
     def verdict(self, call: Call) -> Verdict:
         """Return the verdict on one call."""
         return self.derivation.verdict(call, free_bytes=self.free_bytes)
+
+    def fits(self, call: Call) -> bool:
+        """Return whether a call fits."""
+        verdict = self.verdict(call)
+        return verdict.fits and (verdict.sure or not self.sure)
 
     def image(self, call: Call) -> Image:
         """Return the verdict on one call with its exact peak."""
@@ -118,16 +125,38 @@ def fit(
     of it; without one it is for weights and tensors. What the allocator reserves does not grow with every step: of
     that the answer is one that fits while its next step does not. Raises DerivationError for a bad argument.
     """
-    for key, value in (("aspect", min(aspect)), ("batch_size", batch_size)):
-        positive(key, value)
-    request, factor = Request(derivation, budget_bytes), derivation.grid.vae_scale_factor
-    call = Call(factor, factor, batch_size, prompt_length, guidance).filled(derivation.prompt_length)
+    request = Request(derivation, budget_bytes)
+    call, least = _smallest(derivation, aspect, batch_size, prompt_length, guidance)
     side = solved_side(request, aspect, call)
-    least = max(factor, derivation.equation.sides.step)
     aligned = _largest(request, aspect, call, lcm(least, ALIGNED), side)
     image = _largest(request, aspect, call, least, side, aligned)
     weights = derivation.weights_bytes
     return Fit(request.budget_bytes, weights, aspect, side, image, aligned, grows(derivation, guidance))
+
+
+def surely_fits(
+    derivation: Derivation,
+    budget_bytes: int | None = None,
+    aspect: tuple[int, int] = (1, 1),
+    batch_size: int = 1,
+    prompt_length: int | None = None,
+    guidance: bool = True,
+) -> Image | None:
+    """Return ``fit``'s ``aligned`` image where as much is left as the verdict's margin; None: none, or no GPU."""
+    request = Request(derivation, budget_bytes, sure=True)
+    call, least = _smallest(derivation, aspect, batch_size, prompt_length, guidance)
+    return _largest(request, aspect, call, lcm(least, ALIGNED), solved_side(request, aspect, call))
+
+
+def _smallest(
+    derivation: Derivation, aspect: tuple[int, int], batch_size: int, prompt_length: int | None, guidance: bool
+) -> tuple[Call, int]:
+    """Return the call with the smallest image, and the step of its sides."""
+    for key, value in (("aspect", min(aspect)), ("batch_size", batch_size)):
+        positive(key, value)
+    factor = derivation.grid.vae_scale_factor
+    call = Call(factor, factor, batch_size, prompt_length, guidance).filled(derivation.prompt_length)
+    return call, max(factor, derivation.equation.sides.step)
 
 
 def largest_batch(
@@ -137,12 +166,16 @@ def largest_batch(
     width: int,
     prompt_length: int | None = None,
     guidance: bool = True,
+    sure: bool = False,
 ) -> Image | None:
-    """Return the largest batch of this image size that fits on the GPU, or into ``budget_bytes``, None if none does."""
-    request = Request(derivation, budget_bytes)
+    """Return the largest batch of this image size that fits on the GPU, or into ``budget_bytes``, None if none does.
+
+    Where it is to be ``sure`` as much is left as the verdict's margin.
+    """
+    request = Request(derivation, budget_bytes, sure)
     call = Call(height, width, 1, prompt_length, guidance).filled(derivation.prompt_length)
     guess = _solved_batch(request, call)
-    batch = last_that_fits(lambda n: request.verdict(replace(call, batch_size=n)).fits, guess, MAX_BATCH)
+    batch = last_that_fits(lambda n: request.fits(replace(call, batch_size=n)), guess, MAX_BATCH)
     return request.image(replace(call, batch_size=batch)) if batch else None
 
 
@@ -161,7 +194,7 @@ def _largest(
         return min(sized(n).height, sized(n).width) < accepted.least
 
     def fits(n: int) -> bool:
-        return n <= least or too_small(n) or request.verdict(sized(n)).fits
+        return n <= least or too_small(n) or request.fits(sized(n))
 
     least = 0
     if known is not None and fits(longer := max(known.height, known.width) // step):

@@ -38,17 +38,22 @@ def fit(
     Example: derivation fit sd15 --memory 8 --aspect 16:9
     """
     from derivation.ask.fit import fit as fitted
-    from derivation.ask.fit import largest_batch, parse_aspect
+    from derivation.ask.fit import largest_batch, parse_aspect, surely_fits
 
     ratio, given = parse_aspect(aspect), size.given
     budget, said = _budget(vram, options)
     derivation = derivation_of(model, options, revision)
+    on_card, asked = derivation.options.gpu is not None, (prompt.prompt_length, prompt.guidance)
     if given == (None, None):
-        answer = fitted(derivation, budget, ratio, prompt.batch_size, prompt.prompt_length, prompt.guidance).as_dict()
+        of_batch = derivation, budget, ratio, prompt.batch_size, *asked
+        answer = fitted(*of_batch).as_dict()
+        found = {"sure": surely_fits(*of_batch)} if on_card else {}
     else:
         sides = size.sides(derivation.default_sides)
-        best = largest_batch(derivation, budget, *sides, prompt.prompt_length, prompt.guidance)
-        answer = {"weights_bytes": derivation.weights_bytes, "largest_batch": None if best is None else asdict(best)}
+        answer = {"weights_bytes": derivation.weights_bytes}
+        found = {"largest_batch": largest_batch(derivation, budget, *sides, *asked)}
+        found |= {"sure": largest_batch(derivation, budget, *sides, *asked, sure=True)} if on_card else {}
+    answer |= {name: None if image is None else asdict(image) for name, image in found.items()}
     result = {"model": derivation.name, **derivation.options.as_dict(), **asdict(prompt), **answer, "counted": said}
     output.emit(result, json, _show_fit)
     if not (answer.get("image") or answer.get("largest_batch")):
@@ -57,6 +62,7 @@ def fit(
 
 def _show_fit(result: Mapping[str, Any]) -> None:
     names = {"image": "any size", "aligned": "multiples of 64", "largest_batch": "largest batch"}
+    names["sure"] = "with the margin"
     rows = []
     for key in (key for key in names if key in result):
         if (image := result[key]) is None:
@@ -69,6 +75,9 @@ def _show_fit(result: Mapping[str, Any]) -> None:
     columns = ("", "height x width", ">batch", ">needs", ">left", "verdict", "largest stage")
     output.table(f"{result['model']}: what fits", columns, rows)
     weights = result["weights_bytes"]
+    best = next((result[key] for key in ("aligned", "largest_batch", "image") if result.get(key)), None)
+    if best is not None and (verdict := Verdict(**best["verdict"])).trust:
+        output.line(f"{best['height']} x {best['width']}, {verdict.trust}")
     output.line(f"weights that stay on the GPU: {human(weights)} ({weights:,} bytes)")
     output.line(result["counted"])
 

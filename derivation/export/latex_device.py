@@ -5,6 +5,7 @@ from __future__ import annotations
 import sympy
 
 from derivation.allocator.report import LARGE_PAGE_BYTES, ROUND_LARGE_BYTES
+from derivation.equation.device import LEAST_SIDE, MOST_SIDE, STEP, DeviceForm
 from derivation.equation.device_pages import PagesForm
 from derivation.equation.device_regime import Part, Regime
 from derivation.equation.record import Equation
@@ -37,15 +38,29 @@ def device(equation: Equation, label: str) -> str:
         pages=pages,
         others=[{"rows": _rows(r), "conditions": [relation(c) for c in r.conditions]} for r in reversed(others)],
         counted=sorted({int(n) for n in form.counted}),
+        call=_call(form),
+        varies=form.replayed is None,
         text=text,
     )
 
 
+def _call(form: DeviceForm) -> dict[str, str]:
+    """Return the sizes and the other arguments for which a form holds."""
+    values, (height, width) = form.points.values[0], next(iter(form.index))
+    several = rf"multiples of ${STEP}$ from ${LEAST_SIDE}$ to ${MOST_SIDE}$"
+    sizes = several if form.replayed is None else f"$H = {height}$ and $W = {width}$"
+    given = (f"${name} = {values[name]}$" for name in ("B", "L") if name in values)
+    guidance = "" if form.guidance else ", without guidance"
+    return {"sizes": sizes, "others": " and ".join(given) + guidance}
+
+
 def _rows(regime: Regime) -> list[str]:
     """Return the number of 2 MiB in segments, in rows."""
-    counts = ((len(part.tensors), _segment(part)) for part in regime.parts)
-    constant = grouped(regime.constant_bytes // ROUND_LARGE_BYTES, "{,}")
-    return rows([f"{constant} + n", *(f"+ {count}\\,{s}" if count > 1 else f"+ {s}" for count, s in counts)])
+    counts = [(len(part.tensors), part.bytes / ROUND_LARGE_BYTES, _segment(part)) for part in regime.parts]
+    fixed = sum(count * size for count, size, _ in counts if size.is_number)
+    constant = grouped(int(regime.constant_bytes // ROUND_LARGE_BYTES + fixed), "{,}")
+    own = ((count, s) for count, size, s in counts if not size.is_number)
+    return rows([f"{constant} + n", *(f"+ {count}\\,{s}" if count > 1 else f"+ {s}" for count, s in own)])
 
 
 def _pages(regime: Regime) -> str:
@@ -62,10 +77,12 @@ def _segment(part: Part) -> str:
 
 
 def relation(condition: sympy.Basic) -> str:
-    """Return a comparison of two requests as the allocator makes it."""
-    own = (side.replace(sympy.Piecewise, lambda *cases: cases[-1].expr) for side in condition.args)
-    sides = (_sum(side.replace(sympy.ceiling, _bytes)) for side in own)
-    return (" < " if isinstance(condition, sympy.StrictLessThan) else r" \le ").join(sides)
+    """Return a comparison of two requests as the allocator makes it, no term subtracted, segments in bytes."""
+    left, right = (side.replace(sympy.Piecewise, lambda *cases: cases[-1].expr) for side in condition.args)
+    terms = sympy.Add.make_args(sympy.expand((left - right).replace(sympy.ceiling, _bytes)))
+    more = sympy.Add(*(term for term in terms if not term.could_extract_minus_sign()))
+    less = sympy.Add(*(-term for term in terms if term.could_extract_minus_sign()))
+    return (" < " if isinstance(condition, sympy.StrictLessThan) else r" \le ").join((_sum(more), _sum(less)))
 
 
 def _bytes(blocks: sympy.Expr) -> sympy.Expr:
@@ -73,8 +90,11 @@ def _bytes(blocks: sympy.Expr) -> sympy.Expr:
 
 
 def _sum(expression: sympy.Expr) -> str:
-    """Return a polynomial of H, W and segments, digits in groups."""
+    """Return a polynomial of H, W and segments, digits in groups; where it is in bytes 2^21 stands before a segment."""
     letters = {"H": H, "W": W}
-    letters |= {f"s({_sum(each.args[0])})": each for each in sorted(expression.atoms(SEGMENT), key=str)}
+    for each in sorted(expression.atoms(SEGMENT), key=str):
+        in_bytes = expression.coeff(each) % ROUND_LARGE_BYTES == 0
+        letters[("2^{21} " if in_bytes else "") + f"s({_sum(each.args[0])})"] = each
+        expression = expression.subs(each, each / ROUND_LARGE_BYTES) if in_bytes else expression
     terms = sympy.Poly(expression, *letters.values()).terms()
     return " + ".join(monomial(c, zip(letters, p, strict=True)) for p, c in terms).replace("+ -", "- ")
