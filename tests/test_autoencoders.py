@@ -10,15 +10,22 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from conftest import tiny
+
 from derivation import derive
 from derivation.api import Derivation
+from derivation.config import is_live_traced, traced_folder
 from derivation.errors import DerivationError
+from derivation.options import Options
+from derivation.trace.build import Description
 from derivation.trace.modules import pipeline_of
+from derivation.trace.pipeline import TracedPipeline
 from derivation.verify.compare import compare_components, compare_pipeline
 from derivation.verify.random_configs import random_checkpoint
 
 # Seeds of a checkpoint of each family.
 SMALL = {"SD": 0, "SDXL": 3}
+ASYMMETRIC = "AsymmetricAutoencoderKL"
 TINY = {
     "_class_name": "AutoencoderTiny",
     "encoder_block_out_channels": [16] * 4,
@@ -64,6 +71,24 @@ def test_a_live_pipeline_with_the_tiny_vae_is_that_of_its_config(tmp_path):
     live = derive(pipeline_of(tmp_path, derivation.options), pipeline="txt2img")
     again = Derivation.from_json(derivation.to_json())
     assert live.stage_peaks(128, 64) == derivation.stage_peaks(128, 64) == again.stage_peaks(128, 64)
+
+
+def test_an_asymmetric_vae_is_traced_in_a_pipeline_that_is_walked(tmp_path):
+    levels = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    channels = {"down_block_out_channels": [32] * 4, "up_block_out_channels": [32, 64, 128, 128]}
+    folder = tiny(tmp_path)
+    assert traced_folder(folder) is None
+    (folder / "vae/config.json").write_text(json.dumps({"_class_name": ASYMMETRIC, **levels, **channels}))
+    index = json.loads((folder / "model_index.json").read_text()) | {"vae": ["diffusers", ASYMMETRIC]}
+    index["_class_name"] = "StableDiffusionInpaintPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert traced_folder(folder).task == "inpaint"
+    options = Options(pipeline="inpaint", dtype="float32")
+    traced = TracedPipeline(Description.of(folder), options, sides=(64, 512))
+    assert traced.arguments.images == ("image", "mask_image")
+    assert is_live_traced(traced.pipe)
+    with pytest.raises(DerivationError, match=r"vae_tiling = True is not supported for .*, which is traced"):
+        derive(folder, vae_tiling=True)
 
 
 def test_a_config_of_nothing_but_its_class_has_the_class_s_parameters(tmp_path):

@@ -21,6 +21,8 @@ from .json_file import read_json
 TRACED = Path(__file__).resolve().parent / "traced"
 # Whose classes the components of a live pipeline are, or are made from.
 LIBRARIES = ("diffusers", "transformers")
+# Classes of walked pipelines' components that are not walked.
+PARTS = {"vae": ("AsymmetricAutoencoderKL",)}
 # The files of a component that a pipeline is built from.
 FILES = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -79,10 +81,12 @@ class LiveConfigs:
 
 
 def is_live_traced(source: object) -> bool:
-    """Return whether ``source`` is a live pipeline of a class of diffusers that is not walked, ControlNets aside."""
+    """Return whether ``source`` is a live pipeline of diffusers that is not walked, or with a part that is not."""
     own, name = type(source).__module__.startswith("diffusers."), type(source).__name__
-    other = name.endswith("Pipeline") and name.replace("ControlNet", "") not in PIPELINE_CLASSES
-    return own and other and hasattr(type(source), "components")
+    walked = name.replace("ControlNet", "") in PIPELINE_CLASSES
+    other = name.endswith("Pipeline") and not walked
+    part = walked and any(type(getattr(source, part, None)).__name__ in names for part, names in PARTS.items())
+    return own and (other or part) and hasattr(type(source), "components")
 
 
 def live_configs(pipe: Any) -> LiveConfigs:
@@ -139,7 +143,11 @@ def _bundled(given: str) -> str | None:
 
 
 def _is_other(folder: TracedFolder) -> bool:
-    return folder.class_name.endswith("Pipeline") and folder.class_name not in PIPELINE_CLASSES
+    if folder.class_name not in PIPELINE_CLASSES:
+        return folder.class_name.endswith("Pipeline")
+    index = read_json(folder.path / INDEX)
+    entries = [(index.get(part), names) for part, names in PARTS.items()] if isinstance(index, dict) else []
+    return any(isinstance(entry, list) and entry[-1:] == [name] for entry, names in entries for name in names)
 
 
 def hub_folder(model: object, revision: str | None = None, local_files_only: bool = False) -> TracedFolder:

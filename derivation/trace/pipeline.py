@@ -68,7 +68,7 @@ class TracedPipeline:
 
     def _accepted(self) -> Call:
         """Return a call that the pipeline takes: of images, a bare prompt, smaller sides or its own, where it must."""
-        first: DerivationError | None = None
+        errors: dict[tuple[str, ...], DerivationError] = {}
         for sides, middle in self._candidates():
             self.sides, self.middle = sides, middle
             for images, bare in product(self.arguments.image_choices, (False, True)):
@@ -76,12 +76,12 @@ class TracedPipeline:
                 try:
                     self.trace(self.base())
                 except DerivationError as error:
-                    first = first or error
+                    errors.setdefault(images, error)
                 else:
                     return self.base()
-        raise first or DerivationError(
-            f"{self.description.class_name}: no side is a multiple of {self.grid.unit} pixels"
-        )
+        if errors:  # with all images, where some may be asked for
+            raise errors[max(errors, key=len)]
+        raise DerivationError(f"{self.description.class_name}: no side is a multiple of {self.grid.unit} pixels")
 
     def _candidates(self) -> Iterator[tuple[tuple[int, int] | None, tuple[int, int]]]:
         """Yield (the sides between which images are traced, those of one between), None for images of one size."""

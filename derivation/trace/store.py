@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from derivation.config.checkpoint import PIPELINE_CLASSES
 from derivation.config.traced import LiveConfigs, TracedFolder, live_configs
 from derivation.errors import DerivationError, one_of
 from derivation.files import write_files
@@ -28,7 +29,8 @@ from derivation.trace.offloaded import with_model_offload
 from derivation.trace.scratch import with_scratch
 
 RECORDED = "recorded.json.gz"
-# What a recorded pipeline's options are where the caller names none: the dtype in which these models are published.
+# What a recorded pipeline's options are where the caller names none, by the dtype in which these are published: those
+# of the walked classes are Options'.
 DEFAULTS: Mapping[str, Any] = {"dtype": "bfloat16", "attention": "flash"}
 # Options that tracing obeys.
 APPLICABLE = ("dtype", "attention", "pipeline", "gpu", "scratch", "offload", *VERSIONED)
@@ -60,7 +62,8 @@ def subject(folder: Configs, given: Mapping[str, Any], progress: Progress = lamb
 
     Raises DerivationError for an option that tracing does not obey, and without torch where nothing is recorded.
     """
-    wanted = Options(**{**DEFAULTS, "pipeline": folder.task, **given})
+    usual = {} if folder.class_name in PIPELINE_CLASSES else DEFAULTS
+    wanted = Options(**{**usual, "pipeline": folder.task, **given})
     one_of("pipeline", wanted.pipeline, (folder.task,))
     for name, value in wanted.as_dict().items():
         if (name not in APPLICABLE or value == "sequential") and value != getattr(Options(), name):
