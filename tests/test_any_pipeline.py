@@ -42,7 +42,7 @@ from derivation.trace.modules import modules_of
 from derivation.trace.offloaded import with_model_offload
 from derivation.trace.pipeline import TracedPipeline, same
 from derivation.trace.quantized import Linear4bit
-from derivation.trace.regimes import entries, record
+from derivation.trace.regimes import entries, lengths, record, regimes
 from derivation.trace.scratch import with_scratch
 from derivation.trace.shadows import ShadowTracer
 from derivation.trace.standins import word_tokenizer
@@ -220,6 +220,57 @@ def test_bundled_ids_are_found_by_their_short_names() -> None:
     assert traced_folder(SD15) is None and traced_folder(SD15, any_class=True) is not None
 
 
+# several ranges
+
+
+def ranges_of(name: str, least: int, **given: object) -> tuple[TracedPipeline, RecordedSubject]:
+    """A tiny pipeline without guidance, of one image: its regimes make the record."""
+    document = DOCUMENTS[name]
+    traced = TracedPipeline(description(document), OPTIONS, {**arguments(document), **given}, SIDES)
+    tokens = lengths(traced)
+    tokens = tokens if traced.padded is False else Range(tokens.last, tokens.last)
+    found = tuple(regime for regime in regimes(traced, False, tokens) if regime.ranges["B"].is_one)
+    unit = traced.grid.unit
+    sides = Sides(least * unit, least * unit, SIDES[1])
+    made = RecordedSubject(name, name, "tiny", OPTIONS, traced.grid, sides, tokens.last, {}, {}, found, 2)
+    return traced, RecordedSubject.from_document(json.loads(json.dumps(made.document())))
+
+
+def test_prompts_that_a_pipeline_cuts_have_a_range_of_their_own() -> None:
+    """pipeline_qwenimage.py keeps max_sequence_length tokens of the prompt and the five that close it."""
+    plain, recorded = ranges_of("QwenImagePipeline", 1, max_sequence_length=48)
+    assert [str(regime.ranges["L"]) for regime in recorded.regimes] == ["1 to 43", "44 to 48"]
+    derivation = Derivation(recorded, recorded.fixed)
+    peak_vram = derivation.lambdify()
+    unit = recorded.grid.unit
+    for side, length in ((5, 1), (19, 43), (19, 44), (32, 48), (4, 31)):
+        call = Call(side * unit, 7 * unit, 1, length, guidance=False)
+        peak = naive_peak(plain.trace(call))
+        assert derivation.estimate(call)["peak_tensor_bytes"] == peak_vram(side * unit, 7 * unit, length) == peak
+    with pytest.raises(ValueError, match="prompt_length is 1 to 48"):
+        peak_vram(unit * 8, unit * 8, 49)
+
+
+def test_frames_that_a_loop_decodes_repeat_its_pass() -> None:
+    """autoencoder_kl_wan.py decodes a latent frame a pass and appends it to those before."""
+    plain, recorded = ranges_of("WanPipeline", 2, num_frames=17)
+    (regime,) = recorded.regimes
+    assert str(regime.ranges["F"]) == "3 to 7" and regime.loop.least == 3
+    unit = recorded.grid.unit
+    scratched = recorded.on(OPTIONS, lambda tape: with_scratch(tape, hardware("h100")))
+    for frames in (9, 17, 25):
+        call = Call(6 * unit, 10 * unit, 1, recorded.prompt_length, False, frames)
+        traced, sizes = plain.trace(call), recorded.grid.sizes(call.height, call.width)
+        values = {**sizes, "B": 1, "L": recorded.prompt_length, "F": recorded.grid.frames.latent(frames)}
+        tape = recorded.program(False, {}).at(values).tape
+        assert equal(tape, traced, values)
+        ours = scratched.program(False, {}).at(values).evaluator.peaks(values)
+        card = naive_peaks(with_scratch(traced, hardware("h100")))
+        assert {stage: peak for stage, (peak, _) in ours.items()} == card
+    with pytest.raises(DerivationError, match=r"F = 2.* was not recorded \(recorded: .*F 3 to 7"):
+        Derivation(recorded, recorded.fixed).estimate(Call(6 * unit, 10 * unit, 1, None, False, 5))
+
+
 # on a card
 
 
@@ -333,6 +384,8 @@ def test_an_image_of_one_size_and_frames_beyond_the_usual() -> None:
     with pytest.raises(ValueError, match="derived for"):
         video.lambdify()(480, 704, 226, 1)
     ltx = derive("Lightricks/LTX-Video")
+    with pytest.raises(ValueError, match="derived for batch_size = 1"):
+        ltx.lambdify()(512, 704, 128, 2)
     peaks = [ltx.estimate(512, 704, num_frames=frames)["peak_tensor_bytes"] for frames in (17, 81, 161)]
     assert peaks == sorted(set(peaks)) and ltx.lambdify()(512, 704, 128, 1) == peaks[-1]
 

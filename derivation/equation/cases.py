@@ -19,7 +19,7 @@ from derivation.equation.moments import Events, Moments
 from derivation.equation.numbering import Numbering, at
 from derivation.errors import DerivationError
 from derivation.peak.dominance import reduce_points
-from derivation.peak.liveness import Point, local_maxima, prompt_limits
+from derivation.peak.liveness import Point, local_maxima
 from derivation.tape.evaluate import Span
 from derivation.tape.events import Guard
 from derivation.tape.program import Recordings, Variant
@@ -219,7 +219,7 @@ def _live_sets(variant: Variant, cell: Cell, numbering: Numbering, apart: bool, 
 
 def _occurring(variant: Variant, cell: Cell) -> dict[str, tuple[Span, ...]]:
     """Return the events of each stage that occurs in a cell."""
-    limits, spans = prompt_limits(variant.tape), variant.evaluator.spans
+    limits, spans = variant.tape.longest, variant.evaluator.spans
     names = dict.fromkeys(span.stage for span in spans if _occurs(limits.get(span.stage), cell))
     return {name: tuple(span for span in spans if span.stage == name) for name in names}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from derivation.tape.evaluate import Evaluator, Span
 from derivation.tape.events import Allocation
-from derivation.tape.symbols import RING, Size, as_poly, free_names, symbol
+from derivation.tape.symbols import RING, Size, as_poly
 from derivation.tape.tape import Tape
 from derivation.tape.tiles import Tile
 
@@ -42,12 +42,12 @@ def local_maxima(tape: Tape, evaluator: Evaluator | None = None) -> list[Point]:
 
     Its sizes stand in the order in which they appeared.
     """
-    limits, alive, points = prompt_limits(tape), Terms(), dict[tuple[str, frozenset[Any]], Point]()
+    alive, points = Terms(), dict[tuple[str, frozenset[Any]], Point]()
     for span in (evaluator or Evaluator(tape)).spans:
         found, alive = _grown(span, alive)
         for place, terms in found:
             event, stage = span.start + place - 1, span.stage
-            point = Point(event, stage, terms, limits.get(stage), tape.tile, cut_at(tape, event))
+            point = Point(event, stage, terms, tape.longest.get(stage), tape.tile, cut_at(tape, event))
             points.setdefault((stage, frozenset(terms)), point)
     return list(points.values())
 
@@ -77,15 +77,6 @@ def _grown(span: Span, before: Terms) -> tuple[Sequence[tuple[int, Terms]], Term
 def cut_at(tape: Tape, event: int) -> frozenset[str]:
     """Return the symbols of VAE tiles without which an event does not occur."""
     return next((symbols for start, end, symbols in tape.cut if start <= event < end), frozenset())
-
-
-def prompt_limits(tape: Tape) -> dict[str, int]:
-    """Return the largest prompt length at which a stage occurs, of those that have one.
-
-    It is the bound of the tape's decision "L > bound", where it took the branch L <= bound.
-    """
-    bounds = [g.bound for g in tape.guards.values() if free_names(g.size) == {"L"} and g.bound > 1]
-    return {"text_encoder": bounds[0]} if bounds and not tape.guards[symbol("L"), bounds[0]].answer else {}
 
 
 def _apply(alive: dict[int, Size], kind: int, change: Size) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -28,15 +28,18 @@ Retrace = Callable[[bool, Mapping[str, int]], Tape]
 class RecordedProgram:
     """The regimes of one guidance; sizes that none covers are traced where that can be done.
 
-    ``others`` are those of other frames than the closed form has.
+    ``others`` returns those of other frames than the closed form has.
     """
 
     def __init__(
-        self, regimes: Iterable[Regime], others: Iterable[Regime], retrace: Callable[[Mapping[str, int]], Tape]
+        self,
+        regimes: Iterable[Regime],
+        others: Callable[[int], Iterable[Regime]],
+        retrace: Callable[[Mapping[str, int]], Tape],
     ) -> None:
         self._own = [(regime, Variant(regime.tape)) for regime in regimes]
-        self._others = [(regime, Variant(regime.tape)) for regime in others]
-        self._retrace = retrace
+        self._others: dict[int, list[tuple[Regime, Variant]]] = {}
+        self._made, self._retrace = others, retrace
         self._traced: list[Variant] = []
 
     @property
@@ -51,9 +54,15 @@ class RecordedProgram:
 
     def at(self, values: Mapping[str, int]) -> Variant:
         """Return the variant that covers ``values``, tracing them if there is none; raises DerivationError."""
-        known = [*self._own, *self._others]
-        found = next((v for regime, v in known if regime.covers(values) and v.holds(values)), None)
+        found = next((v for regime, v in self._at(values) if regime.covers(values) and v.holds(values)), None)
         return found or next((v for v in self._traced if v.holds(values)), None) or self._trace(values)
+
+    def _at(self, values: Mapping[str, int]) -> Iterator[tuple[Regime, Variant]]:
+        yield from self._own
+        if (frames := values.get("F")) is not None:
+            if frames not in self._others:
+                self._others[frames] = [(regime, Variant(regime.tape)) for regime in self._made(frames)]
+            yield from self._others[frames]
 
     def _trace(self, values: Mapping[str, int]) -> Variant:
         self._traced.append(Variant(self._retrace(values)))
@@ -116,9 +125,11 @@ class RecordedSubject:
         """The values that arguments of a call may have beside the image's sides, where some regime covers several."""
         found: dict[str, Range] = {}
         for key, name in (("B", "batch_size"), ("L", "prompt_length")):
-            ranges = sorted((r.ranges[key] for r in self.regimes), key=lambda r: r.first)
+            ranges = [r.ranges[key] for r in self.regimes]
             if not all(r.is_one for r in ranges) or key == "B":
-                found[name] = Range(ranges[0].first, ranges[-1].last, ranges[-1].step)
+                found[name] = Range(
+                    min(r.first for r in ranges), max(r.last for r in ranges), max(r.step for r in ranges)
+                )
         return {name: found[name] for name in found if not found[name].is_one}
 
     @cached_property
@@ -136,17 +147,24 @@ class RecordedSubject:
         return {**frames, **found, **sides}
 
     def program(self, guidance: bool, fixed: Mapping[str, int]) -> RecordedProgram:
-        """Return the whole call's tapes, ``fixed`` symbols as numbers."""
+        """Return the whole call's tapes, ``fixed`` symbols as numbers, the frames where they are a loop's."""
+        if self.grid.frames is not None and any(regime.loop for regime in self.regimes):
+            fixed = {"F": self.grid.frames.latent(None), **fixed}
         own = [r for r in self.regimes if r.guidance == guidance] or list(self.regimes)
         fitting = [r for r in own if all(value in r.ranges[name] for name, value in fixed.items() if name in r.ranges)]
-        regimes = [specialised(regime, fixed) for regime in fitting]
+        lengths = sorted({regime.ranges["L"].last for regime in own})[:-1]
+        regimes = [specialised(regime, fixed, lengths) for regime in fitting]
         if not regimes:
             wanted = {**self.regimes[0].fixed, **fixed}
             regimes = [specialised(r, {}) for r in self.regimes if r.guidance == guidance and r.fixed == wanted]
         if not regimes:
             raise unsupported(self._spelled(fixed), self._values(fixed), self._covered())
         rest = {name: value for name, value in fixed.items() if name != "F"}
-        others = [specialised(r, rest) for r in own if "F" in r.ranges and not r.ranges["F"].is_one]
+        several = [r for r in own if "F" in r.ranges and not r.ranges["F"].is_one]
+
+        def others(frames: int) -> list[Regime]:
+            return [specialised(r, {**rest, "F": frames}, lengths) for r in several if frames in r.ranges["F"]]
+
         return RecordedProgram(regimes, others, lambda values: self._traced(guidance, values))
 
     def _traced(self, guidance: bool, values: Mapping[str, int]) -> Tape:
@@ -190,7 +208,7 @@ class RecordedSubject:
 
     def on(self, options: Options, changed: Callable[[Tape], Tape]) -> RecordedSubject:
         """Return the same pipeline under other ``options``, every tape ``changed``."""
-        regimes = tuple(replace(regime, tape=replace(changed(regime.tape), options=options)) for regime in self.regimes)
+        regimes = tuple(r.changed(lambda tape: replace(changed(tape), options=options)) for r in self.regimes)
         traced = self.retrace
         retrace = None if traced is None else lambda guidance, values: changed(traced(guidance, values))
         return replace(self, options=options, regimes=regimes, retrace=retrace)

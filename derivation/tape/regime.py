@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from derivation.options import Options
 from derivation.tape.events import Allocation, Category, Guard, Mark
 from derivation.tape.grid import Range
+from derivation.tape.loop import Loop
 from derivation.tape.symbols import INDEX, RING, SYMBOLS, Size, as_terms, free_names, symbol
 from derivation.tape.tape import Tape
 
@@ -17,7 +19,8 @@ from derivation.tape.tape import Tape
 class Regime:
     """One tape and the sizes that it covers: those at which it was interpolated, and checked, lie at the ranges' ends.
 
-    ``assumed`` are source lines that read values which nobody knows.
+    ``assumed`` are source lines that read values which nobody knows; ``loop`` is the pass of the tape that is repeated
+    for a number of frames, and ``changes`` are what is done to the tape where they are known.
     """
 
     guidance: bool
@@ -26,6 +29,8 @@ class Regime:
     fitted: tuple[Mapping[str, int], ...] = ()
     checked: tuple[Mapping[str, int], ...] = ()
     assumed: tuple[str, ...] = ()
+    loop: Loop | None = None
+    changes: tuple[Callable[[Tape], Tape], ...] = ()
 
     def covers(self, values: Mapping[str, int]) -> bool:
         """Return whether ``values`` lie in the ranges."""
@@ -36,40 +41,48 @@ class Regime:
         """The symbols that have one value, above 1."""
         return {name: r.first for name, r in self.ranges.items() if r.is_one and r.first > 1}
 
-    def decided(self) -> Regime:
-        """Return the regime with its tape's decisions: which symbols are 1, which have one value, which are above 1."""
+    def changed(self, change: Callable[[Tape], Tape]) -> Regime:
+        """Return the regime with its tape changed, where it has a loop once that is unrolled."""
+        if self.loop is None:
+            return replace(self, tape=change(self.tape))
+        return replace(self, changes=(*self.changes, change))
+
+    def decided(self, lengths: Iterable[int] = ()) -> Regime:
+        """Return the regime with its tape's decisions: which symbols are 1, have one value, are above 1 or ``lengths``.
+
+        ``lengths`` are the prompt lengths up to which, and above which, there are other regimes.
+        """
         ones = frozenset(name for name, r in self.ranges.items() if r.is_one and r.first == 1)
         above = (symbol(name) for name, r in self.ranges.items() if not r.is_one and name == "B")
         guards = {(size, 1): Guard(size, 1, True) for size in above}
+        guards |= {(size, n): Guard(size, n, self.ranges["L"].first > n) for size, n in product([symbol("L")], lengths)}
         return replace(self, tape=replace(self.tape, ones=ones, fixed=self.fixed, guards=guards))
 
 
-def specialised(regime: Regime, fixed: Mapping[str, int]) -> Regime:
-    """Return a regime with some symbols as numbers."""
+def specialised(regime: Regime, fixed: Mapping[str, int], lengths: Iterable[int] = ()) -> Regime:
+    """Return a decided regime with some symbols as numbers, its loop unrolled: of those F is one."""
     wanted = {n: v for n, v in fixed.items() if not regime.ranges.get(n, Range(0, 1)).is_one}
-    decided = regime.decided()
+    decided = regime.decided(lengths)
     if not wanted:
         return decided
-    at = [(symbol(name), value) for name, value in wanted.items()]
-    known: dict[Size, Size] = {}
+    known: dict[tuple[Size, int], Size] = {}
 
-    def put(size: Size) -> Size:
+    def put(size: Size, frames: int) -> Size:
         if isinstance(size, int):
             return size
-        if size not in known:
-            found = size.compose(at)
-            known[size] = found if free_names(found) else int(found.get(RING.zero_monom, 0))
-        return known[size]
+        if (size, frames) not in known:
+            found = size.compose([(symbol(n), frames if n == "F" else value) for n, value in wanted.items()])
+            known[size, frames] = found if free_names(found) else int(found.get(RING.zero_monom, 0))
+        return known[size, frames]
 
-    allocations = [
-        replace(a, shape=tuple(map(put, a.shape)), nbytes=put(a.nbytes), count=put(a.count))
-        for a in decided.tape.allocations
-    ]
-    guards = {key: guard for key, guard in decided.tape.guards.items() if not free_names(guard.size) & wanted.keys()}
-    shapes = {i: tuple(tuple(map(put, shape)) for shape in each) for i, each in decided.tape.convolutions.items()}
-    tape = replace(decided.tape, allocations=allocations, guards=guards, convolutions=shapes)
-    tape.fixed = {**tape.fixed, **wanted}
-    return replace(decided, tape=tape)
+    frames, whole = wanted.get("F", 0), len(decided.tape.allocations)
+    loop = regime.loop or Loop(frames - 1, whole, 0, len(decided.tape.events), 0)
+    tape = loop.unrolled(decided.tape, frames, put)
+    tape.guards = {key: guard for key, guard in tape.guards.items() if not free_names(guard.size) & wanted.keys()}
+    for change in regime.changes:
+        tape = change(tape)
+    tape = replace(tape, fixed={**decided.tape.fixed, **wanted})
+    return replace(decided, tape=tape, loop=None, changes=())
 
 
 def regime_document(regime: Regime) -> dict[str, Any]:
@@ -102,6 +115,9 @@ def regime_document(regime: Regime) -> dict[str, Any]:
         "checked": [dict(values) for values in regime.checked],
         "assumed": list(regime.assumed),
     }
+    if (loop := regime.loop) is not None:
+        carried = sorted(loop.carried)
+        document["loop"] = [loop.least, loop.before, loop.births, loop.start, loop.events, carried]
     return {**document, "sizes": [as_terms(size) for size in sizes]}
 
 
@@ -130,7 +146,15 @@ def regime_of(document: Mapping[str, Any], options: Options) -> Regime:
         tuple(document["fitted"]),
         tuple(document["checked"]),
         tuple(document["assumed"]),
-    )
+        _loop(document.get("loop")),
+    ).decided()
+
+
+def _loop(numbers: Any) -> Loop | None:
+    if numbers is None:
+        return None
+    least, before, births, start, events, carried = numbers
+    return Loop(least, before, births, start, events, frozenset(carried))
 
 
 def _size(terms: Any) -> Size:

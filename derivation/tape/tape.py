@@ -79,6 +79,7 @@ class Tape:
     weight by the output's allocation; ``asked`` holds the answers that decide what a module does, in order,
     ``answers`` the GPU's, ``adapters`` the LoRAs on the models' layers, and ``memory`` what modules have recorded, on
     this tape or others (``derivation.tape.block``), None for no memory.
+    ``longest`` holds the largest prompt length at which a stage occurs, of those that have one.
     """
 
     options: Options
@@ -103,6 +104,7 @@ class Tape:
     cut: list[tuple[int, int, frozenset[str]]] = field(default_factory=list)
     tilings: list[Tiled] = field(default_factory=list)
     emptied: list[int] = field(default_factory=list)
+    longest: dict[str, int] = field(default_factory=dict)
     convolutions: dict[int, Shapes] = field(default_factory=dict)
     asked: list[Question] = field(default_factory=list)
     answers: dict[tuple[Callable[..., object], tuple[object, ...]], object] = field(default_factory=dict)
@@ -136,6 +138,13 @@ class Tape:
         guard = self.guards.get((size, bound)) or Guard(size, bound, self._answer(size, bound))
         self.ask([guard])
         return guard.answer
+
+    def outgrows(self, stage: str, length: Size, most: int) -> bool:
+        """Return whether a prompt is longer than ``most`` tokens, above which ``stage`` does not occur."""
+        longer = self.exceeds(length, most)
+        if not longer and not isinstance(length, int):
+            self.longest[stage] = most
+        return longer
 
     def _answer(self, size: Size, bound: int) -> bool:
         return bound == 1 if self.hint is None else evaluate(size, self.hint) > bound

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import json
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -290,11 +290,18 @@ def _is_theirs(value: Any) -> bool:
 
 def _caches() -> Iterator[Any]:
     """Yield the ``lru_cache`` functions of diffusers' and transformers' models and pipelines that are loaded."""
-    for each in gc.get_objects():
-        if type(each) is _CACHED:
-            module = getattr(each, "__module__", "") or ""
-            if module.startswith(("diffusers.", "transformers.")) and (".models." in module or ".pipelines." in module):
-                yield each
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("diffusers.", "transformers.")) and (".models." in name or ".pipelines." in name):
+            own = [value for value in vars(module).values() if getattr(value, "__module__", None) == name]
+            inside = [value for each in own if isinstance(each, type) for value in vars(each).values()]
+            yield from (each for value in (*own, *inside) for each in _behind(value) if type(each) is _CACHED)
+
+
+def _behind(value: Any) -> Iterator[Any]:
+    """Yield a function and what it closes over: diffusers' lru_cache_unless_export closes over a cached one."""
+    function = getattr(value, "__func__", value)
+    yield function
+    yield from (cell.cell_contents for cell in getattr(function, "__closure__", None) or ())
 
 
 _CACHED = type(lru_cache(lambda: None))

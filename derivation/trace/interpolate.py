@@ -105,12 +105,16 @@ def fit(run: Run, through: Sequence[Values], held: Iterable[Values]) -> Tape:
     allocations = solver.allocations([t.allocations for t in tapes])
     tape = replace(tapes[0], allocations=allocations, convolutions=solver.shapes([t.convolutions for t in tapes]))
     for values in held:
-        traced = run(values)
-        _compare(tape, traced, through[0], values)
-        for ours, theirs in zip(tape.allocations, traced.allocations, strict=True):
-            if evaluate(ours.nbytes, values) != theirs.nbytes:
-                raise Parted(free_names(ours.nbytes), f"{ours.path} {ours.op} is no polynomial")
+        check(tape, run(values), through[0], values)
     return tape
+
+
+def check(tape: Tape, traced: Tape, base: Values, values: Values) -> None:
+    """Raise Parted unless a tape of polynomials, known to hold at ``base``, is the one traced at ``values``."""
+    _compare(tape, traced, base, values)
+    for ours, theirs in zip(tape.allocations, traced.allocations, strict=True):
+        if evaluate(ours.nbytes, values) != theirs.nbytes:
+            raise Parted(free_names(ours.nbytes), f"{ours.path} {ours.op} is no polynomial")
 
 
 def _compare(one: Tape, other: Tape, at: Values, values: Values) -> None:

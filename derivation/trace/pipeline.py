@@ -52,7 +52,7 @@ class TracedPipeline:
         self.middle = (0, 0)
         self._state: State | None = None
         self._tapes: dict[tuple[object, ...], Tape] = {}
-        self._padded = True
+        self.padded = True
         self.unknown: dict[str, None] = {}
         self._settle()
 
@@ -119,7 +119,7 @@ class TracedPipeline:
 
     def trace(self, call: Call) -> Tape:
         """Return the tape of one call, in integers; raises DerivationError for what the pipeline rejects."""
-        key = (call, self._padded, self.arguments.steps, self.arguments.images, self.arguments.bare)
+        key = (call, self.padded, self.arguments.steps, self.arguments.images, self.arguments.bare)
         if key not in self._tapes:
             with without_collector():
                 if self._state is None:  # transformers wraps methods at the first call
@@ -131,7 +131,7 @@ class TracedPipeline:
     def _run(self, call: Call) -> Tape:
         assert self._state is not None
         self._state.restore()
-        given = self.arguments.at(call, self._padded)
+        given = self.arguments.at(call, self.padded)
         tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
         tracer = ShadowTracer(modules_of(self.pipe), tensors, stage=MODEL)
         try:
@@ -162,8 +162,9 @@ class TracedPipeline:
         return Call(height, width, values["B"], values["L"], guidance, frames)
 
     def blamed(self, guidance: bool, values: Values) -> frozenset[str]:
-        """Return the symbols for whose ``values`` a call is rejected: the batch, the frames or both, else the sides."""
-        usual = {"B": 1} if self.grid.frames is None else {"B": 1, "F": self.grid.frames.latent(None)}
+        """Return the symbols for whose ``values`` a call is rejected: batch, frames, prompt or all, else the sides."""
+        frames = {} if self.grid.frames is None else {"F": self.grid.frames.latent(None)}
+        usual = {"B": 1, **frames, "L": self.arguments.prompt_length}
         other = [name for name in usual if values[name] != usual[name]]
         for names in (*((name,) for name in other), tuple(other)):
             if names and self.accepts(self.call(guidance, {**values, **{name: usual[name] for name in names}})):
@@ -174,13 +175,13 @@ class TracedPipeline:
         """Find out how the prompt's length is passed; returns whether the tape depends on it."""
         shorter = replace(call, prompt_length=(call.prompt_length or 0) // 2)
         for padded in (True, False) if self.arguments.pads else (False,):
-            self._padded = padded
+            self.padded = padded
             try:
                 if not same(self.trace(call), self.trace(shorter)):
                     return True
             except DerivationError:  # a model of one prompt length (CogVideoX)
                 continue
-        self._padded = True
+        self.padded = True
         return False
 
 

@@ -13,19 +13,22 @@ from derivation.call import DEFAULT_SIDE
 from derivation.errors import DerivationError
 from derivation.options import Options
 from derivation.tape.grid import Range, Sides
+from derivation.tape.loop import Loop
 from derivation.tape.recorded import RecordedSubject
 from derivation.tape.regime import Regime
 from derivation.tape.tape import Tape
 from derivation.trace.build import Description
 from derivation.trace.interpolate import Parted, Values, fit, points
+from derivation.trace.loops import find, folded, verify
 from derivation.trace.modules import modules_of
+from derivation.trace.pieces import pieces
 from derivation.trace.pipeline import TracedPipeline, same
 from derivation.trace.quantized import parameter_count
 
 Ranges = Mapping[str, Range]
 Progress = Callable[[str], None]
 BATCH = Range(2, 9)
-# PyTorch pads an attention mask to multiples of 8 (attention.cpp: pad_bias).
+# PyTorch pads an attention mask to multiples of 8 (attention.cpp: pad_bias); pipelines pad prompts to one length.
 LENGTH_STEP = 8
 # Shorter prompts fill a chat template's room, and no padding follows.
 LONG_PROMPT = 64
@@ -98,7 +101,7 @@ def lengths(traced: TracedPipeline) -> Range:
     most = traced.arguments.prompt_length
     if most < 2 or not traced.use_prompt(traced.base(most)):
         return Range(most, most)
-    return Range(most % LENGTH_STEP or LENGTH_STEP, most, LENGTH_STEP)
+    return Range(most % LENGTH_STEP or LENGTH_STEP, most, LENGTH_STEP) if traced.padded else Range(1, most)
 
 
 def _guidances(traced: TracedPipeline, tokens: Range) -> tuple[bool, ...]:
@@ -116,7 +119,7 @@ def regimes(
         ranges["F"] = Range(2, usual + usual // 2) if usual > 2 else Range(usual, usual)
     for count in (BATCH, Range(1, 1)) if traced.arguments.batched else (Range(1, 1),):
         try:
-            yield _regime(traced, guidance, {**ranges, "B": count}, progress)
+            yield from _regimes(traced, guidance, {**ranges, "B": count}, progress)
         except Parted as error:
             if count.is_one:
                 raise
@@ -132,31 +135,80 @@ def _side_ranges(traced: TracedPipeline, least: int, most: int) -> dict[str, Ran
     return {f"{side}{deepest}": each for side, each in zip("hw", ranges, strict=True)}
 
 
-def _regime(traced: TracedPipeline, guidance: bool, ranges: Ranges, progress: Progress) -> Regime:
-    """Return one tape for ``ranges``, made coarser where the structure depends on a symbol; raises Parted."""
-    while True:
-        through, held = points(ranges, SEED)
-        traced.unknown.clear()
-        rejected: list[Values] = []
+class _Fitting:
+    """Fits one tape after another to a call of one pipeline; ``loop`` is the one over frames, where one is known."""
 
-        def run(values: Values, rejected: list[Values] = rejected) -> Tape:
-            progress(", ".join(f"{name} = {value}" for name, value in values.items()))
-            try:
-                return traced.at(guidance, values)
-            except DerivationError as error:
-                rejected.append(values)
-                raise Parted(traced.blamed(guidance, values), str(error)) from error
+    def __init__(self, traced: TracedPipeline, guidance: bool, progress: Progress) -> None:
+        self.traced, self.guidance, self.progress = traced, guidance, progress
+        self.loop: tuple[Loop, Tape] | None = None
+        self.rejected: list[Values] = []
 
+    def run(self, values: Values) -> Tape:
+        """Return the tape at the symbols' values, its loop folded; raises Parted for a call that is rejected."""
+        tape = self.whole(values)
+        return tape if self.loop is None else folded(*self.loop, tape, values["F"])
+
+    def whole(self, values: Values) -> Tape:
+        """Return the tape at the symbols' values; raises Parted for a call that is rejected."""
+        self.progress(", ".join(f"{name} = {value}" for name, value in values.items()))
         try:
-            tape = fit(run, through, held)
+            return self.traced.at(self.guidance, values)
+        except DerivationError as error:
+            self.rejected.append(values)
+            raise Parted(self.traced.blamed(self.guidance, values), str(error)) from error
+
+    def regime(self, ranges: Ranges) -> Regime:
+        """Return one tape for ``ranges``; raises Parted where there is none."""
+        through, held = points(ranges, SEED)
+        self.traced.unknown.clear()
+        tape = fit(self.run, through, held)
+        loop = None if self.loop is None else self.loop[0]
+        if loop is not None:
+            held = [*held, {**held[-1], "F": loop.least}]
+            verify(loop, tape, self.whole, held)
+            ranges = {**ranges, "F": replace(ranges["F"], first=loop.least)}
+        assumed = tuple(self.traced.unknown)
+        return Regime(self.guidance, ranges, tape, tuple(through), tuple(held), assumed, loop).decided()
+
+    def frames(self, ranges: Ranges) -> Range | None:
+        """Return the latent frames that pass a loop over them, None where no loop has the usual, or one is known."""
+        video, base = self.traced.grid.frames, points(ranges, SEED)[0][0]
+        if self.loop is not None or video is None or ranges["F"].is_one:
+            return None
+        found = find(lambda frames: self.whole({**base, "F": frames}))
+        if found is None or video.latent(None) < found[0].least:
+            return None
+        self.loop = found
+        return replace(ranges["F"], first=found[0].least + 1)
+
+    def lengths(self, ranges: Ranges) -> list[Range]:
+        """Return the parts of the prompt lengths that have one tape each, none where they have no parts."""
+        return pieces(self.run, points(ranges, SEED)[0][0], ranges["L"])
+
+
+def _regimes(traced: TracedPipeline, guidance: bool, ranges: Ranges, progress: Progress) -> list[Regime]:
+    """Return tapes for ``ranges``, made coarser where the structure depends on a symbol; raises Parted."""
+    fitting, parts = _Fitting(traced, guidance, progress), [ranges["L"]]
+    while True:
+        fitting.rejected.clear()
+        try:
+            return [fitting.regime({**ranges, "L": part}) for part in parts]
         except Parted as error:
-            coarser = _coarser(traced, ranges, error.symbols, bool(rejected))
+            progress(f"parted: {error}")
+            rejected, symbols = bool(fitting.rejected), error.symbols
+            if "F" in symbols and not rejected and (frames := fitting.frames(ranges)) is not None:
+                ranges = {**ranges, "F": frames}
+                continue
+            if "L" in symbols and not rejected and len(parts) == 1 and len(found := fitting.lengths(ranges)) > 1:
+                parts = found
+                continue
+            others = symbols - {"F"} if fitting.loop else frozenset()
+            coarser = _coarser(traced, ranges, others or symbols, rejected)
             if coarser is None:
                 raise
-            progress(f"coarser: {error}")
+            parts = parts if coarser["L"] == ranges["L"] else [coarser["L"]]
+            fitting.loop = None if "F" in ranges and coarser["F"].is_one else fitting.loop
             ranges = coarser
-            continue
-        return Regime(guidance, ranges, tape, tuple(through), tuple(held), tuple(traced.unknown)).decided()
 
 
 def _coarser(traced: TracedPipeline, ranges: Ranges, symbols: frozenset[str], rejected: bool) -> Ranges | None:
@@ -165,6 +217,8 @@ def _coarser(traced: TracedPipeline, ranges: Ranges, symbols: frozenset[str], re
     if "F" in symbols and frames is not None and not ranges["F"].is_one:
         usual, longest = frames.latent(None), ranges["F"].last
         return {**ranges, "F": Range(ranges["F"].first if rejected and longest > usual else usual, usual)}
+    if "L" in symbols and length.step == 1 and not length.is_one:
+        return {**ranges, "L": Range(length.last % LENGTH_STEP or LENGTH_STEP, length.last, LENGTH_STEP)}
     if "L" in symbols and not length.is_one:
         first = LONG_PROMPT + length.last % LENGTH_STEP
         first = first if length.first < first < length.last else length.last

@@ -92,7 +92,7 @@ def embed(pipeline: Pipeline, clip_skip: int | None) -> SymTensor:
     """The text encoder on B prompts, or the caller's prompt_embeds where L is beyond its positions."""
     config = required(pipeline.checkpoint.text_encoder, "text_encoder")
     batch, length = tape().size("B"), tape().size("L")
-    if tape().exceeds(length, config.max_position_embeddings):
+    if tape().outgrows("text_encoder", length, config.max_position_embeddings):
         embeds = given((batch, length, config.hidden_size), pipeline.options.dtype)
     else:
         input_ids = empty((batch, length), "int64", "_to_copy", Category.PIPELINE)

@@ -96,7 +96,7 @@ def encode_prompt(pipeline: Pipeline) -> Prompt:
     """``encode_prompt``: both encoders' hidden states side by side, the last encoder's pooled output."""
     config = required(pipeline.checkpoint.text_encoder_2, "text_encoder_2")
     n, batch, length = pipeline.options.num_images_per_prompt, tape().size("B"), tape().size("L")
-    long = tape().exceeds(length, config.max_position_embeddings)
+    long = tape().outgrows("text_encoder", length, config.max_position_embeddings)
 
     if long:
         prompt_embeds, pooled_prompt_embeds = given_embeddings(pipeline)
