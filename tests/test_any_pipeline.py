@@ -25,11 +25,12 @@ from peft import LoraConfig
 from derivation import DerivationError, derive
 from derivation.api import Derivation
 from derivation.call import Call
-from derivation.config.traced import TRACED, bundled_traced, traced_folder
+from derivation.config.traced import TRACED, bundled_traced, live_configs, traced_folder
 from derivation.export import export
 from derivation.gpu.profile import hardware
 from derivation.guard import will_fit
 from derivation.options import Options
+from derivation.options.live import live_traced_options
 from derivation.tape.grid import Range, Sides
 from derivation.tape.recorded import RecordedSubject
 from derivation.tape.symbols import as_poly, ceil512, symbol
@@ -526,8 +527,8 @@ def test_a_live_pipeline_is_traced_from_its_configs(flux, live, monkeypatch, tmp
     ("change", "said"),
     [
         (
-            lambda pipe: pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn),
-            "transformer's hooks = layerwise",
+            lambda pipe: pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+            "transformer's hooks = group_offloading",
         ),
         (lambda pipe: pipe.transformer.set_attention_backend("_native_math"), "transformer's attention = "),
         (lambda pipe: pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"])), r"to_q = an adapter's layer"),
@@ -540,6 +541,30 @@ def test_what_is_not_read_off_a_live_pipeline_is_told(live, change, said) -> Non
     change(live)
     with pytest.raises(DerivationError, match=said):
         derive(live)
+
+
+def test_a_model_kept_in_eight_bits_is_traced_with_its_casts(live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read off a live pipeline equals ``enable_layerwise_casting`` called on the models on ``meta``."""
+
+    def enabled(pipe: Any) -> Any:
+        pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+        return pipe
+
+    document, call = DOCUMENTS["FluxPipeline"], Call(128, 192, 3, 64)
+    read = Description.live(live_configs(enabled(live)))
+    traced = TracedPipeline(read, OPTIONS, arguments(document), SIDES)
+    regime = next(regimes(traced, True, Range(64, 64)))
+    monkeypatch.setattr("derivation.trace.pipeline.build", lambda *given: enabled(build(*given)))
+    real = TracedPipeline(description(document), OPTIONS, arguments(document), SIDES)
+    assert same(traced.trace(call), real.trace(call))
+    values = {**real.grid.sizes(call.height, call.width), "B": 3, "L": 64}
+    assert regime.covers(values) and equal(regime.tape, real.trace(call), values)
+    assert entries("", traced.pipe.transformer) == entries("", live.transformer)
+    dtypes = Counter(dtype for _, dtype in entries("", live.transformer).values())
+    assert dtypes["float8_e4m3fn"] > dtypes["float32"] > 0
+    assert live_traced_options(live)["dtype"] == "float32"
+    with pytest.raises(DerivationError, match="layerwise_casting with offload = 'model'"):
+        derive(live, offload="model")
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

@@ -16,9 +16,10 @@ from .models import (
 )
 from .schedulers import SchedulerConfig, scheduler_config
 from .sources import bundled, is_live, load
-from .traced import TracedFolder, bundled_traced, hub_folder, is_live_traced, traced_folder
+from .traced import LAYERWISE, TracedFolder, bundled_traced, hub_folder, is_live_traced, layerwise_hooks, traced_folder
 
 __all__ = [
+    "LAYERWISE",
     "VAE_SCALE_FACTOR",
     "AutoencoderKLConfig",
     "AutoencoderTinyConfig",
@@ -41,6 +42,7 @@ __all__ = [
     "image_encoder",
     "is_live",
     "is_live_traced",
+    "layerwise_hooks",
     "load",
     "read_controlnet",
     "scheduler_config",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,6 +23,9 @@ TRACED = Path(__file__).resolve().parent / "traced"
 LIBRARIES = ("diffusers", "transformers")
 # Classes of walked pipelines' components that are not walked.
 PARTS = {"vae": ("AsymmetricAutoencoderKL",)}
+# What diffusers' layerwise casting calls its hook (hooks/layerwise_casting.py), and a component's config says of it:
+# [storage dtype, compute dtype, paths of the modules].
+LAYERWISE = "layerwise_casting"
 # The files of a component that a pipeline is built from.
 FILES = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -73,6 +76,11 @@ class LiveConfigs:
         """The option ``pipeline`` that the class stands for."""
         return task_of(self.class_name)
 
+    @property
+    def casts(self) -> bool:
+        """Whether layerwise casting is on some component."""
+        return any(part is not None and LAYERWISE in part[2] for part in self.components.values())
+
     @cached_property
     def contents(self) -> str:
         """A digest of all configs."""
@@ -111,7 +119,24 @@ def _live_part(where: str, part: Any) -> tuple[str, str, Mapping[str, Any]]:
     known = dict(config) if isinstance(config, Mapping) else {}
     if callable(to_dict := getattr(known.get("quantization_config"), "to_dict", None)):
         known["quantization_config"] = to_dict()
-    return *own, {key: value for key, value in known.items() if not key.startswith("_")}
+    casts = {LAYERWISE: found} if (found := _layerwise(part)) else {}
+    return *own, {key: value for key, value in known.items() if not key.startswith("_")} | casts
+
+
+def layerwise_hooks(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the path and hook of each module of a live model that layerwise casting is on."""
+    for path, module in model.named_modules() if hasattr(model, "named_modules") else ():
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        if LAYERWISE in hooks:
+            yield path, hooks[LAYERWISE]
+
+
+def _layerwise(model: Any) -> list[list[Any]]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for path, hook in layerwise_hooks(model):
+        dtypes = (str(each).removeprefix("torch.") for each in (hook.storage_dtype, hook.compute_dtype))
+        found.setdefault(tuple(dtypes), []).append(path)  # type: ignore[arg-type]
+    return [[*dtypes, paths] for dtypes, paths in found.items()]
 
 
 @cache

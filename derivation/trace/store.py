@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from derivation.config.checkpoint import PIPELINE_CLASSES
-from derivation.config.traced import LiveConfigs, TracedFolder, live_configs
+from derivation.config.traced import LAYERWISE, LiveConfigs, TracedFolder, live_configs
 from derivation.errors import DerivationError, one_of
 from derivation.files import write_files
 from derivation.gpu.profile import hardware
@@ -93,7 +93,10 @@ def live(
     pipe: object, given: Mapping[str, Any], progress: Progress = lambda _: None
 ) -> tuple[RecordedSubject, dict[str, int]]:
     """Return the recorded pipeline of a live one; raises DerivationError for what is not read off it."""
-    found, fixed = recorded(live_configs(pipe), live_traced_options(pipe, **given), progress)
+    configs, options = live_configs(pipe), live_traced_options(pipe, **given)
+    if configs.casts and options["offload"] is not None:
+        raise DerivationError(f"{LAYERWISE} with offload = {options['offload']!r} is not supported (supported: either)")
+    found, fixed = recorded(configs, options, progress)
     refuse_other_weights(pipe, found.parameters)
     return found, fixed
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
-from derivation.config import is_live_traced
+from derivation.config import LAYERWISE, is_live_traced
 from derivation.errors import shown
 from derivation.libraries import LIBRARIES
 from derivation.options import Options, options_of
@@ -33,7 +33,7 @@ def live_options(pipe: Any, **given: Any) -> Options:
 def live_traced_options(pipe: Any, **given: Any) -> dict[str, Any]:
     """Return the options that a live pipeline of a traced class runs with; raises DerivationError for others."""
     models = models_of(pipe)
-    _refuse(pipe, models)
+    _refuse(pipe, models, {LAYERWISE})
     traced.refuse(models)
     readable: dict[str, Callable[[], Any]] = {
         "attention": readers.sdpa_backend,
@@ -55,14 +55,14 @@ def _installed() -> dict[str, str]:
     return {name: str(module.__version__) for name in LIBRARIES if (module := sys.modules.get(name)) is not None}
 
 
-def _refuse(pipe: Any, models: Models) -> None:
-    """Raise for what changes the memory of a call and has no option."""
+def _refuse(pipe: Any, models: Models, read: Set[str] = frozenset()) -> None:
+    """Raise for what changes the memory of a call and has no option; hooks that are ``read`` otherwise may be there."""
     if any(getattr(block, name, None) is not None for block in up_blocks(models) for name in FREEU):
         raise unsupported("enable_freeu", "on", "FreeU off, by pipe.disable_freeu()")
     if (device_map := getattr(pipe, "hf_device_map", None)) is not None:
         raise unsupported("device_map", shown(device_map), "none, by pipe.reset_device_map()")
     for name, model in models.items():
-        if hooks := sorted({hook for module in called(model, "modules") for hook in _hooks(module)}):
+        if hooks := sorted({hook for module in called(model, "modules") for hook in _hooks(module)} - read):
             raise unsupported(f"{name}'s hooks", ", ".join(hooks), "none of diffusers' own")
         backend = getattr(getattr(model, "config", None), "_attn_implementation", None)
         fused = getattr(model, "_supports_sdpa", False) if is_live_traced(pipe) else name in CLIP

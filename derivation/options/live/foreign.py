@@ -11,8 +11,8 @@ from derivation.options.live.modules import Models, called, is_module, models_of
 
 # Whose forward() methods are mirrored, or leave a module's tensors as they are.
 LIBRARIES = frozenset({"torch", "diffusers", "transformers", "peft", "accelerate"})
-# What accelerate (hooks.py: add_hook_to_module) leaves on a module whose forward it wraps.
-ACCELERATE = ("_hf_hook", "_old_forward")
+# What accelerate (hooks.py: add_hook_to_module) and diffusers (hooks/hooks.py) leave on modules that they wrap.
+WRAPPED = ("_hf_hook", "_old_forward", "_diffusers_hook")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -29,7 +29,7 @@ def refuse_foreign(models: Models) -> None:
             forward = getattr(type(module), "forward", None)
             if forward is not None and not _of_a_library(forward):
                 raise unsupported(f"{where}'s class", type(module).__qualname__, "the library's own")
-            if "forward" in vars(module) and not any(hasattr(module, mark) for mark in ACCELERATE):
+            if "forward" in vars(module) and not any(hasattr(module, mark) for mark in WRAPPED):
                 raise unsupported(f"{where}.forward", "replaced", f"that of {type(module).__qualname__}")
             hooks = (hook for name in HOOKS for hook in getattr(module, name, {}).values())
             if odd := [hook for hook in hooks if not _of_a_library(hook)]:

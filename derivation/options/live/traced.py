@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from derivation.config import layerwise_hooks
 from derivation.errors import shown
 from derivation.options.choices import DTYPES
 from derivation.options.live.modules import Models, attentions, first_parameter, tuners, unsupported
@@ -14,13 +17,18 @@ OTHER_PROCESSORS = {*PROCESSORS, SLICED} - {"AttnProcessor2_0"}
 
 
 def dtype(models: Models) -> str:
-    """Return the type of every model's weights, of quantised ones what they compute in apart."""
+    """Return the type of every model's weights, of cast ones what they compute in; quantised models have their own."""
     plain = {name: model for name, model in models.items() if getattr(model, "hf_quantizer", None) is None}
-    dtypes = {name: getattr(first_parameter(model)(), "dtype", None) for name, model in plain.items()}
+    dtypes = {name: _dtype(model) for name, model in plain.items()}
     found = {str(each).removeprefix("torch.") for each in dtypes.values()}
     if len(found) != 1 or not found <= set(DTYPES):
         raise unsupported("dtype", shown(dtypes), f"all one of {', '.join(DTYPES)}")
     return found.pop()
+
+
+def _dtype(model: Any) -> Any:
+    hooks = (hook.compute_dtype for _, hook in layerwise_hooks(model))
+    return next(hooks, None) or getattr(first_parameter(model)(), "dtype", None)
 
 
 def refuse(models: Models) -> None:
