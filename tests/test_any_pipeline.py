@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from conftest import SD15
+from diffusers import GGUFQuantizationConfig
 from peft import LoraConfig
 
 from derivation import DerivationError, derive
@@ -42,7 +43,7 @@ from derivation.trace.interpolate import Parted, fit, normalised, parting, point
 from derivation.trace.modules import modules_of
 from derivation.trace.offloaded import with_model_offload
 from derivation.trace.pipeline import TracedPipeline, same
-from derivation.trace.quantized import Linear4bit
+from derivation.trace.quantized import Linear4bit, parameter_count
 from derivation.trace.regimes import entries, lengths, record, regimes
 from derivation.trace.scratch import with_scratch
 from derivation.trace.shadows import ShadowTracer
@@ -565,6 +566,45 @@ def test_a_model_kept_in_eight_bits_is_traced_with_its_casts(live, monkeypatch: 
     assert live_traced_options(live)["dtype"] == "float32"
     with pytest.raises(DerivationError, match="layerwise_casting with offload = 'model'"):
         derive(live, offload="model")
+
+
+def from_gguf(pipe: Any) -> Any:
+    """Give a pipeline's transformer weights of some of GGUF's types, as diffusers' quantizer does."""
+    from diffusers.quantizers.gguf import GGUFQuantizer
+    from diffusers.quantizers.gguf.utils import GGUFParameter, gguf
+
+    model, kinds = pipe.transformer, gguf.GGMLQuantizationType
+    state = dict(model.state_dict())
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.in_features % 32 == 0]
+    for name, kind in zip(linear, [kinds.Q8_0, kinds.Q4_0, kinds.Q5_1] * len(linear), strict=False):
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        (rows, columns), device = state[f"{name}.weight"].shape, state[f"{name}.weight"].device
+        data = torch.zeros(rows, columns // block * size, dtype=torch.uint8, device=device)
+        state[f"{name}.weight"] = GGUFParameter(data, quant_type=kind)
+    state["x_embedder.bias"] = state["x_embedder.bias"].to(torch.float32)
+    quantizer = GGUFQuantizer(GGUFQuantizationConfig(compute_dtype=torch.float32))
+    quantizer._process_model_before_weight_loading(model, None, state_dict=state)
+    for name, weight in state.items():
+        quantizer.create_quantized_param(model, weight, name, weight.device)
+    model.register_to_config(quantization_config=quantizer.quantization_config)
+    model.hf_quantizer = quantizer
+    return pipe
+
+
+def test_weights_of_a_gguf_file_are_traced_with_the_layers_that_dequantise_them(live, monkeypatch) -> None:
+    """What is read off a live pipeline equals diffusers' quantizer on ``meta``."""
+    pytest.importorskip("gguf")
+    document, call = DOCUMENTS["FluxPipeline"], Call(128, 192, 1, 64)
+    read = Description.live(live_configs(from_gguf(live)))
+    traced = TracedPipeline(read, OPTIONS, arguments(document), SIDES)
+    monkeypatch.setattr("derivation.trace.pipeline.build", lambda *given: from_gguf(build(*given)))
+    real = TracedPipeline(description(document), OPTIONS, arguments(document), SIDES)
+    assert same(traced.trace(call), real.trace(call))
+    assert any(a.op == "bitwise_and" and a.dtype == "uint8" for a in real.trace(call).allocations)
+    assert entries("", traced.pipe.transformer) == entries("", live.transformer)
+    plain = build(description(document), "float32").transformer
+    assert parameter_count(traced.pipe.transformer) == parameter_count(plain)
+    assert live_traced_options(live)["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

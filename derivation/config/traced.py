@@ -26,6 +26,8 @@ PARTS = {"vae": ("AsymmetricAutoencoderKL",)}
 # What diffusers' layerwise casting calls its hook (hooks/layerwise_casting.py), and a component's config says of it:
 # [storage dtype, compute dtype, paths of the modules].
 LAYERWISE = "layerwise_casting"
+# What a component's config says of weights read from a GGUF file: path -> the type's name, or a dtype of torch.
+GGUF = "gguf"
 # The files of a component that a pipeline is built from.
 FILES = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -119,8 +121,9 @@ def _live_part(where: str, part: Any) -> tuple[str, str, Mapping[str, Any]]:
     known = dict(config) if isinstance(config, Mapping) else {}
     if callable(to_dict := getattr(known.get("quantization_config"), "to_dict", None)):
         known["quantization_config"] = to_dict()
-    casts = {LAYERWISE: found} if (found := _layerwise(part)) else {}
-    return *own, {key: value for key, value in known.items() if not key.startswith("_")} | casts
+    weights = {LAYERWISE: _layerwise(part), GGUF: _gguf(part)}
+    said = {key: value for key, value in known.items() if not key.startswith("_")}
+    return *own, said | {key: value for key, value in weights.items() if value}
 
 
 def layerwise_hooks(model: Any) -> Iterator[tuple[str, Any]]:
@@ -129,6 +132,14 @@ def layerwise_hooks(model: Any) -> Iterator[tuple[str, Any]]:
         hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
         if LAYERWISE in hooks:
             yield path, hooks[LAYERWISE]
+
+
+def _gguf(model: Any) -> dict[str, str]:
+    """Return the types of all weights, where some are diffusers' GGUFParameter; empty elsewhere."""
+    named = dict(model.named_parameters()) if hasattr(model, "named_parameters") else {}
+    types = {name: getattr(getattr(weight, "quant_type", None), "name", None) for name, weight in named.items()}
+    own = {name: str(weight.dtype).removeprefix("torch.") for name, weight in named.items()}
+    return {name: types[name] or own[name] for name in named} if any(types.values()) else {}
 
 
 def _layerwise(model: Any) -> list[list[Any]]:

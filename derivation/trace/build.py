@@ -20,7 +20,7 @@ from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
 from diffusers.utils.import_utils import DummyObject
 from transformers.initialization import no_init_weights
 
-from derivation.config.traced import LAYERWISE, LiveConfigs
+from derivation.config.traced import GGUF, LAYERWISE, LiveConfigs
 from derivation.errors import DerivationError, UnsupportedConfig, shown
 from derivation.trace.modules import modules_of, quiet
 from derivation.trace.quantized import quantize
@@ -182,7 +182,7 @@ def _class(name: str, part: Part, pipeline: type) -> Any:
 
 def model(cls: Any, config: Mapping[str, Any], dtype: str) -> Any:
     """Return a model of diffusers or transformers on ``meta``, evaluated, quantised or cast, without gradients."""
-    casts, config = config.get(LAYERWISE, ()), {key: value for key, value in config.items() if key != LAYERWISE}
+    given, config = config, {key: value for key, value in config.items() if key not in (LAYERWISE, GGUF)}
     try:
         with no_init_weights(), torch.device("meta"):
             made = _constructed(cls, config)
@@ -190,8 +190,8 @@ def model(cls: Any, config: Mapping[str, Any], dtype: str) -> Any:
         made = _constructed(cls, config)
     made.requires_grad_(False).eval()
     made = _cast(made, getattr(torch, dtype))
-    quantize(made, config)
-    for storage, compute, paths in casts:
+    quantize(made, given)
+    for storage, compute, paths in given.get(LAYERWISE, ()):
         for path in paths:
             apply_layerwise_casting_hook(
                 made.get_submodule(path), *(getattr(torch, d) for d in (storage, compute)), False

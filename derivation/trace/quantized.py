@@ -1,15 +1,16 @@
-"""Models that are kept in four bits, as ``quantization_config`` says: bitsandbytes' layers without its kernels.
+"""Models that are kept in four bits, as ``quantization_config`` says, or in GGUF's blocks.
 
-Sizes are those of bitsandbytes 0.50: functional.py (quantize_4bit: blocks of 64 weights with a float32 scale each, or
-an 8-bit one and a float32 for 256 of them), nn/modules.py (Linear4bit), backends/cuda/ops.py (gemm_4bit: a product of
-more than 1,536 rows dequantises the weight, one of at most 4 does not; what is between depends on the card and is
-dequantised here, as before 0.50).
+Four bits are bitsandbytes' layers without its kernels. Sizes are those of bitsandbytes 0.50: functional.py
+(quantize_4bit: blocks of 64 weights with a float32 scale each, or an 8-bit one and a float32 for 256 of them),
+nn/modules.py (Linear4bit), backends/cuda/ops.py (gemm_4bit: a product of more than 1,536 rows dequantises the weight,
+one of at most 4 does not; what is between depends on the card and is dequantised here, as before 0.50).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ import transformers
 from torch.nn import functional as F
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from derivation.config.traced import GGUF
 from derivation.errors import UnsupportedConfig
+from derivation.options.choices import DTYPES
 
 KEY = "quantization_config"
 BLOCK, SCALES = 64, 256
@@ -61,6 +64,36 @@ class Linear4bit(torch.nn.Module):
         return wide, wide + self.get_buffer("offset")
 
 
+def read_gguf(model: Any, types: Mapping[str, str], compute_dtype: torch.dtype, file: str = "config.json") -> None:
+    """Give a model the weights of a GGUF file, of which ``types`` says each one's: diffusers' layers hold and run them.
+
+    diffusers/quantizers/gguf: a block's type says its bytes; what computes with them dequantises the weight, whole.
+    Raises UnsupportedConfig for a quantised weight of a layer that is not linear.
+    """
+    for path, kind in types.items():
+        owner, _, name = path.rpartition(".")
+        module, weight = model.get_submodule(owner), model.get_parameter(path)
+        if kind in DTYPES:
+            weight.data = weight.data.to(getattr(torch, kind))
+        elif isinstance(module, torch.nn.Linear) and name == "weight":
+            parent, _, attribute = owner.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, _gguf_linear(module, kind, compute_dtype))
+        else:
+            raise UnsupportedConfig(file, path, kind, "GGUF's types for weights of linear layers")
+
+
+def _gguf_linear(linear: torch.nn.Linear, kind: str, compute_dtype: torch.dtype) -> torch.nn.Module:
+    from diffusers.quantizers.gguf import utils
+
+    block, size = utils.GGML_QUANT_SIZES[utils.gguf.GGMLQuantizationType[kind]]
+    rows, columns = linear.weight.shape
+    made = utils.GGUFLinear(columns, rows, linear.bias is not None, compute_dtype=compute_dtype, device="meta")
+    data = _empty(rows, columns // block * size, dtype=torch.uint8)
+    made.weight = utils.GGUFParameter(data, quant_type=utils.gguf.GGMLQuantizationType[kind])
+    made.bias = linear.bias
+    return made.eval()
+
+
 def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -70,16 +103,24 @@ def quantize(model: Any, config: Mapping[str, Any], file: str = "config.json") -
     given = config.get(KEY)
     if not given:
         return
+    if isinstance(given, Mapping) and given.get("quant_method") == GGUF and GGUF in config:
+        read_gguf(model, config[GGUF], _dtype(given["compute_dtype"]), file)
+        return
     four = isinstance(given, Mapping) and given.get("quant_method") == "bitsandbytes" and given.get("load_in_4bit")
     if not four:
         raise UnsupportedConfig(file, KEY, given, "quant_method bitsandbytes with load_in_4bit")
-    compute_dtype = getattr(torch, str(given.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch."))
+    compute_dtype = _dtype(given.get("bnb_4bit_compute_dtype", "float32"))
     kept = _kept(model, given.get("llm_int8_skip_modules"))
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and not kept(name):
             owner, _, attribute = name.rpartition(".")
             made = Linear4bit(module, bool(given.get("bnb_4bit_use_double_quant")), compute_dtype)
             setattr(model.get_submodule(owner), attribute, made.eval())
+
+
+def _dtype(name: object) -> torch.dtype:
+    found: torch.dtype = getattr(torch, str(name).removeprefix("torch."))
+    return found
 
 
 def _kept(model: Any, skipped: Any) -> Any:
@@ -96,6 +137,7 @@ def _kept(model: Any, skipped: Any) -> Any:
 
 
 def parameter_count(model: torch.nn.Module) -> int:
-    """Return a model's parameters, of which two are in a byte of a packed weight."""
+    """Return a model's parameters, of which two are in a byte of a packed weight, and a type's block in its bytes."""
     packed = [m for m in model.modules() if isinstance(m, Linear4bit)]
-    return sum(p.numel() for p in model.parameters()) + sum(m.shape.numel() - m.weight.numel() for m in packed)
+    plain = sum(prod(getattr(p, "quant_shape", p.shape)) for p in model.parameters())
+    return plain + sum(m.shape.numel() - m.weight.numel() for m in packed)
