@@ -43,7 +43,7 @@ from derivation.trace.interpolate import Parted, fit, normalised, parting, point
 from derivation.trace.modules import modules_of
 from derivation.trace.offloaded import with_model_offload
 from derivation.trace.pipeline import TracedPipeline, same
-from derivation.trace.quantized import Linear4bit, parameter_count
+from derivation.trace.quantized import Linear4bit, Linear8bit, parameter_count
 from derivation.trace.regimes import entries, lengths, record, regimes
 from derivation.trace.scratch import with_scratch
 from derivation.trace.shadows import ShadowTracer
@@ -407,8 +407,48 @@ def test_tracing_tells_its_sizes_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert derive(tmp_path, progress=said.append).peak == first.peak and not said
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_in_eight_bits_holds_its_rows_in_int8_and_the_product_in_int32(dtype: torch.dtype) -> None:
+    """bitsandbytes 0.50, MatMul8bitLt: int8_vectorwise_quant, then int8_mixed_scaled_mm, without outliers."""
+    layer = Linear8bit(torch.nn.Linear(128, 256, device="meta", dtype=dtype), 6.0)
+    x = torch.empty(1, 5, 128, dtype=dtype, device="meta")
+    with torch.no_grad(), ShadowTracer({"": layer}, [x]) as tracer:
+        assert tuple(layer(x).shape) == (1, 5, 256)
+    sizes = [a.nbytes for a in tracer.tape.allocations]
+    given, quantised_rows, product = 5 * 128 * 2, [5 * 4, 5 * 128, 5 * 128 * 2, 5 * 128], [5 * 256 * 4, 5 * 256 * 2]
+    cast = dtype is torch.bfloat16
+    assert [n for n in sizes if n > 1] == [given] * cast + quantised_rows + product + [5 * 256 * 2] * cast
+    assert naive_peak(tracer.tape) == sum(map(ceil512, [20, 640, *product, *([5 * 256 * 2] * cast)]))
+    assert tracer.unknown
+
+
+def test_models_in_eight_bits_are_traced_and_run(live) -> None:
+    eight = {"load_in_4bit": False, "load_in_8bit": True}
+    tiny = quantised(description(DOCUMENTS["FluxPipeline"]), ("transformer", "text_encoder_2"), **eight)
+    traced = TracedPipeline(tiny, OPTIONS, arguments(DOCUMENTS["FluxPipeline"]), SIDES)
+    own = entries("", traced.pipe.transformer)
+    for name, module in live.transformer.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert own[f".{name}.weight"] == (tuple(module.weight.shape), "int8")
+            assert own[f".{name}.SCB"] == ((module.out_features,), "float32")
+    assert any(a.dtype == "int32" for a in traced.trace(Call(128, 192, 1, 64)).allocations)
+
+
+def test_layers_of_bitsandbytes_are_read_off_a_live_pipeline(live) -> None:
+    def forward(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    forward.__module__ = "bitsandbytes.nn.modules"
+    live.transformer.x_embedder.__class__ = type("Linear4bit", (torch.nn.Linear,), {"forward": forward})
+    live.transformer.hf_quantizer = object()
+    live.transformer.register_to_config(quantization_config=type("Config", (), {"to_dict": lambda self: dict(NF4)})())
+    assert live_traced_options(live)["dtype"] == "float32"
+    pipe = build(Description.live(live_configs(live)), "float32")
+    assert isinstance(pipe.transformer.x_embedder, Linear4bit)
+
+
 def test_another_quantisation_is_one_line() -> None:
-    tiny = quantised(description(DOCUMENTS["FluxPipeline"]), ("transformer",), load_in_4bit=False, load_in_8bit=True)
+    tiny = quantised(description(DOCUMENTS["FluxPipeline"]), ("transformer",), quant_method="torchao")
     with pytest.raises(DerivationError, match="quantization_config"):
         build(tiny, "bfloat16")
 

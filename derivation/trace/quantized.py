@@ -1,9 +1,9 @@
-"""Models that are kept in four bits, as ``quantization_config`` says, or in GGUF's blocks.
+"""Models that are kept in four or eight bits, as ``quantization_config`` says, or in GGUF's blocks.
 
-Four bits are bitsandbytes' layers without its kernels. Sizes are those of bitsandbytes 0.50: functional.py
+Four and eight bits are bitsandbytes' layers without its kernels. Sizes are those of bitsandbytes 0.50: functional.py
 (quantize_4bit: blocks of 64 weights with a float32 scale each, or an 8-bit one and a float32 for 256 of them),
-nn/modules.py (Linear4bit), backends/cuda/ops.py (gemm_4bit: a product of more than 1,536 rows dequantises the weight,
-one of at most 4 does not; what is between depends on the card and is dequantised here, as before 0.50).
+nn/modules.py (Linear4bit, Linear8bitLt), backends/cuda/ops.py (gemm_4bit: a product of more than 1,536 rows dequantises
+the weight, one of at most 4 does not; what is between depends on the card and is dequantised here, as before 0.50).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from derivation.options.choices import DTYPES
 KEY = "quantization_config"
 BLOCK, SCALES = 64, 256
 FEW_ROWS = 4
+# cuBLASLt multiplies int8 of such widths; for others bitsandbytes multiplies in float32 (_int8_linear_matmul_impl).
+INT8_WIDTH = 4
 
 
 class Linear4bit(torch.nn.Module):
@@ -62,6 +64,36 @@ class Linear4bit(torch.nn.Module):
             return ()
         wide = torch.empty_like(scales, dtype=torch.float32)
         return wide, wide + self.get_buffer("offset")
+
+
+class Linear8bit(torch.nn.Module):
+    """``bitsandbytes.nn.Linear8bitLt`` on ``meta``: the weight [out, in] in int8, and a float32 scale for each row."""
+
+    def __init__(self, linear: torch.nn.Linear, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.weight = torch.nn.Parameter(_empty(*linear.weight.shape, dtype=torch.int8), requires_grad=False)
+        self.bias = linear.bias
+        self.register_buffer("SCB", _empty(linear.weight.shape[0], dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W^T + b, in x's dtype (autograd/_functions.py: MatMul8bitLt): x is put into int8 row by row."""
+        rows = x.reshape(-1, x.shape[-1])
+        _held = self._quantized(rows.to(torch.float16))
+        product = _empty(rows.shape[0], self.weight.shape[0], dtype=torch.int32)
+        half = torch.empty_like(product, dtype=torch.float16)
+        return half.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+    def _quantized(self, half: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return int8_vectorwise_quant: the scale of each row, the rows in int8, and the columns that hold outliers."""
+        scales, codes = _empty(half.shape[0], dtype=torch.float32), _empty(*half.shape, dtype=torch.int8)
+        if self.threshold <= 0:
+            return scales, codes
+        outliers = half.abs() >= self.threshold
+        columns = torch.argwhere(outliers.any(dim=0)).view(-1) if outliers.any() else _empty(0, dtype=torch.int64)
+        if half.shape[0] > 1:
+            codes[:, columns] = 0
+        return scales, codes, columns
 
 
 def read_gguf(model: Any, types: Mapping[str, str], compute_dtype: torch.dtype, file: str = "config.json") -> None:
@@ -106,16 +138,23 @@ def quantize(model: Any, config: Mapping[str, Any], file: str = "config.json") -
     if isinstance(given, Mapping) and given.get("quant_method") == GGUF and GGUF in config:
         read_gguf(model, config[GGUF], _dtype(given["compute_dtype"]), file)
         return
-    four = isinstance(given, Mapping) and given.get("quant_method") == "bitsandbytes" and given.get("load_in_4bit")
-    if not four:
-        raise UnsupportedConfig(file, KEY, given, "quant_method bitsandbytes with load_in_4bit")
-    compute_dtype = _dtype(given.get("bnb_4bit_compute_dtype", "float32"))
+    if not isinstance(given, Mapping) or given.get("quant_method") != "bitsandbytes":
+        raise UnsupportedConfig(file, KEY, given, "quant_method bitsandbytes")
     kept = _kept(model, given.get("llm_int8_skip_modules"))
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and not kept(name):
             owner, _, attribute = name.rpartition(".")
-            made = Linear4bit(module, bool(given.get("bnb_4bit_use_double_quant")), compute_dtype)
-            setattr(model.get_submodule(owner), attribute, made.eval())
+            setattr(model.get_submodule(owner), attribute, _bitsandbytes(module, given, file).eval())
+
+
+def _bitsandbytes(linear: torch.nn.Linear, given: Mapping[str, Any], file: str) -> torch.nn.Module:
+    if given.get("load_in_4bit"):
+        compute_dtype = _dtype(given.get("bnb_4bit_compute_dtype", "float32"))
+        return Linear4bit(linear, bool(given.get("bnb_4bit_use_double_quant")), compute_dtype)
+    if given.get("llm_int8_has_fp16_weight") or linear.in_features % INT8_WIDTH:
+        supported = f"weights in int8, of layers whose width is a multiple of {INT8_WIDTH}"
+        raise UnsupportedConfig(file, KEY, given, supported)
+    return Linear8bit(linear, float(given.get("llm_int8_threshold", 6.0)))
 
 
 def _dtype(name: object) -> torch.dtype:

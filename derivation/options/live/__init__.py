@@ -19,6 +19,8 @@ __all__ = ["FREEU", "MODELS", "adapters", "live_options", "live_traced_options",
 
 # free_u: what enable_freeu sets on the up blocks of a UNet
 FREEU = ("s1", "s2", "b1", "b2")
+# Whose layers a quantised model of a traced pipeline has, as its config says.
+QUANTISED = frozenset({"bitsandbytes"})
 CLIP = ("text_encoder", "text_encoder_2", "image_encoder")
 
 
@@ -33,7 +35,7 @@ def live_options(pipe: Any, **given: Any) -> Options:
 def live_traced_options(pipe: Any, **given: Any) -> dict[str, Any]:
     """Return the options that a live pipeline of a traced class runs with; raises DerivationError for others."""
     models = models_of(pipe)
-    _refuse(pipe, models, {LAYERWISE})
+    _refuse(pipe, models, {LAYERWISE}, QUANTISED)
     traced.refuse(models)
     readable: dict[str, Callable[[], Any]] = {
         "attention": readers.sdpa_backend,
@@ -55,8 +57,11 @@ def _installed() -> dict[str, str]:
     return {name: str(module.__version__) for name in LIBRARIES if (module := sys.modules.get(name)) is not None}
 
 
-def _refuse(pipe: Any, models: Models, read: Set[str] = frozenset()) -> None:
-    """Raise for what changes the memory of a call and has no option; hooks that are ``read`` otherwise may be there."""
+def _refuse(pipe: Any, models: Models, read: Set[str] = frozenset(), libraries: Set[str] = frozenset()) -> None:
+    """Raise for what changes the memory of a call and has no option.
+
+    Hooks that are ``read`` otherwise may be there, and layers of other ``libraries``.
+    """
     if any(getattr(block, name, None) is not None for block in up_blocks(models) for name in FREEU):
         raise unsupported("enable_freeu", "on", "FreeU off, by pipe.disable_freeu()")
     if (device_map := getattr(pipe, "hf_device_map", None)) is not None:
@@ -68,7 +73,7 @@ def _refuse(pipe: Any, models: Models, read: Set[str] = frozenset()) -> None:
         fused = getattr(model, "_supports_sdpa", False) if is_live_traced(pipe) else name in CLIP
         if fused and backend not in (None, "sdpa"):
             raise unsupported(f"{name}'s attn_implementation", shown(backend), "sdpa")
-    refuse_foreign(models)
+    refuse_foreign(models, libraries)
 
 
 def _hooks(module: Any) -> tuple[str, ...]:

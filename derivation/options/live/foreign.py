@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from derivation.errors import shown
@@ -16,9 +16,10 @@ WRAPPED = ("_hf_hook", "_old_forward", "_diffusers_hook")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def refuse_foreign(models: Models) -> None:
+def refuse_foreign(models: Models, also: Set[str] = frozenset()) -> None:
     """Raise DerivationError for a module whose ``forward`` is not a library's own, or that has other forward hooks.
 
+    Libraries are those whose modules are mirrored, and ``also`` those of quantised layers.
     transformers keeps hooks of its own on encoder layers once they have run (utils/output_capturing.py).
     """
     for own, model in models.items():
@@ -27,7 +28,7 @@ def refuse_foreign(models: Models) -> None:
             if not is_module(module):
                 continue
             forward = getattr(type(module), "forward", None)
-            if forward is not None and not _of_a_library(forward):
+            if forward is not None and not _of_a_library(forward, also):
                 raise unsupported(f"{where}'s class", type(module).__qualname__, "the library's own")
             if "forward" in vars(module) and not any(hasattr(module, mark) for mark in WRAPPED):
                 raise unsupported(f"{where}.forward", "replaced", f"that of {type(module).__qualname__}")
@@ -55,9 +56,9 @@ def refuse_other_weights(pipe: Any, parameters: Mapping[str, Mapping[str, tuple[
                 raise unsupported(name, f"{sum(real.values())} tensors", implied)
 
 
-def _of_a_library(function: Any) -> bool:
+def _of_a_library(function: Any, also: Set[str] = frozenset()) -> bool:
     function = getattr(function, "func", function)  # functools.partial
-    return str(getattr(function, "__module__", None)).split(".")[0] in LIBRARIES
+    return str(getattr(function, "__module__", None)).split(".")[0] in LIBRARIES | also
 
 
 def _weights(model: Any) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
