@@ -479,6 +479,9 @@ def test_what_nobody_knows_reads_as_zeros_and_is_noted() -> None:
 def test_a_word_is_a_token() -> None:
     tokenizer = word_tokenizer("CLIPTokenizer", 77)
     assert len(tokenizer("a cat, sat").input_ids) == 4 + 2
+    # pipeline_kolors.py hands its encoder the positions that its own tokenizer gives
+    padded = word_tokenizer("ChatGLMTokenizer", 256)(["a cat"], padding="max_length", max_length=8, return_tensors="pt")
+    assert padded["position_ids"].tolist() == [[0, 1, 1, 1, 1, 1, 1, 1]]
     # pipeline_qwenimage.py drops the 34 tokens of its template before the prompt
     template = (
         "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "

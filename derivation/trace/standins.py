@@ -59,6 +59,21 @@ class WordTokenizer(transformers.PreTrainedTokenizerFast):
     """A fast tokenizer with one id for all words."""
 
 
+class PositionTokenizer(WordTokenizer):
+    """What Kolors' ChatGLMTokenizer gives beside tokens and mask: their positions (kolors/tokenizer.py: _pad)."""
+
+    def __call__(self, *args: Any, **given: Any) -> Any:
+        """Return the tokens, their mask and positions [B, L]."""
+        found = super().__call__(*args, **given)
+        if isinstance(mask := found.get("attention_mask"), torch.Tensor):
+            found["position_ids"] = (mask.cumsum(-1) - 1).clamp(0)
+        return found
+
+
+# Tokenizers of a pipeline's own module.
+_OWN: Mapping[str, type[WordTokenizer]] = {"ChatGLMTokenizer": PositionTokenizer}
+
+
 def word_tokenizer(
     class_name: str = "", model_max_length: int = 512, token_ids: Mapping[str, int] = MappingProxyType({})
 ) -> Any:
@@ -94,6 +109,8 @@ def word_tokenizer(
 @cache
 def _class(name: str) -> type:
     """Return WordTokenizer, made a subclass of the tokenizer class called ``name`` where that can be."""
+    if name in _OWN:
+        return _OWN[name]
     wanted = getattr(transformers, name, None)
     if not isinstance(wanted, type) or issubclass(WordTokenizer, wanted):
         return WordTokenizer
