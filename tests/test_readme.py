@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from derivation.cli import run
-from derivation.evidence import survey
+from derivation.evidence import public, survey
 from derivation.evidence.table import Prediction, measured_vs_predicted
-from derivation.measure.validate import Row, recorded, summary
+from derivation.measure.validate import Row, reasons, recorded, summary
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 START, END = "<!-- measured: start -->\n", "<!-- measured: end -->"
@@ -64,6 +64,18 @@ def read_off_nvidia_smi() -> str:
     return SMI + "".join(shown)
 
 
+def reported() -> str:
+    return public.markdown(public.rows())
+
+
+def further_off() -> str:
+    lines = {}
+    for row in recorded()[1]:
+        errors = ", ".join(f"{name} {error:+.2%}" for name, error in row.further_off.items())
+        lines |= {str(row): f"| `{row}` | {errors} | {reasons()[str(row)]} |\n"} if errors else {}
+    return "| call | peak, error | why |\n|---|---|---|\n" + "".join(lines.values())
+
+
 def surveyed() -> str:
     return survey.markdown(survey.recorded()["pipelines"])
 
@@ -85,6 +97,8 @@ def smi(row: Row) -> str:
         (START, END, table),
         ("<!-- gpu counters: start -->\n", "<!-- gpu counters: end -->", counters),
         ("<!-- gpu nvidia-smi: start -->\n", "<!-- gpu nvidia-smi: end -->", read_off_nvidia_smi),
+        ("<!-- public: start -->\n", "<!-- public: end -->", reported),
+        ("<!-- gpu reasons: start -->\n", "<!-- gpu reasons: end -->", further_off),
         ("<!-- survey: start -->\n", "<!-- survey: end -->", surveyed),
     ],
 )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from derivation import DerivationError, derive
+from derivation.allocator.memory import device_memory
 from derivation.measure.records import Records
 from derivation.measure.validate import RECORDS, measured_calls, predict, recorded, summary
 from derivation.options import Options
 from derivation.tape.symbols import evaluate
+from derivation.tape.tape import Tape
 from derivation.verify.streams import unrolled
 from derivation.walk.pipelines import POSTPROCESS
 
@@ -66,13 +68,20 @@ def test_the_summary_counts(rows):
 def test_every_allocation_of_a_real_call_is_derived_in_its_order(record):
     """Convolution workspaces may be larger, and blocks of one unit (scalars, timesteps) may be elsewhere.
 
-    Up to the postprocessing: the safety checker blackens what random weights draw.
+    Up to the postprocessing: the safety checker blackens what random weights draw. With the workspaces as they were
+    the replay reserves what was measured.
     """
-    derived, real = list(_derived(record)), [nbytes for nbytes in record["events"] if nbytes > 0]
-    at = 0
-    for nbytes, op, after in derived:
+    given = {name: record[name] for name in Options().as_dict() if name in record}
+    derivation = derive(record["model"], **{**given, "gpu": "h200", "torch": "2.11"})
+    values = derivation.sizes(record["height"], record["width"], record["batch_size"], 77)
+    tape = derivation.program(record["guidance_scale"] > 1).at(values).tape
+    derived, real = list(_derived(tape, values)), [nbytes for nbytes in record["events"] if nbytes > 0]
+    at, workspaces = 0, dict[int, int]()
+    for tensor, nbytes, op, after in derived:
         while at < len(real) and real[at] != nbytes:
             workspace = op == "convolution workspace" and -SMALL_SHAPE <= real[at] - nbytes < SPLIT_K_BYTES
+            if workspace:
+                assert workspaces.setdefault(tensor, real[at]) == real[at]  # the same in each iteration
             if workspace or nbytes <= BLOCK < real[at]:
                 break
             unasked = after == "convolution" and real[at] < SPLIT_K_BYTES
@@ -82,27 +91,26 @@ def test_every_allocation_of_a_real_call_is_derived_in_its_order(record):
             at += 1
             continue
         at += nbytes > BLOCK
-    equal = set(real) & {nbytes for nbytes, *_ in derived}
+    equal = set(real) & {nbytes for _, nbytes, *_ in derived}
     assert sum(nbytes in equal for nbytes in real if nbytes > BLOCK) > 0.95 * sum(n > BLOCK for n in real)
+    asked = [replace(a, nbytes=workspaces.get(tensor, a.nbytes)) for tensor, a in enumerate(tape.allocations)]
+    found = device_memory("h200", derivation.resident, replace(tape, allocations=asked), values)
+    assert found.reserved == record["run"]["peak_reserved_bytes"]
 
 
-def _derived(record: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
-    """Yield bytes, operator and the operator before of every allocation up to the postprocessing."""
-    given = {name: record[name] for name in Options().as_dict() if name in record}
-    derivation = derive(record["model"], **{**given, "gpu": "h200", "torch": "2.11"})
-    values = derivation.sizes(record["height"], record["width"], record["batch_size"], 77)
-    variant = derivation.program(record["guidance_scale"] > 1).at(values)
-    [end] = [mark.event for mark in variant.tape.marks if mark.stage == POSTPROCESS]
-    last = variant.tape.events[end]
+def _derived(tape: Tape, values: Mapping[str, int]) -> Iterator[tuple[int, int, str, str]]:
+    """Yield tensor, bytes, operator and the operator before of every allocation up to the postprocessing."""
+    [end] = [mark.event for mark in tape.marks if mark.stage == POSTPROCESS]
+    last = tape.events[end]
     before = ""
-    for event in unrolled(variant.tape):
+    for event in unrolled(tape):
         if event == last:
             return
-        allocation = variant.tape.allocations[abs(event) - 1]
+        allocation = tape.allocations[abs(event) - 1]
         if event < 0:
             continue
         for _ in range(evaluate(allocation.count, values)):
-            yield evaluate(allocation.nbytes, values), allocation.op, before
+            yield event - 1, evaluate(allocation.nbytes, values), allocation.op, before
             before = allocation.op
 
 

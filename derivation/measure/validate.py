@@ -21,6 +21,9 @@ from derivation.options import Options
 RECORDS = Path(__file__).parent.parent / "evidence" / "gpu-calls.json"
 # what ``validate --json`` said of them
 RECORDED = RECORDS.with_name("gpu-validation.json")
+# why a call is further off than CLOSE, as far as records tell, by call
+REASONS = RECORDS.with_name("gpu-reasons.json")
+CLOSE = 0.01
 COUNTERS = ("requested", "allocated", "reserved", "device")
 READ_OFF_THE_GPU = ("gpu", *LIBRARIES)
 SIZES = ("height", "width", "batch_size")
@@ -43,6 +46,12 @@ class Row:
         """predicted / measured - 1."""
         return self.predicted[counter] / self.measured[counter] - 1
 
+    @property
+    def further_off(self) -> dict[str, float]:
+        """Counters whose error is above CLOSE, and the error."""
+        errors = {name: self.error(name) for name in COUNTERS if name in self.measured and name in self.predicted}
+        return {name: error for name, error in errors.items() if abs(error) > CLOSE}
+
     def __str__(self) -> str:
         """Return the call in one line."""
         return " ".join(f"{name}={value}" for name, value in self.call.items())
@@ -55,6 +64,12 @@ def recorded() -> tuple[str, list[Row]]:
         return "; ".join(found["measured_on"]), [Row(**row) for row in found["rows"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DerivationError(f"{RECORDED.name} is not a record of validate ({error!r})") from None
+
+
+def reasons() -> dict[str, str]:
+    """Return what is known of each recorded call with a counter that is further off than CLOSE, by the call."""
+    found: dict[str, str] = json.loads(REASONS.read_text(encoding="utf-8"))
+    return found
 
 
 def measured_calls(path: Path = RECORDS) -> list[dict[str, Any]]:
