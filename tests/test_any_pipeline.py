@@ -392,14 +392,36 @@ def test_an_image_of_one_size_and_frames_beyond_the_usual() -> None:
     assert peaks == sorted(set(peaks)) and ltx.lambdify()(512, 704, 128, 1) == peaks[-1]
 
 
-def test_tracing_tells_its_sizes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def ddim(folder: Path) -> Path:
+    """A folder of the tiny DDIM pipeline's configs."""
     parts = DOCUMENTS["DDIMPipeline"]["parts"]
     index = {"_class_name": "DDIMPipeline", **{name: part[:2] for name, part in parts.items()}}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index))
     for name, file in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / file).write_text(json.dumps(parts[name][2]))
+        (folder / name).mkdir()
+        (folder / name / file).write_text(json.dumps(parts[name][2]))
+    return folder
+
+
+def test_sequential_offload_is_traced_through_its_hooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate/utils/modeling.py: set_module_tensor_to_device empties the cache after each weight that it loads."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = ddim(tmp_path)
+    moved, on_card = (derive(folder, offload="sequential", gpu=gpu) for gpu in (None, "h100"))
+    options = Options(pipeline="txt2img", dtype="bfloat16", attention="flash", offload="sequential")
+    plain = TracedPipeline(Description.of(folder), options)
+    call = Call(19 * plain.grid.unit, 16 * plain.grid.unit, 2, plain.arguments.prompt_length)
+    traced, estimate = plain.trace(call), moved.estimate(call)
+    assert estimate["weights_bytes"] == 0 and estimate["peak_tensor_bytes"] == naive_peak(traced)
+    assert len(traced.emptied) == plain.arguments.steps * len(list(plain.pipe.unet.parameters()))
+    tape = on_card.program(True).at(on_card.sizes(call)).tape
+    loads = [tape.allocations[tape.events[i - 1] - 1].shape for i in tape.emptied]
+    assert loads == [traced.allocations[traced.events[i - 1] - 1].shape for i in traced.emptied]
+
+
+def test_tracing_tells_its_sizes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    ddim(tmp_path)
     said: list[str] = []
     first = derive(tmp_path, progress=said.append)
     assert said[0] == "building DDIMPipeline" and any("B = " in line for line in said)

@@ -46,11 +46,14 @@ class Loop:
             events += [_shifted(event, k * self.births) for event in body]
         events += [_shifted(e, more if self._moves(e) else 0) for e in tape.events[self.after :]]
         moved = (passes - 1) * self.events
+        emptied = [i for i in tape.emptied if i <= self.start]
+        emptied += [i + k * self.events for k in range(passes) for i in tape.emptied if self.start < i <= self.after]
         return replace(
             tape,
             allocations=[_put(tape.allocations[i], at, put) for i, at in indices],
             events=events,
             marks=[replace(m, event=m.event + moved) if m.event >= self.after else m for m in tape.marks],
+            emptied=[*emptied, *(i + moved for i in tape.emptied if i > self.after)],
             iterations=[i + moved if i >= self.after else i for i in tape.iterations],
             convolutions={
                 n: tuple(tuple(put(dim, at) for dim in shape) for shape in tape.convolutions[i])

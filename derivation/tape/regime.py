@@ -108,6 +108,7 @@ def regime_document(regime: Regime) -> dict[str, Any]:
         "events": regime.tape.events,
         "marks": [[mark.event, mark.stage] for mark in regime.tape.marks],
         "iterations": regime.tape.iterations,
+        "emptied": regime.tape.emptied,
         "convolutions": [
             [i, [list(map(number, shape)) for shape in shapes]] for i, shapes in regime.tape.convolutions.items()
         ],
@@ -134,6 +135,7 @@ def regime_of(document: Mapping[str, Any], options: Options) -> Regime:
         events=document["events"],
         marks=[Mark(event, stage) for event, stage in document["marks"]],
         iterations=document["iterations"],
+        emptied=document.get("emptied", []),
         convolutions={
             index: tuple(tuple(sizes[i] for i in shape) for shape in shapes)
             for index, shapes in document["convolutions"]

@@ -66,6 +66,8 @@ def parting(one: Tape, other: Tape) -> str | None:
         return f"event {i}, near {a.path} {a.op}"
     if [(m.event, m.stage) for m in one.marks] != [(m.event, m.stage) for m in other.marks]:
         return "stages begin elsewhere"
+    if one.emptied != other.emptied:
+        return "the cache is emptied elsewhere"
     return None
 
 

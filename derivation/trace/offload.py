@@ -1,12 +1,12 @@
 """accelerate's CPU offload without a GPU: ``meta`` is the device, and what is on the CPU no trace counts.
 
 The hooks, what they move and when are the real code. accelerate parks an offloaded leaf's parameters on ``meta``,
-which is the device here, so they are parked on the CPU instead; ``meta`` has no cache to empty.
+which is the device here, so they are parked on the CPU instead; ``meta`` has no cache to empty, so it is noted when.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -43,14 +43,19 @@ def offload_model(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @contextmanager
-def meta_as_gpu() -> Iterator[None]:
-    """Let accelerate's hooks take the CPU where they name ``"meta"``, and diffusers empty no cache."""
+def meta_as_gpu(emptied: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Let accelerate's hooks take the CPU where they name ``"meta"``, and diffusers empty no cache.
+
+    ``emptied`` is called where accelerate empties it: set_module_tensor_to_device does, after what is not parked.
+    """
     place = hooks.set_module_tensor_to_device
 
     def placed(module: Any, tensor_name: str, device: Any, **kwargs: Any) -> None:
         if isinstance(device, str) and device == "meta":
             device, kwargs = "cpu", {"value": torch.empty_like(getattr(module, tensor_name), device="cpu")}
         place(module, tensor_name, device, **kwargs)
+        if device != "cpu":
+            emptied()
 
     with (
         patch.object(hooks, "set_module_tensor_to_device", placed),

@@ -135,7 +135,7 @@ class TracedPipeline:
         tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
         tracer = ShadowTracer(modules_of(self.pipe), tensors, stage=MODEL)
         try:
-            with quiet(), meta_world(self._backend), _stages(self.pipe, tracer), tracer:
+            with quiet(), meta_world(self._backend, tracer.tape.empty_cache), _stages(self.pipe, tracer), tracer:
                 output = self.pipe(**given)
                 del output
         except DerivationError:

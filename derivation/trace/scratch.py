@@ -56,9 +56,15 @@ def with_scratch(tape: Tape, hardware: Hardware) -> Tape:
             else:
                 inside.append(len(allocations))
         events += [-number for number in reversed(inside)]
-    marks = [Mark((*moved, len(events))[mark.event], mark.stage) for mark in tape.marks]
-    iterations = [(*moved, len(events))[event] for event in tape.iterations]
-    return replace(tape, allocations=allocations, events=events, marks=marks, iterations=iterations)
+    places = (*moved, len(events))
+    return replace(
+        tape,
+        allocations=allocations,
+        events=events,
+        marks=[Mark(places[mark.event], mark.stage) for mark in tape.marks],
+        iterations=[places[event] for event in tape.iterations],
+        emptied=[places[event] for event in tape.emptied],
+    )
 
 
 def _continues(tape: Tape, i: int) -> bool:

@@ -66,9 +66,10 @@ def subject(folder: Configs, given: Mapping[str, Any], progress: Progress = lamb
     wanted = Options(**{**usual, "pipeline": folder.task, **given})
     one_of("pipeline", wanted.pipeline, (folder.task,))
     for name, value in wanted.as_dict().items():
-        if (name not in APPLICABLE or value == "sequential") and value != getattr(Options(), name):
+        if name not in APPLICABLE and value != getattr(Options(), name):
             raise DerivationError(f"{name} = {value!r} is not supported for {folder.class_name}, which is traced")
-    plain = Options(dtype=wanted.dtype, attention=wanted.attention, pipeline=wanted.pipeline)
+    moved = wanted.offload if wanted.offload == "sequential" else None
+    plain = Options(dtype=wanted.dtype, attention=wanted.attention, pipeline=wanted.pipeline, offload=moved)
     found = _recorded(folder, plain, progress)
     found = replace(found, under=lambda options: subject(folder, options.as_dict(), progress))
     if wanted.offload == "model":

@@ -15,8 +15,8 @@ from derivation.trace.sdpa import SdpaMode
 
 
 @contextmanager
-def meta_world(attention: str) -> Iterator[None]:
-    """Let pipeline code run on ``meta`` as it runs on CUDA, with SDPA's backend ``attention``."""
+def meta_world(attention: str, emptied: Callable[[], None]) -> Iterator[None]:
+    """Let pipeline code run on ``meta`` as on CUDA, with SDPA's backend ``attention``; the cache is ``emptied``."""
     with ExitStack() as scope:
         for module, name, value in (
             (torch, "tensor", _from_host(torch.tensor)),
@@ -26,7 +26,7 @@ def meta_world(attention: str) -> Iterator[None]:
             (scheduling_euler_discrete, "torch", _TorchOfLists()),
         ):
             scope.enter_context(patch.object(module, name, value))
-        scope.enter_context(meta_as_gpu())
+        scope.enter_context(meta_as_gpu(emptied))
         scope.enter_context(torch.no_grad())
         scope.enter_context(SdpaMode(attention))
         yield
