@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import SD15, tiny
 from test_guard import StableDiffusionImg2ImgPipeline
 
@@ -51,6 +52,48 @@ def test_four_hundred_broken_configs_are_an_answer_or_one_line(tmp_path: Path) -
             raise AssertionError(f"{name}: {key} = {value!r}: {error!r}") from error
         (folder / name).write_text(whole[name])
     assert answers > 50 and len(lines) > 100
+
+
+CONTROLNET = {
+    "_class_name": "ControlNetModel",
+    "block_out_channels": [32, 32, 32, 32],
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 2,
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+    "conditioning_embedding_out_channels": [16, 32, 96, 256],
+    **{"norm_num_groups": 32, "transformer_layers_per_block": 1, "mid_block_type": "UNetMidBlock2DCrossAttn"},
+    **{"in_channels": 4, "act_fn": "silu", "use_linear_projection": False, "addition_embed_type": None},
+    **{"controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False, "class_embed_type": None},
+}
+AUTOENCODER_TINY = {
+    "_class_name": "AutoencoderTiny",
+    **{"encoder_block_out_channels": [16] * 4, "decoder_block_out_channels": [16] * 4, "latent_channels": 4},
+    **{"num_encoder_blocks": [1, 1, 1, 1], "num_decoder_blocks": [1, 1, 1, 1], "act_fn": "relu", "in_channels": 3},
+    **{"out_channels": 3, "upsample_fn": "nearest", "upsampling_scaling_factor": 2, "scaling_factor": 1.0},
+}
+
+
+@pytest.mark.parametrize("config", [CONTROLNET, AUTOENCODER_TINY], ids=lambda config: config["_class_name"])
+def test_broken_configs_of_other_parts_are_an_answer_or_one_line(tmp_path: Path, config: dict[str, Any]) -> None:
+    folder, own = tiny(tmp_path / "model"), tmp_path / "own.json"
+    index = json.loads((folder / "model_index.json").read_text())
+    options: dict[str, Any] = {"controlnet": str(own), "pipeline": "txt2img"} if config is CONTROLNET else {}
+    if config is AUTOENCODER_TINY:
+        own = folder / "vae/config.json"
+        (folder / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderTiny"]}))
+    answers, lines = 0, set()
+    for key, value in [(key, value) for key in config for value in (*VALUES, ...)]:
+        broken = {name: each for name, each in config.items() if name != key}
+        own.write_text(json.dumps(broken if value is ... else broken | {key: value}))
+        try:
+            assert derive(folder, **options).estimate(64, 64)["peak_tensor_bytes"] > 0
+            answers += 1
+        except DerivationError as error:
+            said = str(error)
+            assert said.isprintable() and len(said) < 2000, (key, value)
+            lines.add(said)
+    assert answers > 10 and len(lines) > 50
 
 
 def test_a_broken_config_on_the_command_line_is_one_line_and_exit_code_2(tmp_path: Path, capsys: Any) -> None:
