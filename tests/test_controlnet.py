@@ -54,12 +54,22 @@ def written(folder, tmp_path, seed, **values):
         ("SD", (4,), {"pipeline": "inpaint", "attention_slicing": "max"}),
         ("SDXL", (5, 6), {"pipeline": "txt2img", "offload": "model"}),
         ("SDXL", (7,), {"pipeline": "inpaint", "ip_adapter_tokens": 4}),
+        (
+            "SD",
+            (10, 11),
+            {"pipeline": "txt2img", "global_pool_conditions": True, "scheduler": "EulerDiscreteScheduler"},
+        ),
+        ("SDXL", (12,), {"pipeline": "img2img", "global_pool_conditions": True}),
+        ("SDXL", (13,), {"pipeline": "inpaint", "global_pool_conditions": True}),
     ],
 )
 def test_controlnets_of_their_own_configs_equal_diffusers(folders, tmp_path, family, seeds, options):
-    named = ",".join(str(written(folders[family], tmp_path, seed)) for seed in seeds)
-    derivation = derive(str(folders[family]), controlnet=named, num_inference_steps=4, **options)
-    compared = compare_pipeline(derivation, 72, 136, len(seeds), 7, len(seeds) == 1)
+    own = {"global_pool_conditions": "global_pool_conditions" in options}
+    named = ",".join(str(written(folders[family], tmp_path, seed, **own)) for seed in seeds)
+    chosen = {name: value for name, value in options.items() if name not in own}
+    derivation = derive(str(folders[family]), controlnet=named, num_inference_steps=4, **chosen)
+    guidance = len(seeds) == 1 or any(own.values())
+    compared = compare_pipeline(derivation, 72, 136, len(seeds), 7, guidance)
     if "offload" not in options:
         compared += compare_components(derivation, 200, 64)
     assert [each for each in compared if not each.match] == []
@@ -96,7 +106,7 @@ def test_a_controlnet_made_from_a_published_unet_is_the_counted_one(tmp_path, mo
         ({"mid_block_type": None}, "mid_block_type = None"),
         ({"layers_per_block": [1, 1, 1]}, r"layers_per_block = \[1, 1, 1\]"),
         ({"conditioning_channels": 1}, "conditioning_channels = 1"),
-        ({"global_pool_conditions": True}, "global_pool_conditions = True"),
+        ({"global_pool_conditions": 1}, "global_pool_conditions = 1"),
         ({"controlnet_conditioning_channel_order": "gbr"}, "channel_order = 'gbr'"),
         ({"_class_name": "ControlNetUnionModel"}, "_class_name = 'ControlNetUnionModel'"),
         ({"conditioning_embedding_out_channels": [8, 8]}, "VAE of scale factor 8 is not supported"),

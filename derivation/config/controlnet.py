@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DerivationError, shown
-from .checks import At, expect_class, key, layers, listed, one_of, read, same_for_all, size
+from .checks import At, expect_class, flag, key, layers, listed, one_of, read, same_for_all, size
 from .json_file import read_json
 from .lora import stamp
 from .models import ACCEPTED, UNet2DConditionConfig, block_count, check_unet, spread_depths
@@ -42,7 +42,7 @@ class ControlNetConfig(UNet2DConditionConfig):
     conditioning_channels: int = key(one_of(IMAGE_CHANNELS), IMAGE_CHANNELS)
     conditioning_embedding_out_channels: tuple[int, ...] = key(listed(size, MAX_FILES), EMBEDDING)
     controlnet_conditioning_channel_order: str = key(one_of("rgb", "bgr"), "rgb")
-    global_pool_conditions: bool = key(one_of(False), False)
+    global_pool_conditions: bool = key(flag, False)
 
     @property
     def conditioning_factor(self) -> int:

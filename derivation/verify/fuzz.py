@@ -168,8 +168,9 @@ def _with_files(case: Case, checkpoint: Checkpoint, folder: str) -> Options:
     layers = lora_layers(checkpoint, case.options) if "lora" in named else {}
     for file in named.get("lora", ()):
         write_safetensors(file, random_lora(rng, layers))
+    unet, pools = case.config.get("unet/config.json", {}), rng.random() < 0.3
     for file in named.get("controlnet", ()):
-        file.write_text(json.dumps(random_configs.random_controlnet(rng, case.config["unet/config.json"])))
+        file.write_text(json.dumps(random_configs.random_controlnet(rng, unet, pools)))
     joined: dict[str, Any] = {name: ",".join(map(str, files)) for name, files in named.items()}
     return replace(case.options, **joined)
 

@@ -52,7 +52,7 @@ def random_unet(rng: random.Random) -> dict[str, Any]:
     return config
 
 
-def random_controlnet(rng: random.Random, unet: Mapping[str, Any]) -> dict[str, Any]:
+def random_controlnet(rng: random.Random, unet: Mapping[str, Any], pools: bool = False) -> dict[str, Any]:
     """Return a config of a ControlNetModel for a small checkpoint's ``unet``: what need not be alike is its own."""
     levels = len(unet["block_out_channels"])
     like = ("block_out_channels", "layers_per_block", "cross_attention_dim")
@@ -71,6 +71,7 @@ def random_controlnet(rng: random.Random, unet: Mapping[str, Any]) -> dict[str, 
         "act_fn": rng.choice(("silu", "gelu", "relu", "mish")),
         "conditioning_embedding_out_channels": [rng.choice((8, 16, 40)) for _ in range(4)],
         "controlnet_conditioning_channel_order": rng.choice(("rgb", "bgr")),
+        "global_pool_conditions": pools,
     }
 
 

@@ -162,6 +162,7 @@ def _controlnet(
 
     controlnet_cond [rows, 3, 8 h0, 8 w0], a list of them for MultiControlNetModel.
     """
+    guidance = guidance and not configs[0].global_pool_conditions
     sample, embeds, added = _latent_inputs(replace(unet, in_channels=unet.out_channels), options, guidance, pooled)
     sides = [[c.conditioning_factor * tape().size(side) for side in ("h0", "w0")] for c in configs]
     images = [_input(sample.shape[0], c.conditioning_channels, *s) for c, s in zip(configs, sides, strict=True)]

@@ -16,7 +16,7 @@ from derivation.walk.blocks.unet_2d_blocks import (
     down_spec,
     mid_spec,
 )
-from derivation.walk.ops import Conv2d, add, cat, elementwise, mul, to
+from derivation.walk.ops import Conv2d, add, cat, elementwise, empty, mul, to
 
 # down_block_res_samples and mid_block_res_sample
 Residuals = tuple[tuple[SymTensor, ...], SymTensor]
@@ -97,7 +97,15 @@ def ControlNetModel(
 
     down_block_res_samples = tuple(mul(sample) for sample in down_block_res_samples)
     mid_block_res_sample = mul(mid_block_res_sample)
+    if config.global_pool_conditions:
+        down_block_res_samples = tuple(pooled(sample) for sample in down_block_res_samples)
+        mid_block_res_sample = pooled(mid_block_res_sample)
     return down_block_res_samples, mid_block_res_sample
+
+
+def pooled(sample: SymTensor) -> SymTensor:
+    """``torch.mean(sample, dim=(2, 3), keepdim=True)``: [N, C, h, w] -> [N, C, 1, 1]."""
+    return empty((*sample.shape[:2], 1, 1), sample.dtype, "mean")
 
 
 def zero_conv(name: str, x: SymTensor) -> SymTensor:

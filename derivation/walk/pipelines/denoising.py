@@ -99,8 +99,9 @@ class Denoising:
         self.latent_model_input = self.scheduler.scale_model_input(self.latent_model_input)
         residuals = None
         if self.control is not None:
+            self.control.take(self.latent_model_input, self.latents, self.scheduler)
             moved = self.pipeline.models.pre_forward("controlnet")
-            residuals = self.control(self.latent_model_input, self.timestep(moved), prompt_embeds, added_cond)
+            residuals = self.control(self.timestep(moved), prompt_embeds, added_cond)
         if self.inpainting is not None and self.inpainting.nine_channels:
             masked = [self.latent_model_input, self.inpainting.mask, self.inpainting.masked_image_latents]
             self.latent_model_input = cat(masked, 1)
