@@ -78,10 +78,10 @@ def test_a_carried_number_adds_up_at_every_point() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_two_hundred_sizes_are_what_the_replay_says(sd15: Derivation, seed: int) -> None:
+def test_eighty_sizes_are_what_the_replay_says(sd15: Derivation, seed: int) -> None:
     form, met = sd15.equation.device, 0
     parameters = sd15.resident
-    for height, width in random.Random(10).sample(SIZES, 200)[seed::4]:
+    for height, width in random.Random(10).sample(SIZES, 80)[seed::4]:
         values = sd15.sizes(height=height, width=width)
         allocator = CachingAllocator()
         weights = load_pipeline(allocator, parameters)
@@ -93,9 +93,9 @@ def test_two_hundred_sizes_are_what_the_replay_says(sd15: Derivation, seed: int)
             assert opened[int(form.points.vector(number)[point])] >= n
         told = int(regime.total[point]) + SMALL_SEGMENT_BYTES * int(form.counted[point])
         assert told == form.reserved_bytes[point] == replayed.reserved_bytes.nbytes
-        assert form.allocated_bytes[form.index[height, width]] == replayed.allocated_bytes.nbytes
+        assert form.allocated_bytes(form.index[height, width]) == replayed.allocated_bytes.nbytes
         met += 1
-    assert met == 50
+    assert met == 20
 
 
 def test_the_sympy_forms_are_the_replay(sd15: Derivation) -> None:
@@ -198,7 +198,7 @@ def test_exports_of_other_checkpoints_are_the_replay(model: str, pipeline: str, 
         replayed = replay(form.variant.tape, values, load_pipeline(allocator, d.resident)).run(allocator)
         assert told(d, height, width) == replayed.reserved_bytes.nbytes
         if pipeline == "txt2img":
-            assert form.allocated_bytes[form.index[height, width]] == replayed.allocated_bytes.nbytes
+            assert form.allocated_bytes(form.index[height, width]) == replayed.allocated_bytes.nbytes
             at = {H: height, W: width, N: form.counted[form.index[height, width]]}
             assert d.reserved.subs(at) == replayed.reserved_bytes.nbytes
 
@@ -365,6 +365,7 @@ def test_the_latex_of_the_device_needs_a_gpu() -> None:
 
 
 def test_the_latex_takes_another_card(sd15: Derivation) -> None:
-    plain = Derivation(sd15.subject.changed(gpu=None), sd15.fixed)
-    assert plain.latex("device", gpu=sd15.options.gpu) == sd15.latex("device")
-    assert plain.latex("tensors") == plain.latex() != sd15.latex("tensors") == plain.latex(gpu=sd15.options.gpu)
+    one = sd15.at(height=512, width=768)
+    plain = Derivation(one.subject.changed(gpu=None), one.fixed)
+    assert plain.latex("device", gpu=one.options.gpu) == one.latex("device")
+    assert plain.latex("tensors") == plain.latex() != one.latex("tensors") == plain.latex(gpu=one.options.gpu)

@@ -49,14 +49,22 @@ def test_exports_with_expandable_segments_are_the_replay(
 ) -> None:
     made = derive(model, pipeline=pipeline, attention=attention, gpu=gpu, num_inference_steps=10, alloc_conf=CONF)
     d = made.at(batch_size=batch_size)
-    module, form = {"__name__": "generated"}, d.equation.device
-    exec(export(d.equation, "python"), module)
+    form, code = d.equation.device, d.equation.device_code
+    assert code is not None
     for height, width in random.Random(model).sample(SIZES, 8):
         found = replayed(d, Call(height, width, batch_size))
+        counted = code.unit * code.counted[height * width // 64**2]
+        assert form.shared.total[form.index[height, width]] + counted == found.reserved_bytes.nbytes
+        assert form.allocated_bytes(form.index[height, width]) == found.allocated_bytes.nbytes
+
+
+def test_generated_python_with_expandable_segments_is_the_replay(sd15: Derivation) -> None:
+    module, form = {"__name__": "generated"}, sd15.equation.device
+    exec(export(sd15.equation, "python"), module)
+    for height, width in random.Random(0).sample(SIZES, 8):
         reserved, device, exact = module["device_vram"](height, width)  # type: ignore[operator]
-        assert (reserved, device) == (found.reserved_bytes.nbytes, reserved + form.context_bytes)
-        assert exact == form.covers(height, width)
-        assert form.allocated_bytes[form.index[height, width]] == found.allocated_bytes.nbytes
+        found = replayed(sd15, Call(height, width)).reserved_bytes.nbytes
+        assert (reserved, device) == (found, reserved + form.context_bytes) and exact == form.covers(height, width)
 
 
 def test_one_polynomial_is_mapped_at_all_sizes(sd15: Derivation) -> None:

@@ -66,15 +66,3 @@ class Allocated(Opened):
                 beyond = self._beyond(pool, sizes) - self.loaded_beyond
                 self.most = max(self.most, int(self.live[event]) + beyond)
         memory[key] = self._after(pool, chunk, had)
-
-
-def allocated_bytes(large: Allocated, loaded: int) -> Vector:
-    """Return torch.cuda.max_memory_allocated() at each point, with ``loaded`` bytes of the weights' blocks."""
-    columns: dict[bytes, int] = {}
-    found = []
-    for point in range(len(large.requests.points)):
-        asked = large.requests.bytes[:, point].tobytes()
-        if asked not in columns:
-            columns[asked] = large.most_at(point)
-        found.append(loaded + columns[asked])
-    return np.array(found)

@@ -13,7 +13,7 @@ from operator import and_, or_
 import numpy as np
 import sympy
 
-from derivation.allocator.allocated import Allocated, allocated_bytes
+from derivation.allocator.allocated import Allocated
 from derivation.allocator.allocator import CachingAllocator
 from derivation.allocator.config import AllocatorConfig
 from derivation.allocator.everywhere import at_all_points, reserved_bytes
@@ -271,18 +271,15 @@ class DeviceForm:
         load_pipeline(loaded, self.derived.resident)
         return loaded.allocated_bytes.current
 
-    @cached_property
-    def allocated_bytes(self) -> Vector:
-        """torch.cuda.max_memory_allocated() at each size, on a card that has room where there are several."""
-        if self.replayed is not None:
-            return np.array([self.replayed.allocated])
-        return allocated_bytes(self.blocks, self.loaded_bytes)
+    def allocated_bytes(self, point: int) -> int:
+        """Return torch.cuda.max_memory_allocated() at one size, on a card that has room where there are several."""
+        return self.loaded_bytes + self.blocks.most_at(point) if self.replayed is None else self.replayed.allocated
 
     def beyond_at(self, height: int, width: int) -> int:
         """Return what ``BEYOND`` is; raises DerivationError for a size that is not covered."""
         point = self.index[self._covered(height, width)]
         requested = self.loaded_bytes + int(self.blocks.requested(point).max())
-        return (int(self.allocated_bytes[point]) - requested) // BLOCK_BYTES
+        return (self.allocated_bytes(point) - requested) // BLOCK_BYTES
 
     @cached_property
     def reserved(self) -> sympy.Expr:
