@@ -253,6 +253,19 @@ def test_prompts_that_a_pipeline_cuts_have_a_range_of_their_own() -> None:
         peak_vram(unit * 8, unit * 8, 49)
 
 
+def test_a_prompt_has_all_its_words_where_a_model_drops_the_padding(flux) -> None:
+    """pipeline_z_image.py keeps the tokens of the prompt; Flux all that its tokenizer pads to."""
+    document = DOCUMENTS["ZImagePipeline"]
+    traced = TracedPipeline(description(document), OPTIONS, {**arguments(document), "max_sequence_length": 64}, SIDES)
+    assert lengths(traced).last == 64 and traced.padded and traced.arguments.full
+    full = naive_peaks(traced.trace(traced.base()))
+    traced.arguments = replace(traced.arguments, full=False)
+    short = naive_peaks(traced.trace(traced.base()))
+    assert max(full.values()) > max(short.values()) and full["transformer"] > short["transformer"]
+    lengths(flux[0])
+    assert not flux[0].arguments.full
+
+
 def test_frames_that_a_loop_decodes_repeat_its_pass() -> None:
     """autoencoder_kl_wan.py decodes a latent frame a pass and appends it to those before."""
     plain, recorded = ranges_of("WanPipeline", 2, num_frames=17)

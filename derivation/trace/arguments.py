@@ -35,14 +35,15 @@ _IMAGES = (*_STILL, "video")
 class Arguments:
     """How a pipeline is called: ``given`` arguments that do not depend on sizes, ``steps`` passes of the loop.
 
-    ``bare``: one prompt is a string, for pipelines that take no list. ``images`` are arguments that have a default, but
-    that the call is given.
+    ``bare``: one prompt is a string, for pipelines that take no list; ``full``: a padded prompt has as many words as
+    its length. ``images`` are arguments that have a default, but that the call is given.
     """
 
     pipe: Any
     given: Mapping[str, Any]
     steps: int = 2
     bare: bool = False
+    full: bool = False
     images: tuple[str, ...] = ()
 
     @cached_property
@@ -167,7 +168,8 @@ class Arguments:
             name = None if self.batched in _IMAGES else self.batched
             labels = [0] * call.batch_size if name == "class_labels" else call.batch_size
             return {} if name is None else {name: labels}
-        words = 1 if padded and self.pads else call.prompt_length or self.prompt_length
+        one = padded and self.pads and not self.full
+        words = 1 if one else call.prompt_length or self.prompt_length
         text = " ".join(["a"] * words)
         prompts = text if self.bare and call.batch_size == 1 else [text] * call.batch_size
         found: dict[str, Any] = {"prompt": prompts}

@@ -119,7 +119,7 @@ class TracedPipeline:
 
     def trace(self, call: Call) -> Tape:
         """Return the tape of one call, in integers; raises DerivationError for what the pipeline rejects."""
-        key = (call, self.padded, self.arguments.steps, self.arguments.images, self.arguments.bare)
+        key = (call, self.padded, self.arguments.steps, self.arguments.images, self.arguments.bare, self.arguments.full)
         if key not in self._tapes:
             with without_collector():
                 if self._state is None:  # transformers wraps methods at the first call
@@ -178,11 +178,22 @@ class TracedPipeline:
             self.padded = padded
             try:
                 if not same(self.trace(call), self.trace(shorter)):
+                    self._fill(call)
                     return True
             except DerivationError:  # a model of one prompt length (CogVideoX)
                 continue
         self.padded = True
         return False
+
+    def _fill(self, call: Call) -> None:
+        """Fill a padded prompt with words where that takes more: a model may drop the padding (Z-Image)."""
+        short, least = self.arguments, self._peak(call)
+        self.arguments = replace(short, full=True)
+        if not self.accepts(call) or self._peak(call) <= least:
+            self.arguments = short
+
+    def _peak(self, call: Call) -> int:
+        return max(peak for peak, _ in Evaluator(self.trace(call)).peaks({}).values())
 
 
 def same(one: Tape, other: Tape) -> bool:

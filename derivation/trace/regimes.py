@@ -30,6 +30,8 @@ Progress = Callable[[str], None]
 BATCH = Range(2, 9)
 # PyTorch pads an attention mask to multiples of 8 (attention.cpp: pad_bias); pipelines pad prompts to one length.
 LENGTH_STEP = 8
+# transformer_z_image.py pads the prompt's tokens to multiples of 32 (SEQ_MULTI_OF).
+COARSEST_LENGTHS = 32
 # Shorter prompts fill a chat template's room, and no padding follows.
 LONG_PROMPT = 64
 # The largest step of sides, in units; where the structure still depends on them the pipeline's own size is taken.
@@ -217,17 +219,25 @@ def _coarser(traced: TracedPipeline, ranges: Ranges, symbols: frozenset[str], re
     if "F" in symbols and frames is not None and not ranges["F"].is_one:
         usual, longest = frames.latent(None), ranges["F"].last
         return {**ranges, "F": Range(ranges["F"].first if rejected and longest > usual else usual, usual)}
-    if "L" in symbols and length.step == 1 and not length.is_one:
-        return {**ranges, "L": Range(length.last % LENGTH_STEP or LENGTH_STEP, length.last, LENGTH_STEP)}
     if "L" in symbols and not length.is_one:
-        first = LONG_PROMPT + length.last % LENGTH_STEP
-        first = first if length.first < first < length.last else length.last
-        return {**ranges, "L": Range(first, length.last, length.step)}
+        return {**ranges, "L": _coarser_lengths(length)}
     sides = [name for name in ranges if name[0] in "hw"]
     if not symbols.intersection(sides) or all(ranges[name].is_one for name in sides):
         return None
     found = _smaller(traced, ranges, sides) if rejected else None
     return {**ranges, **(found or _stepped(ranges, sides) or _side_ranges(traced, 0, 0))}
+
+
+def _coarser_lengths(length: Range) -> Range:
+    """Return lengths padded as a mask is, then long ones, then those in steps twice as large, then the last."""
+    last, step = length.last, max(LENGTH_STEP, 2 * length.step)
+    if length.step == 1:
+        return Range(last % step or step, last, step)
+    first = LONG_PROMPT + last % length.step
+    if length.first < first < last:
+        return Range(first, last, length.step)
+    first = LONG_PROMPT + last % step
+    return Range(first, last, step) if step <= COARSEST_LENGTHS and first < last else Range(last, last)
 
 
 def _smaller(traced: TracedPipeline, ranges: Ranges, sides: list[str]) -> Ranges | None:
