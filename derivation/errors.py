@@ -61,11 +61,11 @@ def unsupported(key: str, value: object, supported: str) -> DerivationError:
     return DerivationError(f"{key} = {shown(value)} is not supported (supported: {supported})")
 
 
-def one_of(key: str, value: object, supported: Iterable[str]) -> None:
-    """Raise DerivationError unless ``value`` is one of ``supported``."""
+def one_of(key: str, value: object, supported: Iterable[str], aliases: Iterable[str] = ()) -> None:
+    """Raise DerivationError unless ``value`` is one of ``supported``; ``aliases`` may have been meant, too."""
     listed = tuple(supported)
     if value not in listed:
-        raise unsupported(key, value, f"{', '.join(listed)}{meant(value, listed)}")
+        raise unsupported(key, value, f"{', '.join(listed)}{meant(value, (*listed, *aliases))}")
 
 
 def meant(value: object, known: Iterable[str]) -> str:

@@ -72,6 +72,11 @@ class Forecast:
         return self.verdict.fits
 
     @property
+    def sure(self) -> bool:
+        """Whether what is left is at least the margin that measured calls justify."""
+        return self.verdict.sure
+
+    @property
     def needed_bytes(self) -> int:
         """What the call needs beyond the weights that are on the GPU already."""
         return (self.verdict.needs_bytes or 0) - self.resident_bytes

@@ -602,10 +602,19 @@ def test_the_table_of_terms_says_the_exact_peak_but_for_rounding_and_fits(entry,
         assert -512 * len(d.parameters["vae"]) < over <= most
     if shutil.which("pdflatex") is None:
         pytest.skip("pdflatex is not installed")
-    head = "\\documentclass{article}\\usepackage{amsmath,booktabs}\\begin{document}"
-    (tmp_path / "main.tex").write_text(f"{head}{table}\\end{{document}}")
-    run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"], cwd=tmp_path)
-    assert "Overfull" not in (tmp_path / "main.log").read_text(errors="replace")
+    for columns in ("", "[twocolumn]"):
+        head = f"\\documentclass{columns}{{article}}\\usepackage{{amsmath,booktabs}}\\begin{{document}}"
+        (tmp_path / "main.tex").write_text(f"{head}{table}\\end{{document}}")
+        run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"], cwd=tmp_path)
+        assert "Overfull" not in (tmp_path / "main.log").read_text(errors="replace")
+
+
+def test_the_table_of_terms_counts_a_tiled_vae_s():
+    d = derive(SD15, pipeline="img2img", vae_tiling=True)
+    last = next(line for line in d.latex("terms").splitlines() if line.strip().startswith("$M$ &"))
+    for side, said in zip((512, 768, 1024), re.findall(r"[\d{},]{9,}", last)):
+        exact = d.weights_bytes + max(d.stage_peaks(side, side, 1, 77).values())
+        assert 0 <= exact - int(re.sub("[{},]", "", said)) <= 512 * 64
 
 
 def test_latex_of_one_stage_and_of_none(d):

@@ -81,7 +81,8 @@ def wrote(path: Path) -> None:
 def bytes_table(title: str, name: str, entries: Mapping[str, int], mark: str | None = None) -> None:
     """Print bytes by name, readable and exact; ``mark`` is pointed at."""
     rows = [(key, human(value), value, "<- peak" if key == mark else "") for key, value in entries.items()]
-    table(title, (name, ">size", ">bytes", ""), rows)
+    if rows:
+        table(title, (name, ">size", ">bytes", ""), rows)
 
 
 def emit(result: Mapping[str, Any], as_json: bool, show: Callable[[Mapping[str, Any]], None]) -> None:

@@ -118,6 +118,8 @@ def _show_recommendation(result: Mapping[str, Any]) -> None:
         ("needed" if s["needed"] else "", s["name"], *(_size(s[key]) for key in SAVINGS), s["cost"])
         for s in result["steps"]
     ]
+    if asked is not None and asked.fits:
+        output.line("nothing is needed")
     if rows:
         columns = ("", "option", ">saves alone", ">saves on top", ">peak then", "cost")
         output.table("What helps, cheapest first", columns, rows)

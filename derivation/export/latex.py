@@ -70,14 +70,14 @@ def _stage(equation: Equation, name: str, guidance: bool) -> dict[str, Any]:
 def _terms(equation: Equation) -> str:
     """Return a ``table`` of weights, terms and peak under guidance, for one prompt of usual length.
 
-    345 pt wide at most, the text of article.
+    229 pt wide at most, the column of two-column classes.
     """
     stage, length = equation.pipeline_stage(True), equation.defaults["L"]
     rows = [
         {
             "meaning": f"{term.point.stage}: {witness.op} of {witness.module or 'the pipeline'}",
             "lines": lines(term),
-            "bytes": [int(term.expression.subs({H: side, W: side, L: length, B: 1})) for side in SIDES],
+            "bytes": [_bytes(equation, term, side) for side in SIDES],
         }
         for term, witness in zip(stage.terms, stage.witnesses, strict=True)
     ]
@@ -93,6 +93,11 @@ def _terms(equation: Equation) -> str:
         text=text,
         grouped=partial(grouped, space="{,}"),
     )
+
+
+def _bytes(equation: Equation, term: Term, side: int) -> int:
+    at = {H: side, W: side, L: equation.defaults["L"], B: 1}
+    return int(equation.grid.explicit(term.expression).subs(at))
 
 
 def _notes(equation: Equation, guidance: bool) -> dict[str, Any]:

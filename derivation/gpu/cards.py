@@ -115,9 +115,14 @@ def variants(name: str) -> tuple[Gpu, ...]:
 
 def tell_variants(name: object, memory: object = None) -> None:
     """Warn SeveralCards where a GPU's name lacks the capacity that tells which card is meant, and ``memory``, too."""
-    if isinstance(name, str) and memory is None and (found := variants(name)):
-        taken, *others = (f"{card.key}, {human(_size(card))}" for card in found)
-        warnings.warn(f"gpu = {shown(name)} is taken as {taken}; there is {' and '.join(others)}", SeveralCards, 3)
+    if isinstance(name, str) and memory is None and (said := taken_as(name)):
+        warnings.warn(f"gpu = {shown(name)} {said}", SeveralCards, 3)
+
+
+def taken_as(name: str) -> str:
+    """Return which card a name of several is taken as, and which others there are; "" for another name."""
+    taken, *others = (f"{card.key}, {human(_size(card))}" for card in variants(name)) if variants(name) else [""]
+    return f"is taken as {taken}; there is {' and '.join(others)}" if others else ""
 
 
 def of_device(name: str, total_bytes: int) -> str:
@@ -148,7 +153,7 @@ def with_memory(gpu: str | None, memory: str, free: bool = False) -> str:
     """
     memory_bytes(memory)
     if gpu is None:
-        raise unsupported("memory", memory, "a capacity of the card that gpu names")
+        raise DerivationError(f"memory = {shown(memory)} needs a card that gpu names (fit and recommend take it alone)")
     return f"{gpu} {memory.strip()}" + " free" * free
 
 
@@ -161,6 +166,8 @@ def _named(name: str) -> Gpu | None:
 def _sized(card: Gpu, capacity: re.Match[str]) -> Gpu:
     nbytes = memory_bytes(capacity[2])
     if capacity[5]:
+        if 0 < (most := _size(card)) < nbytes:
+            raise unsupported("free memory", capacity[2], f"up to {human(most)} on {card.key}")
         given = dict.fromkeys(("total_memory_bytes", "context_bytes"), "as given: free memory, the context being there")
         here = replace(card, key=f"{card.key} {capacity[2]} free", sources={**card.sources, **given})
         return replace(here, total_memory_bytes=nbytes, context_bytes=0, context_nearest=None, estimated=False)
@@ -179,6 +186,8 @@ def _unknown(name: str) -> DerivationError:
     text = _squeeze(name)
     if FOREIGN.match(text):
         return unsupported("gpu", name, "NVIDIA cards: other vendors' libraries and allocators are not modelled")
+    if _CAPACITY.fullmatch(f"a {name.strip()}"):
+        raise unsupported("gpu", name, "a card's name; fit and recommend take memory without a card")
     close = difflib.get_close_matches(text, _by_alias(), n=1, cutoff=0.75)
     if close:
         return DerivationError(f"gpu = {shown(name)} is not supported (did you mean {_by_alias()[close[0]].key}?)")

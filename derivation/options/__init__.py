@@ -274,9 +274,9 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, hint in _hints(Options).items():
+            object.__setattr__(self, name, TABLE[name].spelled(getattr(self, name)))
             typed(name, getattr(self, name), hint)
         for name, entry in TABLE.items():
-            object.__setattr__(self, name, entry.spelled(getattr(self, name)))
             entry.check(name, getattr(self, name))
         if self.strength is not None and not 0 < self.strength <= 1:
             raise DerivationError(f"strength = {self.strength} is not in (0, 1]")

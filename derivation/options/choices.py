@@ -5,7 +5,7 @@ from __future__ import annotations
 PIPELINES = ("txt2img", "img2img", "inpaint")
 DTYPES = ("float16", "bfloat16", "float32")
 # What from_pretrained(variant=...) and accelerate call them.
-DTYPE_ALIASES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+DTYPE_ALIASES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "half": "float16"}
 # diffusers' AttnProcessor, what PyTorch picks on the GPU of the run ("efficient" without one), and single backends
 EAGER, SDPA = "eager", "sdpa"
 ATTENTION = (EAGER, SDPA, "math", "efficient", "flash")

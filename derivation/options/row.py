@@ -50,7 +50,9 @@ class Row:
     absent: str = ""
 
     def spelled(self, value: object) -> object:
-        """Return the choice that a text is but for its case, or is another name of; other values as they are."""
+        """Return the choice that a text or torch.dtype is but for case, or is another name of; others as they are."""
+        if str(value).startswith("torch."):
+            value = str(value).removeprefix("torch.")
         if not isinstance(value, str) or self.choices is None:
             return value
         names = {**{choice.lower(): choice for choice in self.choices()}, **self.aliases}
@@ -61,7 +63,7 @@ class Row:
         if value is None or value in self.words:
             return
         if self.choices is not None:
-            one_of(name, value, self.choices())
+            one_of(name, value, self.choices(), self.aliases)
         elif self.most is not None and self.least == 1:
             positive(name, value, self.most)
         elif self.most is not None and not (isinstance(value, int) and self.least <= value <= self.most):

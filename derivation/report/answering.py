@@ -31,8 +31,8 @@ from derivation.text import NARROW_SPACE, grouped
 SYMBOLS = (
     "Bytes of {} at the peak of {} with classifier-free guidance. *H* and *W* are the image’s height and width in "
     "pixels (multiples of {}), *B* the batch size, *L* the prompt length in tokens. {} bytes are weights{}; each row "
-    "of the max is one moment of the run, named by its stage.{} Operators below carry the names of PyTorch’s ATen "
-    "library."
+    "of the max is one moment of the run, named by its stage: moments that others exceed at every size have none.{} "
+    "Operators below carry the names of PyTorch’s ATen library."
 )
 ROUNDING = (
     " Rounding every tensor up to 512 bytes adds at most {} bytes at *B* = 1{}{}; the numbers of bytes called exact "
@@ -47,7 +47,7 @@ STAGES = (
 )
 PLACEMENTS = (
     "Exact peaks (*B* = 1, *L* = {}), the stage that peaks, and the closed form in bytes. Offload moves weights from "
-    "the constant into the stages that use them."
+    "the constant into the stages that use them. The closed forms leave out the rounding of each tensor to 512 bytes."
 )
 COPIES = {"peak": "Copy LaTeX", "device": "Copy LaTeX of nvidia-smi"}
 DEVICE = (
@@ -123,7 +123,7 @@ def _terms(c: Content) -> tuple[Block, ...]:
 
 
 def _weight(w: WeightRow, c: Content) -> Row:
-    held = f"{grouped(w.parameters)} parameters, {c.options.dtype}" if w.parameters else "buffers only"
+    held = f"{grouped(w.parameters)} parameters, {c.options.dtype}, and buffers" if w.parameters else "buffers only"
     return Row((grouped(w.nbytes), ("weights of ", Code(w.model)), *[human(w.nbytes)] * len(c.sizes), held))
 
 

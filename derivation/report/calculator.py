@@ -16,7 +16,7 @@ from typing import Any
 from derivation.allocator.memory import context_of
 from derivation.api import Derivation
 from derivation.errors import DerivationError
-from derivation.gpu.cards import Gpu, known, lookup, on_pages, spellings
+from derivation.gpu.cards import Gpu, known, lookup, on_pages, spellings, taken_as
 from derivation.gpu.profile import Hardware, hardware, lacks_fused_attention
 from derivation.libraries import LIBRARIES
 from derivation.options import TABLE
@@ -107,6 +107,7 @@ def calculator(d: Derivation, latex: Mapping[str, str]) -> Calculator:
         "own": {name: next(iter(each), "") for name, each in values.items()},
         "switches": list(SWITCHES),
         "cards": cards,
+        "several": {text: f"{text} {said}" for text in spellings() if (said := taken_as(text))},
         "spellings": {text: key for text, key in spellings().items() if key in cards},
         "grid": _grid(d),
         "most": {"side": min(MAX_SIDE, d.equation.sides.most), "batch": MAX_BATCH},
