@@ -99,7 +99,8 @@ def _named(given: str, revision: str | None, local_files_only: bool, scheduler: 
     hint = f"pass a folder in diffusers' format ({INDEX} in it) or a bundled id: {', '.join(ids)}"
     asked, every = _squeezed(name), (*ids, *bundled_traced())
     close = [known for known in every if len(asked) > 2 and asked in _squeezed(known)][:CLOSE]
-    hint += f"; did you mean {' or '.join(close)}?" if close else meant(name, [*SHORT, *(known.split("/")[1] for known in every)])
+    words = (*SHORT, *(known.split("/")[1] for known in every))
+    hint += f"; did you mean {' or '.join(close)}?" if close else meant(name, words)
     raise DerivationError(f"{shown(name if pinned else given)} is {problem}; {hint}")
 
 
