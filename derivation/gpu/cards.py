@@ -186,7 +186,7 @@ def _unknown(name: str) -> DerivationError:
     text = _squeeze(name)
     if FOREIGN.match(text):
         return unsupported("gpu", name, "NVIDIA cards: other vendors' libraries and allocators are not modelled")
-    if _CAPACITY.fullmatch(f"a {name.strip()}"):
+    if re.fullmatch(r"[0-9.]+\s*[kmgt]i?b?", name.strip(), re.IGNORECASE):
         raise unsupported("gpu", name, "a card's name; fit and recommend take memory without a card")
     close = difflib.get_close_matches(text, _by_alias(), n=1, cutoff=0.75)
     if close:
