@@ -19,6 +19,7 @@ from conftest import SD15, SDXL
 
 from derivation import derive
 from derivation.cli import PANELS, output, run
+from derivation.config import load
 from derivation.config.checkpoint import BUNDLED
 from derivation.measure.validate import measured_calls
 
@@ -114,6 +115,10 @@ def test_the_one_example_of_every_verb_works_as_printed(
     monkeypatch.setattr("derivation.measure.runner.PROBE", ("false",))
     monkeypatch.setattr("derivation.report.build", lambda models, folder, *_, **__: [folder / models[0]])
     monkeypatch.setattr("derivation.measure.validate.measured_calls", lambda _: measured_calls()[:3])
+    # the VAE of the same checkpoint, against the real module
+    monkeypatch.setattr(
+        "derivation.cli.derived.load", lambda model, revision=None: load(VAE if model == "sd15" else model)
+    )
     [example] = re.findall(r"Example: derivation (.*)", VERBS[name][1].__doc__ or "")
     assert example.split()[0] == name
     code, printed = run(example.split()), capsys.readouterr()
