@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import sympy
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -38,6 +39,11 @@ def tiny(folder: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps({**json.loads(path.read_text()), **TINY.get(path.parent.name, {})}))
     return folder
+
+
+def numbers(expression, at):
+    """Return a sympy expression with integers in place of symbols: subs() simplifies a Max on the way, for seconds."""
+    return expression.xreplace({symbol: sympy.Integer(int(number)) for symbol, number in at.items()})
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SD15
+from conftest import SD15, numbers
 
 from derivation import DerivationError, derive
 from derivation.config.checkpoint import BUNDLED
@@ -357,4 +357,4 @@ def test_the_map_of_a_tiled_report_is_its_equation(tiled):
     drawn = pictures._totals(tiled, answer(tiled), sides)
     for i, height in enumerate(sides):
         for j, width in enumerate(sides):
-            assert drawn[i, j] == int(tiled.peak.subs({H: height, W: width, L: 77, B: 1}))
+            assert drawn[i, j] == int(numbers(tiled.peak, {H: height, W: width, L: 77, B: 1}))

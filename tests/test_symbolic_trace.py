@@ -197,7 +197,8 @@ def test_traced_transformers_equal_the_numeric_trace(config, attention):
         assert total == numeric + derivation.weights_bytes
 
 
-@pytest.mark.parametrize("config", [SD3], ids=lambda config: config["_class_name"])
+# a block of each kind but the plain one in the middle, which the numeric trace has: each of 48 cells is traced anew
+@pytest.mark.parametrize("config", [{**SD3, "num_layers": 2}], ids=lambda config: config["_class_name"])
 def test_a_traced_equation_is_exported_as_a_walked_one_is(config):
     derivation = traced(config)
     peak_vram, rng = derivation.lambdify("math"), random.Random(7)
@@ -210,7 +211,7 @@ def test_a_traced_equation_is_exported_as_a_walked_one_is(config):
     document = json.loads(export(derivation.equation, "json"))
     assert [a["multiple_of"] for a in document["arguments"][:2]] == [16, 16]
     assert "transformer" in derivation.latex() and "\\begin{align" in derivation.latex()
-    for size in (520, 8, *([3088] if config is SD3 else [])):
+    for size in (520, 8, 3088):
         with pytest.raises(ValueError, match="height and width"):
             peak_vram(size, 512)
     assert Derivation.from_json(derivation.to_json()).peak == derivation.peak
