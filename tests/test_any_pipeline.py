@@ -289,6 +289,15 @@ def test_frames_that_a_loop_decodes_repeat_its_pass() -> None:
 # on a card
 
 
+def test_what_no_profile_has_is_told_on_a_card() -> None:
+    """Qwen-Image's VAE convolves videos of one frame."""
+    for model, told in ((FLUX, False), ("Qwen/Qwen-Image", True)):
+        for gpu in (None, "h100"):
+            assert any("conv3d" in line for line in derive(model, gpu=gpu).subject.remarks) == (
+                told and gpu is not None
+            )
+
+
 def test_operators_scratch_is_put_where_a_gpu_is_named(flux) -> None:
     tape = flux[1].regimes[-1].tape
     card = hardware("h100")

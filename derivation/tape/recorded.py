@@ -17,6 +17,8 @@ from derivation.tape.subject import Parameters
 from derivation.tape.tape import Tape
 
 FORMAT = "derivation-recorded-1"
+# Said with a card (derivation.trace.scratch), where a convolution's output is [N, C, F, H, W].
+UNCOUNTED, VIDEO_RANK = "workspaces of conv3d are not counted on a card: no profile has them", 5
 # The arguments of a call that give each symbol.
 ARGUMENTS = {"h": "height", "w": "width", "B": "batch_size", "L": "prompt_length", "F": "num_frames"}
 
@@ -111,7 +113,14 @@ class RecordedSubject:
             f"{self.passes} passes of the denoising loop stand for any number; use_resolution_binning is off",
             *(() if frames is None else (f"num_frames = {frames}",)),
             *(f"unknown when it was traced: {line}" for line in lines),
+            *((UNCOUNTED,) if self.options.gpu is not None and self._convolves_videos else ()),
         )
+
+    @property
+    def _convolves_videos(self) -> bool:
+        """Whether some convolution is one of videos."""
+        allocations = (a for regime in self.regimes for a in regime.tape.allocations)
+        return any("convolution" in a.op and len(a.shape) == VIDEO_RANK for a in allocations)
 
     @property
     def default_sides(self) -> tuple[int, int]:
