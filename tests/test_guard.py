@@ -103,6 +103,7 @@ def test_a_pipeline_on_the_cpu_needs_its_weights_too() -> None:
     pipe = StableDiffusionImg2ImgPipeline()
     needed = expected(512, 768)
     assert will_fit(pipe, 512, 768, free_bytes=needed).fits
+    assert not will_fit(pipe, 512, 768, free_bytes=needed).sure
     verdict = will_fit(pipe, 512, 768, free_bytes=needed - 1)
     assert (verdict.fits, verdict.needed_bytes, verdict.free_bytes) == (False, needed, needed - 1)
 

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import warnings
@@ -275,6 +276,27 @@ def test_what_does_not_fit_has_a_remedy_that_does_and_a_largest_size(page, tmp_p
     side = int(re.search(r"Squares up to (\d+) .", found["largest"])[1])
     assert expected({**asked, "size": f"{side}x{side}"}).fits
     assert not expected({**asked, "size": f"{side + 64}x{side + 64}"}).fits
+
+
+def test_a_remedy_that_the_page_holds_alone_is_found(page, tmp_path):
+    asked = {**settings(1)[0], "pipeline": "txt2img", "dtype": "float16", "attention": "sdpa", "offload": "None"}
+    asked |= {"card": "rtx-3060", "size": "2048x2048", "batch": "2", "free": "", "safety_checker": "True"}
+    asked |= {"num_images_per_prompt": "1", "vae_tiling": "False", "vae_slicing": "False", "guidance": "True"}
+    [found] = shown(page, [asked], tmp_path, searched=1)
+    assert not expected(asked).fits and expected({**asked, "vae_tiling": "True"}).fits
+    assert found["advice"].startswith("It fits with VAE tiling (")
+
+
+def test_the_command_below_an_answer_asks_the_same(page, tmp_path):
+    asked = {**settings(1)[0], "pipeline": "txt2img", "dtype": "float16", "attention": "sdpa", "offload": "None"}
+    asked |= {"card": "rtx-3060", "size": "1024x1024", "batch": "1", "free": "6", "safety_checker": "True"}
+    asked |= {"num_images_per_prompt": "1", "vae_tiling": "False", "vae_slicing": "False", "guidance": "True"}
+    [found] = shown(page, [asked], tmp_path)
+    words = shlex.split(found["command"])
+    gpu = words[words.index("--gpu") + 1]
+    assert words[:2] == ["derivation", "estimate"] and gpu == "rtx-3060 6442450944B free"
+    verdict = derive(SD15, attention="sdpa", gpu=gpu).verdict(1024, 1024, 1)
+    assert (int(found["needs"]), int(found["of"])) == (verdict.needs_bytes, verdict.of_bytes)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import typer
 from derivation.call import parse_size
 from derivation.cli import output
 from derivation.cli.parameters import (
+    DEFAULT_GUIDANCE_SCALE,
     USUAL_MODEL,
     Json,
     Model,
@@ -98,6 +99,8 @@ def show_estimate(result: Mapping[str, Any], options: Options) -> None:
     chosen, usual = options.as_dict(), Options().as_dict()
     asked = {**chosen, "guidance_scale": result["guidance_scale"]}
     said = [name for name in asked if name in MAIN or chosen[name] != usual[name]]
+    if result.get("method") == "trace" and result["guidance_scale"] == DEFAULT_GUIDANCE_SCALE:
+        said.remove("guidance_scale")  # each pipeline class has its own
     if verdict := Verdict.read(result):
         output.line(str(verdict), style="bold")
         if verdict.trust:
