@@ -449,6 +449,10 @@ def test_tracing_tells_its_sizes_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert said[0] == "building DDIMPipeline" and any("B = " in line for line in said)
     said.clear()
     assert derive(tmp_path, progress=said.append).peak == first.peak and not said
+    # what recommend asks of every pipeline takes no minutes
+    with pytest.raises(DerivationError, match="offload = 'sequential' of DDIMPipeline is not recorded"):
+        first.subject.changed(offload="sequential")
+    assert not said
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -57,9 +57,12 @@ class Tracing:
         return replace(tape, fixed=dict(values))
 
 
-def subject(folder: Configs, given: Mapping[str, Any], progress: Progress = lambda _: None) -> RecordedSubject:
+def subject(
+    folder: Configs, given: Mapping[str, Any], progress: Progress = lambda _: None, anew: bool = True
+) -> RecordedSubject:
     """Return the recorded pipeline of a folder: shipped, cached, or traced now and cached.
 
+    Sequential offload, of which no record is shipped, is traced where the caller names it, not as one option of many.
     Raises DerivationError for an option that tracing does not obey, and without torch where nothing is recorded.
     """
     usual = {} if folder.class_name in PIPELINE_CLASSES else DEFAULTS
@@ -70,8 +73,10 @@ def subject(folder: Configs, given: Mapping[str, Any], progress: Progress = lamb
             raise DerivationError(f"{name} = {value!r} is not supported for {folder.class_name}, which is traced")
     moved = wanted.offload if wanted.offload == "sequential" else None
     plain = Options(dtype=wanted.dtype, attention=wanted.attention, pipeline=wanted.pipeline, offload=moved)
+    if moved and not anew and not cache_path(folder, plain).is_file():
+        raise DerivationError(f"offload = {moved!r} of {folder.class_name} is not recorded: derive with it traces it")
     found = _recorded(folder, plain, progress)
-    found = replace(found, under=lambda options: subject(folder, options.as_dict(), progress))
+    found = replace(found, under=lambda options: subject(folder, options.as_dict(), progress, anew=False))
     if wanted.offload == "model":
         parameters, order = found.parameters, found.offload_order
         found = found.on(wanted, lambda tape: with_model_offload(tape, parameters, order))
