@@ -65,6 +65,15 @@ def test_the_bound_with_expandable_segments_is_a_few_pages_above() -> None:
         assert bound.expression.subs({H: height, W: width}) == most
 
 
+def test_the_bound_of_sdxl_with_expandable_segments_is_half_a_percent_above() -> None:
+    d = derive("stabilityai/stable-diffusion-xl-base-1.0", gpu="h100", num_inference_steps=5, alloc_conf=PAGES)
+    bound, form = d.equation.device_bound(), d.equation.device
+    ratios = [bound.at(*size) / form.reserved_bytes[point] for size, point in form.index.items()]
+    assert 1 <= min(ratios) <= max(ratios) < 1.006 and len(bound.segments) == 1
+    for height, width in [(512, 1216), (1024, 1024)]:
+        assert reserved(d, height, width, PAGES) <= bound.at(height, width)
+
+
 def test_each_number_of_segments_is_met_at_some_size(txt2img: Derivation) -> None:
     form = txt2img.equation.device
     bound, requests = device_bound(form, step=64, most=704), form.requests
