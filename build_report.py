@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from derivation.report.job import build_all
 
     args = parser().parse_args(arguments)
+    warnings.showwarning = output.warned
     start = time.monotonic()
     try:
         models, options = reported(bundled() if args.all else args.models, given_options(args))

@@ -552,6 +552,11 @@ def test_a_report_of_no_model_is_the_one_of_build_report(monkeypatch, capsys):
         (models, options), again = asked[-2:]
         assert again == (models, {name: value for name, value in options.items() if name != "revision"})
     assert asked[0] == ([SD15], {"pipeline": "img2img", "revision": None}) and asked[-1] == ([SDXL], {})
+    capsys.readouterr()
+    monkeypatch.setattr("derivation.report.job.build_all", lambda *_, **options: derive("sd15", **options) and [])
+    assert job["main"](["sd15", "--gpu", "A100"]) == 0
+    assert capsys.readouterr().err.startswith("warning: gpu = 'A100' is taken as a100-80gb, ")
+    assert job["main"]([]) == 0
     # in a pipe, too
     assert capsys.readouterr().err.startswith("wrote ")
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from derivation.cli import derived, gpu, planning
+from derivation.cli import derived, gpu, output, planning
 from derivation.cli.panels import PanelledCommand, PanelledGroup
 from derivation.errors import DerivationError, one_line, unsupported
 from derivation.version import __version__
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; every error that a user can cause is one line on stderr."""
-    warnings.showwarning = _warn
+    warnings.showwarning = output.warned
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell, as in >&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -120,7 +120,3 @@ def _fail(message: str, code: int = EXIT_USAGE) -> int:
     shortened = text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "..."
     print(f"error: {shortened}", file=sys.stderr)
     return code
-
-
-def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {one_line(str(message))}", file=sys.stderr)

@@ -73,6 +73,11 @@ def line(text: str, style: str | None = None) -> None:
     console().print(one_line(text), style=style, soft_wrap=True)
 
 
+def warned(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Say a warning on stderr in one line, as ``warnings.showwarning`` is asked to."""
+    print(f"warning: {one_line(str(message))}", file=sys.stderr, flush=True)
+
+
 def wrote(path: Path) -> None:
     """Say on stderr which file was written, where stdout has the answer."""
     print(f"wrote {one_line(str(path))}", file=sys.stderr, flush=True)
