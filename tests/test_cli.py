@@ -285,6 +285,10 @@ def test_a_bad_value_is_one_line_that_names_the_key_and_the_value(
         (f"compare {SD15} --with safety_checker=maybe", "maybe"),
         (f"export {SD15} --to cobol", "to = 'cobol'"),
         (f"fit {SD15} --vram 8X", "vram = '8X'"),
+        (
+            f"fit {SD15} --gpu rtx-3060 --vram 24GiB",
+            "vram = '24GiB' is not supported (supported: up to 11.66 GiB on rtx-3060)",
+        ),
         ("calibrate /no/such/file.json", "/no/such/file.json"),
         ("calibrate /dev/zero", "/dev/zero"),
         (f"measure {SD15} --output x.json --grid 0x0", "0x0"),

@@ -223,5 +223,7 @@ def _budget(vram: str | None, options: Options) -> tuple[int | None, str]:
         return free, f"{bytes_free}; counted: weights, tensors; not counted: {BESIDES}"
     card = lookup(options.gpu)
     if free is not None:
+        if 0 < (most := card.total_memory_bytes or 0) < free:
+            raise unsupported("vram", vram, f"up to {human(most)} on {card.key}")
         return free, f"{bytes_free}, free on the {card.name}"
     return None, f"{card.name}: {human(card.total_memory_bytes or 0)}"

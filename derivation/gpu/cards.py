@@ -166,8 +166,6 @@ def _named(name: str) -> Gpu | None:
 def _sized(card: Gpu, capacity: re.Match[str]) -> Gpu:
     nbytes = memory_bytes(capacity[2])
     if capacity[5]:
-        if 0 < (most := _size(card)) < nbytes:
-            raise unsupported("free memory", capacity[2], f"up to {human(most)} on {card.key}")
         given = dict.fromkeys(("total_memory_bytes", "context_bytes"), "as given: free memory, the context being there")
         here = replace(card, key=f"{card.key} {capacity[2]} free", sources={**card.sources, **given})
         return replace(here, total_memory_bytes=nbytes, context_bytes=0, context_nearest=None, estimated=False)
