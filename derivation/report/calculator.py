@@ -7,7 +7,7 @@ import json
 import shlex
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
@@ -64,7 +64,7 @@ class Switch:
 
 @dataclass(frozen=True, slots=True)
 class Calculator:
-    """The form's fields and what its script reads: JSON, and compressed JSON in base64."""
+    """The form's fields and what its script reads: JSON, and the parts' compressed JSON in base64."""
 
     size: str
     card: str
@@ -72,6 +72,14 @@ class Calculator:
     switches: tuple[Switch, ...]
     most_batch: int
     data: str
+    packed: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some of the page's calls: their settings, and their tapes as compressed JSON in base64."""
+
+    settings: tuple[str, ...]
     packed: str
 
 
@@ -91,14 +99,23 @@ class Kernel:
         return tuple(dtype for dtype in self.dtypes if not lacks_fused_attention(gpu, dtype))
 
 
-def calculator(d: Derivation, latex: Mapping[str, str]) -> Calculator:
-    """Return the calculator of a report; ``latex`` is what the page has to copy, by name."""
+def record_part(d: Derivation, usual: bool) -> Part:
+    """Return the page's calls of ``usual`` precision and attention, or its others."""
     kernels, held = _kernels(d), Tapes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which card another stands in for is told by the verdict's confidence
-        programs = {key: numbers for kernel in kernels for key, numbers in _programs(d, held, kernel)}
+        chosen = kernels[:1] if usual else kernels[1:]
+        programs = {key: numbers for kernel in chosen for key, numbers in _programs(d, held, kernel)}
+    packed = zlib.compress(_json({"tapes": held.document(), "programs": programs}).encode(), 9)
+    return Part(tuple(programs), base64.b64encode(packed).decode())
+
+
+def calculator(d: Derivation, latex: Mapping[str, str], parts: Sequence[Part]) -> Calculator:
+    """Return the calculator of a report from its parts; ``latex`` is what the page has to copy, by name."""
+    kernels = _kernels(d)
     cards = {card.key: _card(card, kernels) for card in _listed(d)}
-    found = list(zip(*(key.split("|")[1:] for key in programs), strict=True)) or [()] * len(SWITCHES)
+    settings = (key.split("|")[1:] for part in parts for key in part.settings)
+    found = list(zip(*settings, strict=True)) or [()] * len(SWITCHES)
     values = {name: tuple(dict.fromkeys([*_own(d, name), *each])) for name, each in zip(SWITCHES, found, strict=True)}
     switches = tuple(Switch(n, SWITCHES[n][0], each) for n, each in values.items() if len(each) > 1)
     data = {
@@ -115,13 +132,12 @@ def calculator(d: Derivation, latex: Mapping[str, str]) -> Calculator:
         "titles": dict(STAGE_TITLES),
         "latex": latex,
     }
-    packed = zlib.compress(_json({"tapes": held.document(), "programs": programs}).encode(), 9)
     labels = tuple((key, f"{card['name']}, {card['total'] / GIB:.1f} GiB") for key, card in cards.items())
     side = max(USUAL_SIDE, d.equation.sides.least)
     has_cards = any(len(kernel.kinds) > 1 for kernel in kernels)
     card = d.options.gpu or (on_pages()[0] if has_cards else "24 GiB")
-    text = base64.b64encode(packed).decode()
-    return Calculator(f"{side}x{side}", card, labels, switches, MAX_BATCH, _json(data), text)
+    packed = tuple(part.packed for part in parts if part.settings)
+    return Calculator(f"{side}x{side}", card, labels, switches, MAX_BATCH, _json(data), packed)
 
 
 def _json(value: object) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 from derivation.api import Derivation, derive
@@ -27,7 +28,7 @@ from derivation.report.answer import (
     stage_title,
 )
 from derivation.report.assumptions import assumptions, chips, counted, summary
-from derivation.report.calculator import Calculator, calculator
+from derivation.report.calculator import Calculator, Part, calculator, record_part
 from derivation.report.document import Math, Picture, Table
 from derivation.report.mathml import equation
 from derivation.report.offload import OffloadRow, placements
@@ -49,6 +50,19 @@ TILED_CROSSINGS = (
     "VAE tiles depend on both sides of the image, so no single area or prompt length separates the stages; "
     "the figure of each stage's peak against image size marks where the largest one changes."
 )
+
+
+class Form:
+    """A calculator to come."""
+
+    def __init__(self, d: Derivation, latex: Mapping[str, str], parts: Sequence[Future[Part]]) -> None:
+        self._made = partial(calculator, d, latex)
+        self._parts = parts
+
+    @cached_property
+    def calculator(self) -> Calculator:
+        """The calculator, once its parts are there."""
+        return self._made([part.result() for part in self._parts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +97,7 @@ class Content:
     walks: tuple[Walk, ...]
     figures: Mapping[str, Picture]
     validation: Validation
-    form: Future[Calculator]
+    form: Form
     equation: Equation
     latex: tuple[str, ...]
     device: str
@@ -91,8 +105,8 @@ class Content:
 
     @property
     def calculator(self) -> Calculator:
-        """The calculator, waited for where another process makes it."""
-        return self.form.result()
+        """The calculator, waited for where other processes record its calls."""
+        return self.form.calculator
 
     @property
     def peak_terms(self) -> list[PixelTerms]:
@@ -124,10 +138,11 @@ def content(
     """
     progress(f"deriving {model}")
     d = derive(model, **given)
-    form = _form(d, executor)
+    parts = _parts(d, executor)
     found = answer(d)
     progress("drawing figures")
     drawn = pictures(d, found) | _attention(d)
+    latex = _latex(d)
     progress("comparing with measurements")
     checked = validation(d.name, d.options, predictions(), verify)
     return Content(
@@ -159,25 +174,22 @@ def content(
         walks=walks(d),
         figures=drawn,
         validation=checked,
-        form=form,
+        form=Form(d, latex, parts),
         equation=d.equation,
-        latex=tuple(_latex(d)),
+        latex=tuple(latex),
         device=_device(d),
         segments=segments_table(d, SIZES),
     )
 
 
-def _form(d: Derivation, executor: Executor | None) -> Future[Calculator]:
-    """Return the calculator to come: what is recorded is not walked again, and is large to send."""
+def _parts(d: Derivation, executor: Executor | None) -> list[Future[Part]]:
+    """Return the calculator's parts to come: what is recorded is not walked again, and is large to send."""
     if executor is not None and isinstance(d.subject, WalkedSubject):
-        return executor.submit(_calculator, d)
-    made: Future[Calculator] = Future()
-    made.set_result(_calculator(d))
+        return [executor.submit(record_part, d, usual) for usual in (True, False)]
+    made: list[Future[Part]] = [Future(), Future()]
+    for part, usual in zip(made, (True, False), strict=True):
+        part.set_result(record_part(d, usual))
     return made
-
-
-def _calculator(d: Derivation) -> Calculator:
-    return calculator(d, _latex(d))
 
 
 def _latex(d: Derivation) -> dict[str, str]:
