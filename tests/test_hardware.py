@@ -55,7 +55,7 @@ def record(
     run: Callable[[], object], card: Hardware | None, at: dict[str, int], dtype: str = "float16", kept: str = ""
 ) -> Tape:
     ones = frozenset(name for name, value in at.items() if value == 1)
-    recorded = Tape(Options(dtype=dtype, attention="sdpa"), card, hint=at, ones=ones, kept={kept})
+    recorded = Tape(Options(dtype=dtype, attention="sdpa"), card, hint=at, ones=ones, kept={kept: None})
     with recorded.running():
         outputs = run()
         del outputs
@@ -71,7 +71,7 @@ def decoder() -> object:
 def encoder() -> object:
     here = tape()
     image = given((here.size("B"), 3, 8 * here.size("h0"), 8 * here.size("w0")), here.options.dtype)
-    return encode(image, CHECKPOINT.vae).sample()
+    return encode(image, CHECKPOINT.vae)
 
 
 def peak(recorded: Tape, at: dict[str, int]) -> tuple[int, str, dict[Category, int]]:

@@ -107,7 +107,7 @@ def test_the_class_of_a_component_file(tmp_path: Path, content: dict[str, Any], 
     ("content", "said"),
     [
         ({"_class_name": "FluxTransformer2DModel"}, "_class_name = 'FluxTransformer2DModel'"),
-        ({"_class_name": "AutoencoderTiny"}, "_class_name = 'AutoencoderTiny'"),
+        ({"_class_name": "VQModel"}, "_class_name = 'VQModel'"),
         ({"architectures": ["T5EncoderModel"]}, "architectures = 'T5EncoderModel'"),
         ({"architectures": 3}, "architectures = 3"),
         ({"model_type": "llama"}, "model_type = 'llama'"),

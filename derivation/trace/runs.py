@@ -186,7 +186,8 @@ def _controlnet(config: Config, attention: str, sizes: Sizes) -> Call:
     module = build_controlnet(config, sizes.dtype, attention, sizes.switches)
     nets = list(getattr(module, "nets", [module]))
     own, count = nets[0].config, len(nets)
-    sizes = replace(_doubled(config, sizes), guidance=sizes.guidance and not own.global_pool_conditions)
+    sizes = _doubled(config, sizes)
+    sizes = replace(sizes, guidance=sizes.guidance and not own.global_pool_conditions)
     inputs, added = _latent_inputs(own, sizes), _added_conditions(own, sizes)
     image = {"controlnet_cond": sizes.empty(sizes.unet_batch, 3, 8 * (sizes.height // 8), 8 * (sizes.width // 8))}
 
