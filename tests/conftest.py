@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,16 @@ def pytest_addoption(parser):
 def pytest_collection_finish():
     # what the imports made lives to the end: no collection need look at it
     gc.freeze()
+
+
+def small_folders(tmp_path_factory, seeds):
+    """Return a folder with a random small checkpoint for each name, by its seed."""
+    from derivation.verify.random_configs import random_checkpoint
+
+    found = {}
+    for name, seed in seeds.items():
+        found[name] = root = tmp_path_factory.mktemp(name)
+        for file, content in random_checkpoint(random.Random(seed)).items():
+            (root / file).parent.mkdir(exist_ok=True)
+            (root / file).write_text(json.dumps(content))
+    return found

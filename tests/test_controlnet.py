@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from conftest import SD15, SDXL
+from conftest import SD15, SDXL, small_folders
 
 from derivation import derive
 from derivation.api import Derivation
@@ -19,7 +19,7 @@ from derivation.config.checkpoint import BUNDLED
 from derivation.errors import DerivationError
 from derivation.trace.modules import pipeline_of
 from derivation.verify.compare import compare_components, compare_pipeline
-from derivation.verify.random_configs import random_checkpoint, random_controlnet
+from derivation.verify.random_configs import random_controlnet
 
 # Seeds of a checkpoint of each family.
 SMALL = {"SD": 0, "SDXL": 3}
@@ -27,12 +27,7 @@ SMALL = {"SD": 0, "SDXL": 3}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    found = {}
-    for family, seed in SMALL.items():
-        found[family] = root = tmp_path_factory.mktemp(family)
-        for name, content in random_checkpoint(random.Random(seed)).items():
-            (root / name).parent.mkdir(exist_ok=True)
-            (root / name).write_text(json.dumps(content))
+    found = small_folders(tmp_path_factory, SMALL)
     assert "text_encoder_2" in json.loads((found["SDXL"] / "model_index.json").read_text())
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 
 import pytest
 
@@ -11,7 +10,7 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from conftest import SD15, SDXL
+from conftest import SD15, SDXL, small_folders
 
 from derivation import DerivationError, derive
 from derivation.config import load
@@ -19,7 +18,6 @@ from derivation.options import Options
 from derivation.trace.modules import build_text_encoder, build_unet, quiet
 from derivation.trace.switches import switches
 from derivation.verify.compare import compare_pipeline, read_config
-from derivation.verify.random_configs import random_checkpoint
 from derivation.verify.random_lora import FORMATS, lora_tensors, write_safetensors
 from derivation.walk.components import lora_layers
 
@@ -29,13 +27,7 @@ SMALL = {"SD": 5, "SDXL": 8}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    found = {}
-    for family, seed in SMALL.items():
-        found[family] = root = tmp_path_factory.mktemp(family)
-        for name, content in random_checkpoint(random.Random(seed)).items():
-            (root / name).parent.mkdir(exist_ok=True)
-            (root / name).write_text(json.dumps(content))
-    return found
+    return small_folders(tmp_path_factory, SMALL)
 
 
 def layers_of(folder):

@@ -90,3 +90,7 @@ def test_few_files_know_an_option():
 def test_a_value_out_of_its_row_is_refused(given, said):
     with pytest.raises(DerivationError, match=said):
         Options(**given)
+
+
+def test_a_file_whose_name_begins_as_a_dtype_keeps_it():
+    assert Options(lora="torch.safetensors").lora == "torch.safetensors"

@@ -51,12 +51,11 @@ class Row:
 
     def spelled(self, value: object) -> object:
         """Return the choice that a text or torch.dtype is but for case, or is another name of; others as they are."""
-        if str(value).startswith("torch."):
-            value = str(value).removeprefix("torch.")
-        if not isinstance(value, str) or self.choices is None:
+        text = str(value)
+        if self.choices is None or not (isinstance(value, str) or text.startswith("torch.")):
             return value
         names = {**{choice.lower(): choice for choice in self.choices()}, **self.aliases}
-        return names.get(value.lower(), value)
+        return names.get(text.removeprefix("torch.").lower(), value)
 
     def check(self, name: str, value: object) -> None:
         """Raise DerivationError for a value of the right type that is not among the choices, or out of range."""

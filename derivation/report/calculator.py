@@ -99,20 +99,18 @@ class Kernel:
         return tuple(dtype for dtype in self.dtypes if not lacks_fused_attention(gpu, dtype))
 
 
-def record_part(d: Derivation, usual: bool) -> Part:
-    """Return the page's calls of ``usual`` precision and attention, or its others."""
-    kernels, held = _kernels(d), Tapes()
+def record_part(d: Derivation, kernels: Sequence[Kernel]) -> Part:
+    """Return the page's calls of some kernels."""
+    held = Tapes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which card another stands in for is told by the verdict's confidence
-        chosen = kernels[:1] if usual else kernels[1:]
-        programs = {key: numbers for kernel in chosen for key, numbers in _programs(d, held, kernel)}
+        programs = {key: numbers for kernel in kernels for key, numbers in _programs(d, held, kernel)}
     packed = zlib.compress(_json({"tapes": held.document(), "programs": programs}).encode(), 9)
     return Part(tuple(programs), base64.b64encode(packed).decode())
 
 
-def calculator(d: Derivation, latex: Mapping[str, str], parts: Sequence[Part]) -> Calculator:
-    """Return the calculator of a report from its parts; ``latex`` is what the page has to copy, by name."""
-    kernels = _kernels(d)
+def calculator(d: Derivation, latex: Mapping[str, str], kernels: Sequence[Kernel], parts: Sequence[Part]) -> Calculator:
+    """Return the calculator of a report from its kernels' parts; ``latex`` is what the page has to copy, by name."""
     cards = {card.key: _card(card, kernels) for card in _listed(d)}
     settings = (key.split("|")[1:] for part in parts for key in part.settings)
     found = list(zip(*settings, strict=True)) or [()] * len(SWITCHES)
@@ -227,7 +225,7 @@ def _checked(subject: Subject, held: Tapes, numbers: list[int]) -> Iterator[tupl
         yield False, [held.without(number, SAFETY_CHECKER, weights) for number in numbers]
 
 
-def _kernels(d: Derivation) -> tuple[Kernel, ...]:
+def kernels_of(d: Derivation) -> tuple[Kernel, ...]:
     """Return what the page holds: half precision with SDPA on each kind of card and on none, others on the first."""
     own, walked = d.options, isinstance(d.subject, WalkedSubject)
     if not d.subject.whole or own.alloc_conf is not None:
@@ -284,7 +282,7 @@ def _listed(d: Derivation) -> list[Gpu]:
     return sorted(usable, key=lambda card: card.total_memory_bytes or 0)
 
 
-def _card(card: Gpu, kernels: tuple[Kernel, ...]) -> dict[str, Any]:
+def _card(card: Gpu, kernels: Sequence[Kernel]) -> dict[str, Any]:
     """Return what the page knows of a card: bytes, how its figures are known, whose tapes it has by type and attention.
 
     ``margin`` are the bytes of the worst measured call at that confidence, measured and predicted.

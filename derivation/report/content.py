@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 from derivation.api import Derivation, derive
@@ -28,7 +28,7 @@ from derivation.report.answer import (
     stage_title,
 )
 from derivation.report.assumptions import assumptions, chips, counted, summary
-from derivation.report.calculator import Calculator, Part, calculator, record_part
+from derivation.report.calculator import Calculator, Kernel, Part, calculator, kernels_of, record_part
 from derivation.report.document import Math, Picture, Table
 from derivation.report.mathml import equation
 from derivation.report.offload import OffloadRow, placements
@@ -55,14 +55,15 @@ TILED_CROSSINGS = (
 class Form:
     """A calculator to come."""
 
-    def __init__(self, d: Derivation, latex: Mapping[str, str], parts: Sequence[Future[Part]]) -> None:
-        self._made = partial(calculator, d, latex)
-        self._parts = parts
+    def __init__(self, d: Derivation, executor: Executor | None) -> None:
+        self._d, self._kernels = d, kernels_of(d)
+        # the first kernel's calls are as many as the others' together
+        self._parts = [_recorded(d, some, executor) for some in (self._kernels[:1], self._kernels[1:])]
 
     @cached_property
     def calculator(self) -> Calculator:
         """The calculator, once its parts are there."""
-        return self._made([part.result() for part in self._parts])
+        return calculator(self._d, _latex(self._d), self._kernels, [part.result() for part in self._parts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +139,10 @@ def content(
     """
     progress(f"deriving {model}")
     d = derive(model, **given)
-    parts = _parts(d, executor)
+    form = Form(d, executor)
     found = answer(d)
     progress("drawing figures")
     drawn = pictures(d, found) | _attention(d)
-    latex = _latex(d)
     progress("comparing with measurements")
     checked = validation(d.name, d.options, predictions(), verify)
     return Content(
@@ -174,21 +174,20 @@ def content(
         walks=walks(d),
         figures=drawn,
         validation=checked,
-        form=Form(d, latex, parts),
+        form=form,
         equation=d.equation,
-        latex=tuple(latex),
+        latex=tuple(_latex(d)),
         device=_device(d),
         segments=segments_table(d, SIZES),
     )
 
 
-def _parts(d: Derivation, executor: Executor | None) -> list[Future[Part]]:
-    """Return the calculator's parts to come: what is recorded is not walked again, and is large to send."""
+def _recorded(d: Derivation, kernels: Sequence[Kernel], executor: Executor | None) -> Future[Part]:
+    """Return a part of the calculator to come: what is recorded is not walked again, and is large to send."""
     if executor is not None and isinstance(d.subject, WalkedSubject):
-        return [executor.submit(record_part, d, usual) for usual in (True, False)]
-    made: list[Future[Part]] = [Future(), Future()]
-    for part, usual in zip(made, (True, False), strict=True):
-        part.set_result(record_part(d, usual))
+        return executor.submit(record_part, d, kernels)
+    made: Future[Part] = Future()
+    made.set_result(record_part(d, kernels))
     return made
 
 

@@ -14,7 +14,7 @@ from derivation.tape.events import Allocation, Tiled
 from derivation.tape.symbols import TILE_AXES, Size
 from derivation.tape.tape import Tape, tape
 from derivation.tape.tensor import SymTensor
-from derivation.tape.tiles import Tiling, cut_symbols, cuts
+from derivation.tape.tiles import Cut, Tiling, cut_symbols, cuts
 from derivation.walk.blocks.vae import Decoder, DiagonalGaussianDistribution, Encoder
 from derivation.walk.ops import Conv2d, add, cat, empty, given, mul
 
@@ -111,25 +111,29 @@ def _tiles(x: SymTensor, run: Run, tiling: Tiling, tile: tuple[int, int], channe
     """Run overlapping tiles, blend them, and join what is left; ``tile`` is a tile's side, given and resulting."""
     here, runs = tape(), list[tuple[int, int]]()
     start = len(here.events)
-    joined = _joined(x, run, tiling, tile, channels, runs)
+    tall_cuts, wide_cuts = (cuts(side, axis, tiling, tile) for side, axis in zip(x.shape[2:], TILE_AXES, strict=True))
+    joined = _joined(x, run, tiling, tile, channels, tall_cuts, wide_cuts, runs)
     if here.tile is not None:
-        sides = [
-            [cut.out for cut in cuts(n, axis, tiling, tile)] for n, axis in zip(x.shape[2:], TILE_AXES, strict=True)
-        ]
-        lines = _lines((x.shape[0], channels), sides[1], sides[0])
+        lines = _lines((x.shape[0], channels), [cut.out for cut in (*wide_cuts, *tall_cuts)])
         unit, extent = tile[1] // tiling.latent, tiling.blend_extent(tile[1])
         here.tilings.append(Tiled(start, len(here.events), tuple(runs), lines, unit, extent))
     return joined
 
 
 def _joined(
-    x: SymTensor, run: Run, tiling: Tiling, tile: tuple[int, int], channels: int, runs: list[tuple[int, int]]
+    x: SymTensor,
+    run: Run,
+    tiling: Tiling,
+    tile: tuple[int, int],
+    channels: int,
+    tall_cuts: Sequence[Cut],
+    wide_cuts: Sequence[Cut],
+    runs: list[tuple[int, int]],
 ) -> SymTensor:
     """Return the tiles' results joined, and add each one's events to ``runs``.
 
     Of tiles that are alike the last is run, with the earlier ones alive.
     """
-    tall_cuts, wide_cuts = (cuts(side, axis, tiling, tile) for side, axis in zip(x.shape[2:], TILE_AXES, strict=True))
     if not all(isinstance(side, int) for side in x.shape[2:]):
         tape().tile = tiling.tile
     elif len(tall_cuts) * len(wide_cuts) > MAX_TILES:
@@ -189,10 +193,10 @@ def _blend_line(line_a: SymTensor, line_b: SymTensor) -> None:
     del blended
 
 
-def _lines(outer: tuple[Size, Size], *sides: Sequence[Size]) -> tuple[tuple[Allocation, ...], ...]:
+def _lines(outer: tuple[Size, Size], sides: Sequence[Size]) -> tuple[tuple[Allocation, ...], ...]:
     """Return what ``_blend_line`` allocates for lines [N, C, side] of each side, in order."""
     here, found = tape(), list[tuple[Allocation, ...]]()
-    for side in (each for group in sides for each in group):
+    for side in sides:
         aside = Tape(here.options, here.hardware, ones=here.ones, fixed=here.fixed, path=list(here.path))
         with aside.running():
             line = given((*outer, side), here.weights_dtype())
