@@ -18,6 +18,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from derivation import DerivationError
 from derivation.cli.arguments import add_options, given_options
 from derivation.cli.parameters import USUAL_MODEL, USUAL_PIPELINE, reported
+from derivation.cli.process import alone
 from derivation.config import bundled
 from derivation.errors import one_line
 
@@ -53,15 +54,15 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job and return its exit code: 0, or 2 with one line on stderr."""
     from derivation.cli import output
-    from derivation.report.job import build_all
+    from derivation.report.job import build_all, workers
 
     args = parser().parse_args(arguments)
     warnings.showwarning = output.warned
     start = time.monotonic()
     try:
         models, options = reported(bundled() if args.all else args.models, given_options(args))
-        with output.telling("report") as progress:
-            paths = build_all(models, args.output, args.pdf, args.verify, progress, args.all, **options)
+        with workers() as executor, output.telling("report") as progress:
+            paths = build_all(models, args.output, args.pdf, args.verify, progress, args.all, executor, **options)
     except DerivationError as error:
         print(f"build_report.py: {error}", file=sys.stderr)
         return 2
@@ -74,4 +75,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    alone(main)

@@ -13,6 +13,7 @@ import typer
 
 from derivation.cli import derived, gpu, output, planning
 from derivation.cli.panels import PanelledCommand, PanelledGroup
+from derivation.cli.process import alone
 from derivation.errors import DerivationError, one_line, unsupported
 from derivation.version import __version__
 
@@ -63,7 +64,7 @@ def root(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
-    sys.exit(run(arguments))
+    alone(lambda: run(arguments))
 
 
 def run(arguments: list[str] | None = None) -> int:

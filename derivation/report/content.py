@@ -28,8 +28,9 @@ from derivation.report.answer import (
     stage_title,
 )
 from derivation.report.assumptions import assumptions, chips, counted, summary
-from derivation.report.calculator import Calculator, Kernel, Part, calculator, kernels_of, record_part
+from derivation.report.calculator import Calculator, Part, calculator, record_part
 from derivation.report.document import Math, Picture, Table
+from derivation.report.kernels import Kernel, kernels_of, shares
 from derivation.report.mathml import equation
 from derivation.report.offload import OffloadRow, placements
 from derivation.report.pictures import attention_picture, pictures
@@ -57,8 +58,7 @@ class Form:
 
     def __init__(self, d: Derivation, executor: Executor | None) -> None:
         self._d, self._kernels = d, kernels_of(d)
-        # the first kernel's calls are as many as the others' together
-        self._parts = [_recorded(d, some, executor) for some in (self._kernels[:1], self._kernels[1:])]
+        self._parts = _recorded(d, self._kernels, executor)
 
     @cached_property
     def calculator(self) -> Calculator:
@@ -182,13 +182,13 @@ def content(
     )
 
 
-def _recorded(d: Derivation, kernels: Sequence[Kernel], executor: Executor | None) -> Future[Part]:
-    """Return a part of the calculator to come: what is recorded is not walked again, and is large to send."""
+def _recorded(d: Derivation, kernels: Sequence[Kernel], executor: Executor | None) -> list[Future[Part]]:
+    """Return the calculator's parts to come: what is recorded is not walked again, and is large to send."""
     if executor is not None and isinstance(d.subject, WalkedSubject):
-        return executor.submit(record_part, d, kernels)
+        return [executor.submit(record_part, d, share) for share in shares(kernels)]
     made: Future[Part] = Future()
     made.set_result(record_part(d, kernels))
-    return made
+    return [made]
 
 
 def _latex(d: Derivation) -> dict[str, str]:

@@ -96,8 +96,10 @@ def svg(figure: Figure) -> str:
     """Return a figure as a standalone SVG file, the same bytes for the same data."""
     buffer = io.StringIO()
     with mpl.rc_context(STYLE):
+        if (engine := figure.get_layout_engine()) is not None:
+            engine.execute(figure)
+            figure.set_layout_engine(None)  # a figure with one is drawn twice each time that it is saved
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    figure.set_layout_engine("none")  # what is saved next keeps these places
     return buffer.getvalue()
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from derivation.export import generate, write_formulas
 from derivation.files import check_folder
 from derivation.options.row import flag
 from derivation.report.files import contents, write
+from derivation.report.kernels import SHARES
 
 ROOT = Path(__file__).parent.parent.parent
 # Engines by preference, with the arguments that make them run once, offline and without questions.
@@ -36,24 +39,35 @@ def build_all(
     verify: bool,
     progress: Callable[[str], None],
     index: bool = False,
+    executor: Executor | None = None,
     **options: Any,
 ) -> list[Path]:
     """Write the reports and refresh the models' folders in formulas/; returns the pages' paths, PDFs included.
 
-    With ``index`` the first page compares the models.
+    With ``index`` the first page compares the models; an executor, where there is one, takes a part of the work.
 
     Raises DerivationError where a report cannot be derived or written, or LaTeX stops at an error.
     """
     check_folder(output)
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as executor:
-        found = contents(models, _command(models, options), progress, verify, executor, **options)
-        progress("refreshing formulas/")
-        formulas = generate(
-            [model for model in map(str, models) if model in bundled()], [each.equation for each in found]
-        )
-        pages = write(found, output, progress, index)
+    found = contents(models, _command(models, options), progress, verify, executor, **options)
+    progress("refreshing formulas/")
+    formulas = generate([model for model in map(str, models) if model in bundled()], [each.equation for each in found])
+    pages = write(found, output, progress, index)
     write_formulas(ROOT, formulas)
     return [*pages, *(_typeset(pages, progress) if pdf else [])]
+
+
+@contextmanager
+def workers() -> Iterator[Executor]:
+    """Yield processes that take a part of the work; on Linux, where no thread is yet, copies with all that is imported.
+
+    Elsewhere, or beside a thread that could hold a lock, they import it themselves.
+    """
+    copies = sys.platform == "linux" and threading.active_count() == 1
+    with ProcessPoolExecutor(SHARES, mp_context=get_context("fork" if copies else "spawn")) as executor:
+        if copies:
+            executor.submit(int)  # they begin here, before the caller starts a thread
+        yield executor
 
 
 def _command(models: Sequence[str], options: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ A tape is a list of chunks, each a run of events that tapes share; in a chunk an
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
@@ -178,33 +178,31 @@ class Tapes:
     def _tokens(self, tape: Tape, edges: list[int]) -> Iterator[Integers]:
         """Yield the events of each chunk as numbers."""
         events = np.array(tape.events, dtype=np.int64)
-        index = np.abs(events) - 1
-        identities = list(map(id, tape.allocations))
-        for identity, a in dict(zip(identities, tape.allocations, strict=True)).items():
-            if identity not in self._numbers:
-                self._kind(a)
-        kinds = np.fromiter(map(self._numbers.__getitem__, identities), np.int64, len(identities))
-        loaded = np.ones(len(kinds), dtype=bool)
-        loaded[index[events > 0]] = False
-        born, births = events > 0, np.cumsum(events > 0)
-        order = np.zeros(len(kinds), dtype=np.int64)
+        index, born = np.abs(events) - 1, events > 0
+        kinds = self._kinds(tape.allocations)
+        order = np.full(len(kinds), -1, dtype=np.int64)  # of what was there before the call
         order[index[born]] = np.arange(int(born.sum()))
-        alive = np.zeros(int(born.sum()), dtype=bool)
+        dead = ~born & (order[index] >= 0)
+        starts = np.repeat(edges[:-1], np.diff(edges))
+        tokens = np.zeros(len(events), dtype=np.int64)
+        tokens[dead] = 4 * _younger(order[index[dead]], np.flatnonzero(dead), born, starts[dead]) + DEATH
+        named = np.flatnonzero(~dead)
+        kind, first = kinds[index[named]], np.diff(starts[named], prepend=-1) > 0
+        steps = kind - np.where(first, 0, np.roll(kind, 1))
+        tokens[named] = 4 * _zigzag(steps) + WEIGHT_DIES * ~born[named]
         emptied = np.array(tape.emptied, dtype=np.int64)
         for start, end in pairwise(edges):
-            part = slice(start, end)
-            at, is_birth, is_weight = index[part], born[part], loaded[index[part]] & ~born[part]
-            before = int(births[start - 1]) if start else 0
-            kind = kinds[at]
-            named = is_birth | is_weight
-            tokens = np.zeros(end - start, dtype=np.int64)
-            tokens[named] = 4 * _zigzag(np.diff(kind[named], prepend=0)) + WEIGHT_DIES * is_weight[named]
-            dead = ~named
-            tokens[dead] = 4 * _younger(order[at[dead]], births[part][dead], before, alive) + DEATH
-            alive[order[at[is_birth]]] = True
-            alive[order[at[dead]]] = False
             here = emptied[(emptied > start) & (emptied <= end)] if start else emptied[emptied <= end]
-            yield np.insert(tokens, here - start, EMPTY_CACHE)
+            yield np.insert(tokens[start:end], here - start, EMPTY_CACHE) if len(here) else tokens[start:end]
+
+    def _kinds(self, allocations: Sequence[Allocation]) -> Integers:
+        """Return the number of each allocation's kind."""
+        identities = list(map(id, allocations))
+        if new := set(identities) - self._numbers.keys():
+            for identity, a in zip(identities, allocations, strict=True):
+                if identity in new and identity not in self._numbers:
+                    self._kind(a)
+        return np.fromiter(map(self._numbers.__getitem__, identities), np.int64, len(identities))
 
 
 def _zigzag(steps: Integers) -> Integers:
@@ -233,11 +231,19 @@ def _left(tokens: Integers, kinds: Integers, out: NDArray[np.bool_]) -> Integers
     return np.array(found, dtype=np.int64)
 
 
-def _younger(own: Integers, births: Integers, before: int, alive: NDArray[np.bool_]) -> Integers:
+def _younger(own: Integers, dies: Integers, born: NDArray[np.bool_], starts: Integers) -> Integers:
     """Return how many tensors stand behind those that die: born in the chunk, or alive when it began.
 
-    ``own`` are their places among all births, ``births`` how many there have been, ``before`` the chunk's first.
+    ``own`` are their places among all births, ``dies`` the events at which they die, ``starts`` the first events of
+    those events' chunks.
     """
-    older = np.flatnonzero(alive[:before])
-    rank = len(older) - 1 - np.searchsorted(older, own)
-    return np.where(own >= before, births - own - 1, births - before + rank)
+    births = np.concatenate([[0], np.cumsum(born)])
+    ends = np.full(births[-1], len(born), dtype=np.int64)
+    ends[own] = dies
+    found: Integers = births[dies] - own - 1
+    old = own < births[starts]
+    for start in np.unique(starts[old]):
+        here, before = old & (starts == start), int(births[start])
+        older = np.flatnonzero(ends[:before] >= start)
+        found[here] += own[here] + len(older) - before - np.searchsorted(older, own[here])
+    return found

@@ -22,7 +22,7 @@ class Value(SymTensor):
     __slots__ = ("on_device",)
 
     def __init__(self, tensor: SymTensor, on_device: bool = True) -> None:
-        super().__init__(tensor.storage, tensor.shape, tensor.dtype, tensor.strides if tensor.ndim else None)
+        super().__init__(tensor.storage, tensor.shape, tensor.dtype, tensor._strides)
         self.on_device = on_device
 
     def __add__(self, other: Operand) -> Value:
