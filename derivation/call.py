@@ -73,6 +73,11 @@ def parse_size(text: str, key: str = "size") -> tuple[int, int]:
     return height, width
 
 
+def size_text(height: int, width: int) -> str:
+    """Return a size in pixels as ``parse_size`` reads it."""
+    return f"{height}x{width}"
+
+
 def takes_call(method: Callable[..., R]) -> Callable[..., R]:
     """Let ``method(self, call, ...)`` be called with a Call, or with a Call's own arguments in its place.
 

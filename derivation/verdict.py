@@ -91,7 +91,7 @@ class Verdict:
         if self.left_bytes is None or self.margin_bytes is None:
             return ""
         than = "at least" if self.sure else "less than"
-        margin = f"{than} the margin of {human(self.margin_bytes)} ({self.confidence})"
+        margin = f"{than} the margin of {human(self.margin_bytes)} ({margin_reason(self.confidence)})"
         return f"left: {human(self.left_bytes)}, {margin}"
 
 
@@ -149,6 +149,12 @@ def margin_bytes(needs_bytes: int, trusted: str) -> int:
     """Return how much more than predicted a call may need, as the worst row of the evidence did, in proportion."""
     measured, predicted = worst(trusted)
     return -(-needs_bytes * (measured - predicted) // predicted)
+
+
+def margin_reason(trusted: str) -> str:
+    """Return in words what the margin of a confidence is, and the confidence."""
+    measured, predicted = worst(trusted)
+    return f"the worst measured call needed {100 * measured / predicted - 100:.1f} % more than predicted; {trusted}"
 
 
 def worst(trusted: str) -> tuple[int, int]:

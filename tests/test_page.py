@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import warnings
-from contextlib import suppress
 from fractions import Fraction
 from functools import cache
 
@@ -19,11 +18,10 @@ import pytest
 from conftest import SD15
 
 from derivation import DerivationError, derive
-from derivation.gpu.cards import lookup
+from derivation.gpu.cards import lookup, memory_bytes
 from derivation.report import build
 from derivation.report.calculator import SWITCHES
 from derivation.report.tapes import Tapes
-from derivation.text import parse_bytes
 
 CHROMIUM = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -348,7 +346,8 @@ def options_word(text):
 CARD_TEXTS = (
     "A100 40 GB", "rtx 4090", "NVIDIA GeForce RTX 3060", "rtx 3060 12gb", "RTX 3060 (12 GB)", "rtx 3060 12", "T4 15G",
     "rtx 3060 8 GiB free", "t4 6000MiB free", "24", "24G", "24GB", "1.5 TiB", "8192MiB", "rtx 9999", "24X", "0",
-    "radeon rx 7900", "rtx 4090 zero", "", "rtx 9999 12gb", "-3", "12 GiB free",
+    "radeon rx 7900", "rtx 4090 zero", "", "rtx 9999 12gb", "-3", "12 GiB free", "12288", "rtx 306", "RTX4900",
+    "gforce 2080", "rtx 3070 lptop", "H10", "a6000 adaa", "v10", "rtx 306 8 GiB free", "t44", "40900", "12288.5",
 )  # fmt: skip
 
 
@@ -361,8 +360,10 @@ def test_a_card_is_read_as_the_command_line_reads_it(page, tmp_path):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 wanted = of_text(state)
-        except DerivationError:
-            assert each["gone"] and "card" in each["error"], state["card"]
+        except DerivationError as error:
+            assert each["gone"], state["card"]
+            advice = re.findall(r"did you mean [^?]*\?|NVIDIA cards: .*modelled", str(error))
+            assert all(words in each["error"] for words in advice or ["card"]), (state["card"], each["error"], advice)
         else:
             assert not each["gone"], (state["card"], each["error"])
             assert (int(each["needs"]), int(each["of"])) == (wanted.needs_bytes, wanted.of_bytes), state["card"]
@@ -370,10 +371,12 @@ def test_a_card_is_read_as_the_command_line_reads_it(page, tmp_path):
 
 def of_text(state):
     """Return the verdict on what a text names: a card, else a memory."""
-    chosen = {**options(state), "gpu": None}
-    with suppress(DerivationError):
-        chosen["gpu"] = lookup(state["card"]) and state["card"]
-    free = None if chosen["gpu"] else parse_bytes(state["card"])
+    text, free = state["card"], None
+    if re.fullmatch(r"[0-9.]+ *([KMGT]i?B?)?", text):
+        free = memory_bytes(text)
+    else:
+        lookup(text)
+    chosen = {**options(state), "gpu": None if free else text}
     return derived(tuple(chosen.items())).verdict(512, 512, free_bytes=free)
 
 

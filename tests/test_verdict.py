@@ -80,7 +80,9 @@ def test_the_words_of_a_verdict() -> None:
     fits, none = d.verdict(1024, 1024, 2), d.verdict(2520, 2520)
     assert (fits.verdict, fits.sure, fits.short_bytes) == (FITS, True, 0)
     assert str(fits) == "needs 9.53 GiB of 11.66 GiB: fits"
-    assert fits.trust == "left: 2.13 GiB, at least the margin of 2.00 GiB (cuDNN as published for its architecture)"
+    # 9728100925 / 8036784640 = 1.2104
+    worst = "the worst measured call needed 21.0 % more than predicted; cuDNN as published for its architecture"
+    assert fits.trust == f"left: 2.13 GiB, at least the margin of 2.00 GiB ({worst})"
     assert (none.verdict, none.fits, none.left_bytes, none.trust) == (NO_FIT, False, None, "")
     assert none.failed is not None and none.short_bytes == none.failed["short_bytes"] > 0
     assert "does not fit, out of memory at vae.decoder." in str(none) and str(none).endswith(" short")
@@ -181,7 +183,7 @@ def test_everything_gives_one_verdict(seed: int, monkeypatch: pytest.MonkeyPatch
     draw = random.Random(1000 + seed)
     largest = TILED_SIDE if options["vae_tiling"] else LARGEST_SIDE
     sides = [8 * draw.randint(16, largest // 8) for _ in range(CALLS)]
-    compared = compare(d, d, tuple(sides), **shared).numbers
+    compared = compare(d, d, tuple((side, side) for side in sides), **shared).numbers
     for side in sides:
         call = Call(side, side, **shared)
         found = Verdict.read(d.estimate(call))
@@ -190,7 +192,7 @@ def test_everything_gives_one_verdict(seed: int, monkeypatch: pytest.MonkeyPatch
         assert Request(d, None).verdict(call) == found, said
         assert Request(d, None).image(call).verdict == found, said
         assert recommend(d, None, call).as_asked.verdict == found, said
-        numbers = {pair.name: pair for pair in compared[side]}
+        numbers = {pair.name: pair for pair in compared[f"{side}x{side}"]}
         assert numbers["verdict"].a == numbers["verdict"].b == found.verdict, said
         assert numbers["needs"].a == found.needs_bytes, said
         assert will_fit(pipe, side, side, **shared, **live).verdict == found, said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import sympy
 
 from derivation.api import Derivation
+from derivation.call import size_text
 from derivation.equation.derived import Stage
 from derivation.tape.grid import B, H, L, W
 from derivation.tape.tiles import IN_PIXELS
 
-SIDES = (512, 768, 1024)
+SIZES = ((512, 512), (768, 768), (1024, 1024))
 Values = Mapping[sympy.Symbol, int]
 
 
@@ -50,7 +52,7 @@ class Monomial:
 class StageDifference:
     """One stage: the polynomials that both Max share, those of one side alone, and their monomials' changes.
 
-    ``changes`` compares, coefficient by coefficient, the polynomials that win at the largest side.
+    ``changes`` compares, coefficient by coefficient, the polynomials that win at the largest image.
     """
 
     name: str
@@ -67,9 +69,9 @@ class StageDifference:
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """Two derivations side by side; ``numbers`` maps a square's side to its stages and peak, in bytes.
+    """Two derivations side by side; ``numbers`` maps a size, "HxW", to its stages and peak, in bytes.
 
-    Of a side with a GPU they also have what it needs there and the verdict.
+    Of a derivation with a GPU they also have what it needs there and the verdict.
     """
 
     a: str
@@ -77,7 +79,7 @@ class Differences:
     options: tuple[Pair, ...]
     weights: tuple[Pair, ...]
     stages: tuple[StageDifference, ...]
-    numbers: Mapping[int, tuple[Pair, ...]] = field(default_factory=dict)
+    numbers: Mapping[str, tuple[Pair, ...]] = field(default_factory=dict)
 
     @property
     def same(self) -> bool:
@@ -92,21 +94,26 @@ class Differences:
 def compare(
     a: Derivation,
     b: Derivation,
-    sides: tuple[int, ...] = SIDES,
+    sizes: tuple[tuple[int, int], ...] = SIZES,
     batch_size: int = 1,
     prompt_length: int | None = None,
     guidance: bool = True,
+    num_frames: int | None = None,
 ) -> Differences:
-    """Return where ``a`` and ``b`` differ; raises DerivationError for a side that both pipelines reject."""
-    call = {"batch_size": batch_size, "prompt_length": prompt_length, "guidance": guidance}
-    at = {H: max(sides), W: max(sides), L: prompt_length or a.prompt_length, B: batch_size}
+    """Return where ``a`` and ``b`` differ; for images of ``sizes``, (height, width) in pixels.
+
+    Raises DerivationError for a size that a pipeline rejects.
+    """
+    call = {"batch_size": batch_size, "prompt_length": prompt_length, "guidance": guidance, "num_frames": num_frames}
+    height, width = max(sizes, key=math.prod)
+    at = {H: height, W: width, L: prompt_length or a.prompt_length, B: batch_size}
     return Differences(
         a.name,
         b.name,
         tuple(p for p in _pairs(a.options.as_dict(), b.options.as_dict()) if not p.same),
         _pairs({**a.weights, "all": a.weights_bytes}, {**b.weights, "all": b.weights_bytes}),
         _stages(a.equation.stages(guidance), b.equation.stages(guidance), at),
-        {side: _numbers(a, b, side, call) for side in sides},
+        {size_text(*size): _numbers(a, b, size, call) for size in sizes},
     )
 
 
@@ -114,13 +121,13 @@ def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Pair, ...]:
     return tuple(Pair(name, a.get(name), b.get(name)) for name in dict.fromkeys([*a, *b]))
 
 
-def _numbers(a: Derivation, b: Derivation, side: int, call: Mapping[str, Any]) -> tuple[Pair, ...]:
+def _numbers(a: Derivation, b: Derivation, size: tuple[int, int], call: Mapping[str, Any]) -> tuple[Pair, ...]:
     def bytes_of(derivation: Derivation) -> dict[str, int | str | None]:
-        peaks = derivation.stage_peaks(side, side, **call)
+        peaks = derivation.stage_peaks(*size, **call)
         tensors = {**peaks, "peak": derivation.weights_bytes + max(peaks.values())}
         if derivation.options.gpu is None:
             return dict(tensors)
-        found = derivation.verdict(side, side, **call)
+        found = derivation.verdict(*size, **call)
         return {**tensors, "needs": found.needs_bytes, "verdict": found.verdict}
 
     return _pairs(bytes_of(a), bytes_of(b))

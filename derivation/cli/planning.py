@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from derivation.ask.compare import SIDES, Pair
+from derivation.ask.compare import SIZES, Pair
+from derivation.call import parse_size
 from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, call_of, derivation_of, expanded, value_of
 from derivation.errors import DerivationError, unsupported
@@ -146,8 +148,9 @@ def _size(nbytes: int | None) -> str:
 @expanded
 def compare(
     model_a: Model,
-    options: Options,
+    size: Size,
     prompt: Prompt,
+    options: Options,
     model_b: Annotated[str | None, typer.Argument(help="The other model; the same one where it is left out.")] = None,
     with_: Annotated[
         list[str] | None, typer.Option("--with", help="An option of the second side alone, as KEY=VALUE; repeatable.")
@@ -157,7 +160,7 @@ def compare(
 ) -> None:
     """Where two models, or two sets of options, differ.
 
-    Weights, each stage's polynomials, numbers at three sizes.
+    Weights, each stage's polynomials (a video's at its own frames), numbers at one size, at three where none is given.
 
     Example: derivation compare sd15 --with attention=eager --with dtype=float32
     """
@@ -165,7 +168,8 @@ def compare(
 
     a = derivation_of(model_a, options, revision)
     b = derivation_of(model_b or model_a, options, None if model_b else revision, **changes(with_ or []))
-    found = compared(a, b, batch_size=prompt.batch_size, prompt_length=prompt.prompt_length, guidance=prompt.guidance)
+    sizes = SIZES if size.given == (None, None) else (size.sides(a.default_sides),)
+    found = compared(a, b, sizes, prompt.batch_size, prompt.prompt_length, prompt.guidance, prompt.num_frames)
     output.emit(found.as_dict(), json, _show_comparison)
 
 
@@ -200,12 +204,13 @@ def _show_comparison(result: Mapping[str, Any]) -> None:
             output.table(f"{stage['name']}: Max of", ("", "bytes"), rows)
             changed = [(change["monomial"], change["a"], change["b"]) for change in stage["changes"]]
             if changed:
-                output.line(f"{stage['name']}, term by term, of the polynomials that win at {SIDES[-1]} x {SIDES[-1]}")
+                size = max(result["numbers"], key=lambda size: math.prod(parse_size(size)))
+                output.line(f"{stage['name']}, term by term, of the polynomials that win at {size}")
                 output.table("", ("term", ">A", ">B"), changed)
         else:
             output.line(f"{stage['name']}: the same")
-    for side, pairs in result["numbers"].items():
-        _show_pairs(f"{side} x {side}, bytes", pairs)
+    for size, pairs in result["numbers"].items():
+        _show_pairs(f"{size}, bytes (height x width)", pairs)
 
 
 def _show_pairs(title: str, pairs: list[dict[str, Any]]) -> None:

@@ -19,6 +19,9 @@ TABLE = Path(__file__).with_name("gpus.json")
 _FIGURES = ("compute_capability", "sm_count", "total_memory_bytes", "nvidia_smi_bytes", "context_bytes")
 # Devices of torch whose libraries and allocators are not modelled, by how their names begin.
 FOREIGN = re.compile(r"amd|radeon|instinct|mi\d{2,3}|rx\d|rocm|mps|apple|m\d(pro|max|ultra)?$|xpu|intel|arc|gaudi|tpu")
+NVIDIA_ALONE = "NVIDIA cards: other vendors' libraries and allocators are not modelled"
+# How alike, as difflib counts it, what was typed and a card's name are at least where that card was meant.
+CLOSE = 0.75
 _WORDS = re.compile(r"nvidia|geforce|tesla|generation|graphics|gpu|card|[\s_\-()]")
 _CAPACITY = re.compile(r"(.+?)[\s_\-]+(([0-9.]+)\s*([kmgt]?i?b?))(\s+free)?", re.IGNORECASE)
 _CARD_KEYS = ("name", "compute_capability", "sm_count", "total_memory_bytes", "nvidia_smi_bytes", "context_bytes")
@@ -139,11 +142,16 @@ def _size(card: Gpu) -> int:
 
 def memory_bytes(text: str, key: str = "memory") -> int:
     """Return the bytes of a capacity; raises DerivationError for a bare number that is more GiB than any card has."""
-    nbytes, most = parse_bytes(text, key), max(card.nvidia_smi_bytes or 0 for card in _table().values())
+    nbytes, most = parse_bytes(text, key), most_bytes()
     if nbytes > most and text.strip().replace(".", "").isdecimal():
         units = f"a bare number is GiB, of a card up to {human(most)}"
         raise unsupported(key, text, f"{units}; did you mean {text.strip()}MiB or {text.strip()}GiB?")
     return nbytes
+
+
+def most_bytes() -> int:
+    """Return nvidia-smi's memory.total of the largest card."""
+    return max(card.nvidia_smi_bytes or 0 for card in _table().values())
 
 
 def with_memory(gpu: str | None, memory: str, free: bool = False) -> str:
@@ -183,10 +191,10 @@ def _sized(card: Gpu, capacity: re.Match[str]) -> Gpu:
 def _unknown(name: str) -> DerivationError:
     text = _squeeze(name)
     if FOREIGN.match(text):
-        return unsupported("gpu", name, "NVIDIA cards: other vendors' libraries and allocators are not modelled")
+        return unsupported("gpu", name, NVIDIA_ALONE)
     if re.fullmatch(r"[0-9.]+\s*[kmgt]i?b?", name.strip(), re.IGNORECASE):
         raise unsupported("gpu", name, "a card's name; fit and recommend take memory without a card")
-    close = difflib.get_close_matches(text, _by_alias(), n=1, cutoff=0.75)
+    close = difflib.get_close_matches(text, _by_alias(), n=1, cutoff=CLOSE)
     if close:
         return DerivationError(f"gpu = {shown(name)} is not supported (did you mean {_by_alias()[close[0]].key}?)")
     return unsupported("gpu", name, f"{', '.join(known())}, or a JSON file with {', '.join(_CARD_KEYS)}")

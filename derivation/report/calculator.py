@@ -16,7 +16,7 @@ from typing import Any
 from derivation.allocator.memory import context_of
 from derivation.api import Derivation
 from derivation.errors import DerivationError
-from derivation.gpu.cards import Gpu, on_pages, spellings, taken_as
+from derivation.gpu.cards import CLOSE, FOREIGN, NVIDIA_ALONE, Gpu, most_bytes, on_pages, spellings, taken_as
 from derivation.options import TABLE
 from derivation.options.choices import DTYPES, EAGER, OFFLOADS, PIPELINES, SDPA
 from derivation.options.row import flag
@@ -26,7 +26,7 @@ from derivation.report.tapes import Tapes
 from derivation.tape.recorded import RecordedSubject
 from derivation.tape.subject import Subject
 from derivation.text import GIB
-from derivation.verdict import confidence, worst
+from derivation.verdict import confidence, margin_reason, worst
 from derivation.walk.pipelines import SAFETY_CHECKER
 from derivation.walk.subject import WalkedSubject
 
@@ -104,7 +104,9 @@ def calculator(d: Derivation, latex: Mapping[str, str], kernels: Sequence[Kernel
         "several": {text: f"{text} {said}" for text in spellings() if (said := taken_as(text))},
         "spellings": {text: key for text, key in spellings().items() if key in cards},
         "grid": _grid(d),
-        "most": {"side": min(MAX_SIDE, d.equation.sides.most), "batch": MAX_BATCH},
+        "close": CLOSE,
+        "foreign": [FOREIGN.pattern, NVIDIA_ALONE],
+        "most": {"side": min(MAX_SIDE, d.equation.sides.most), "batch": MAX_BATCH, "memory": most_bytes()},
         "remedies": _remedies({switch.name for switch in switches}),
         "titles": dict(STAGE_TITLES),
         "latex": latex,
@@ -218,7 +220,7 @@ def _card(card: Gpu, kernels: Sequence[Kernel]) -> dict[str, Any]:
     }
     nominal = round((card.nvidia_smi_bytes or card.total_memory_bytes or 0) / GIB)
     figures = {"name": card.name, "total": card.total_memory_bytes, "context": context_of(card)[0], "nominal": nominal}
-    return {**figures, "confidence": trusted, "margin": worst(trusted), "kinds": kinds}
+    return {**figures, "trusted": margin_reason(trusted), "margin": worst(trusted), "kinds": kinds}
 
 
 def _grid(d: Derivation) -> dict[str, Any]:
