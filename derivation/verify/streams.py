@@ -14,11 +14,11 @@ from derivation.tape.tape import Tape
 
 @dataclass(frozen=True, slots=True)
 class Birth:
-    """An allocation: its bytes, the bytes that died since the one before (-> how many storages), and where it is."""
+    """An allocation, its bytes, and the bytes that died since the one before (-> how many storages)."""
 
     nbytes: Any
     died: Counter[Any]
-    where: str
+    made: Allocation
 
     def same(self, other: Birth) -> bool:
         """Return True if both allocate and free the same sizes."""
@@ -26,7 +26,8 @@ class Birth:
 
     def __str__(self) -> str:
         deaths = ", ".join(f"{count} x {nbytes}" for nbytes, count in self.died.items()) or "nothing"
-        return f"{self.nbytes} B at {self.where} after the death of {deaths}"
+        where = f"{self.made.path} {self.made.op} {list(self.made.shape)}"
+        return f"{self.nbytes} B at {where} after the death of {deaths}"
 
 
 def births(tape: Tape, size: Callable[[Allocation], tuple[Hashable, int]]) -> list[Birth]:
@@ -36,14 +37,15 @@ def births(tape: Tape, size: Callable[[Allocation], tuple[Hashable, int]]) -> li
     """
     found: list[Birth] = []
     died: Counter[Any] = Counter()
+    sizes = {identity: size(a) for identity, a in {id(a): a for a in tape.allocations}.items()}
     for event in unrolled(tape):
         allocation = tape.allocations[abs(event) - 1]
-        nbytes, count = size(allocation)
+        nbytes, count = sizes[id(allocation)]
         if event < 0:
             died[nbytes] += count
             continue
         for _ in range(count):
-            found.append(Birth(nbytes, died, f"{allocation.path} {allocation.op} {list(allocation.shape)}"))
+            found.append(Birth(nbytes, died, allocation))
             died = Counter()
     return found
 
