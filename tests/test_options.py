@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent / "derivation"
 # arguments of build_pipeline, which makes the pipeline as they say
 BUILT = {"pipeline", "dtype", "attention", "safety_checker"}
 OF_A_PIPELINE = [name for name, row in TABLE.items() if row.home == "pipeline"]
-# values that come to the same: a slice of one head is the smallest
-SAME = {("attention_slicing", 1): "max"}
+# values that come to the same: a slice of one head is the smallest, float16 the type of the other models
+SAME = {("attention_slicing", 1): "max", ("vae_dtype", "float16"): None}
 # what a pipeline cannot be seen to do, or has another name
 UNREAD = {"sdpa", "xformers", "math", "flash", *TABLE["lora"].draws("pipeline")}
 # what an option needs beside it

@@ -15,6 +15,7 @@ from derivation.gpu.cards import with_memory
 from derivation.gpu.profile import SCRATCH
 from derivation.libraries import Libraries, libraries
 from derivation.options import choices
+from derivation.options.checks import check_values
 from derivation.options.choices import EAGER, each
 from derivation.options.row import Remedy, Row, row
 
@@ -23,12 +24,13 @@ from derivation.options.row import Remedy, Row, row
 class Options:
     """The choices of a run, named as diffusers' pipelines name them; raises DerivationError for a bad one.
 
-    ``attention`` "xformers" is another name of "efficient", which replaces it, as ``dtype`` "fp16" is of "float16".
-    ``torch``, ``diffusers`` and ``transformers`` are the versions whose allocations count (None: libraries.py says
-    which); ``scratch`` is read where a ``gpu`` is named; ``vae_slicing``, ``vae_tiling``,
-    ``attention_slicing`` ("auto", "max" or a number) and ``offload`` ("model", "sequential") are what the pipeline's
-    ``enable_...`` methods set; ``tile_sample_min_size`` (None: the VAE's sample_size) and ``tile_overlap_factor`` are
-    the VAE's attributes. ``channels_last`` is the memory format of the weights of UNet and VAE. ``lora`` names
+    ``attention`` "xformers" is another name of "efficient", which replaces it, as ``dtype`` "fp16" is of "float16";
+    ``vae_dtype`` is the VAE's alone. ``torch``, ``diffusers`` and ``transformers`` are the versions whose allocations
+    count (None: libraries.py says which); ``scratch`` is read where a ``gpu`` is named; ``vae_slicing``,
+    ``vae_tiling``, ``attention_slicing`` ("auto", "max" or a number) and ``offload`` ("model", "sequential") are what
+    the pipeline's ``enable_...`` methods set; ``tile_sample_min_size`` (None: the VAE's sample_size) and
+    ``tile_overlap_factor`` are the VAE's attributes. ``channels_last`` is the memory format of the weights of UNet
+    and VAE. ``lora`` names
     LoRA files, separated by commas, whose headers alone are read. ``lora_rank`` is the
     rank of a LoRA on the UNet's attention projections, ``lora_fused`` whether ``fuse_lora`` merged it;
     ``controlnets`` counts ControlNets made from the UNet, ``controlnet`` names folders of others, or their config
@@ -48,6 +50,16 @@ class Options:
         remedies=(
             Remedy("float16", {"dtype": "float16"}, "none that is visible; faster", "pipe.to(torch.float16)", 2),
         ),
+    )
+    vae_dtype: str | None = row(
+        None,
+        "Type of the VAE's weights where it is another, as pipe.vae.to(...) leaves it",
+        "pipeline",
+        choices=lambda: choices.DTYPES,
+        aliases=choices.DTYPE_ALIASES,
+        drawn={"vae": choices.DTYPES},
+        matrix=each("vae_dtype", "float32"),
+        assumed="the pipeline's first call, which leaves the VAE in the type of the others",
     )
     attention: str = row(
         "efficient",
@@ -278,25 +290,7 @@ class Options:
             typed(name, getattr(self, name), hint)
         for name, entry in TABLE.items():
             entry.check(name, getattr(self, name))
-        if self.strength is not None and not 0 < self.strength <= 1:
-            raise DerivationError(f"strength = {self.strength} is not in (0, 1]")
-        if not 0 <= self.tile_overlap_factor <= 0.5:
-            raise DerivationError(f"tile_overlap_factor = {self.tile_overlap_factor} is not in [0, 0.5]")
-        self._check_together()
-
-    def _check_together(self) -> None:
-        """Raise DerivationError for options that exclude each other."""
-        if self.ip_adapter_tokens is not None and self.attention_slicing is not None:
-            raise DerivationError(
-                f"ip_adapter_tokens = {self.ip_adapter_tokens} is not supported with attention_slicing: "
-                "its processor replaces the IP-Adapter's"
-            )
-        if self.lora_fused and self.lora_rank is None and self.lora is None:
-            raise DerivationError("lora_fused = True is not supported without a lora or a lora_rank")
-        if self.lora is not None and self.lora_rank is not None:
-            raise DerivationError(f"lora_rank = {self.lora_rank} is not supported with lora, whose files have ranks")
-        if self.controlnet is not None and self.controlnets:
-            raise DerivationError(f"controlnets = {self.controlnets} is not supported beside controlnet")
+        check_values(self.as_dict())
 
     @property
     def libraries(self) -> Libraries:
@@ -307,6 +301,10 @@ class Options:
     def controlled(self) -> bool:
         """Whether there are ControlNets."""
         return self.controlnets > 0 or self.controlnet is not None
+
+    def dtype_of(self, model: str) -> str:
+        """Return the type of a model's weights as the pipeline is called."""
+        return self.vae_dtype or self.dtype if model == "vae" else self.dtype
 
     def chosen(self, name: str) -> bool:
         """Return whether an option differs from its default."""

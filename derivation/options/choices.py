@@ -21,7 +21,7 @@ MAX_CONTROLNETS = 8
 
 SLICINGS = ("auto", "max")
 # options that headers leave out where they are None
-UNTOLD = ("alloc_conf", "lora", "controlnet")
+UNTOLD = ("vae_dtype", "alloc_conf", "lora", "controlnet")
 
 # A line of Python for diffusers 0.42.1.
 FUSED = "pipe.unet.set_attn_processor(AttnProcessor2_0()); pipe.vae.set_attn_processor(AttnProcessor2_0())"

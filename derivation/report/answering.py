@@ -123,7 +123,11 @@ def _terms(c: Content) -> tuple[Block, ...]:
 
 
 def _weight(w: WeightRow, c: Content) -> Row:
-    held = f"{grouped(w.parameters)} parameters, {c.options.dtype}, and buffers" if w.parameters else "buffers only"
+    held = (
+        f"{grouped(w.parameters)} parameters, {c.options.dtype_of(w.model)}, and buffers"
+        if w.parameters
+        else "buffers only"
+    )
     return Row((grouped(w.nbytes), ("weights of ", Code(w.model)), *[human(w.nbytes)] * len(c.sizes), held))
 
 

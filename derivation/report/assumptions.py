@@ -93,6 +93,8 @@ def _precision(d: Derivation) -> str:
     o = d.options
     loaded = [a for a in d.program().generic.tape.allocations if a.op == LOAD and a.dtype != o.dtype]
     other = sorted({f"{model_of(a.path)} is {a.dtype} while it runs" for a in loaded if a.dtype == "float32"})
+    if (vae := o.dtype_of("vae")) != o.dtype:
+        other.append(f"the VAE is {vae} until the first image is encoded")
     sentence = f"Weights and activations are {o.dtype} ({DTYPE_BYTES[o.dtype]} bytes an element)"
     return f"{sentence}{', but ' + ', '.join(other) if other else ''}."
 

@@ -115,7 +115,7 @@ class Tape:
         """Return the dtype of the current module's parameters."""
         inside = ".".join([*self.path, ""])
         found = [dtype for module, dtype in self.dtypes.items() if inside.startswith(f"{module}.")]
-        return found[-1] if found else self.options.dtype
+        return found[-1] if found else self.options.dtype_of(inside.split(".")[0])
 
     @property
     def libraries(self) -> Libraries:

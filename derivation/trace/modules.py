@@ -123,7 +123,7 @@ def build_pipeline(
     folder = Path(checkpoint_folder)
     scheduler_config = _required(folder, "scheduler")
     parts = {
-        "vae": build_vae(_required(folder, "vae"), dtype, attention, switches),
+        "vae": build_vae(_required(folder, "vae"), dict(switches).get("vae_dtype", dtype), attention, switches),
         "text_encoder": _optional_text_encoder(folder, "text_encoder", dtype, switches),
         "tokenizer": FakeTokenizer(prompt_length),
         "unet": build_unet(_required(folder, "unet"), dtype, attention, switches),

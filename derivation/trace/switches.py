@@ -25,7 +25,7 @@ Switch = Callable[[Any, Any], None]
 SWITCHES: Registry[Switch] = Registry("option switch")
 TEXT_ENCODERS = (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
 # read by build_pipeline itself
-PIPELINE_SWITCHES = ("offload", "controlnets", "controlnet")
+PIPELINE_SWITCHES = ("vae_dtype", "offload", "controlnets", "controlnet")
 
 
 def switch(*classes: type) -> Callable[[Switch], Switch]:

@@ -65,7 +65,7 @@ def compare_component(
     traced = trace_component(
         "text_encoder" if name == "text_encoder_2" else name,
         config,
-        dtype=derivation.options.dtype,
+        dtype=derivation.options.dtype_of(name.partition("_")[0]),
         attention=derivation.options.attention,
         height=factor * values["h0"],
         width=factor * values["w0"],

@@ -94,6 +94,8 @@ def random_case(seed: int, component: str | None = None) -> Case:
     vae, unset = config.get("vae/config.json", config), Options()
     if vae.get("_class_name") == random_configs.TINY:
         options = replace(options, **{name: getattr(unset, name) for name in ("vae_tiling", *TILE_OPTIONS)})
+    if component == PIPELINE and not _casts_vae(config, options):
+        options = replace(options, vae_dtype=None)
     if options.vae_tiling and _cut_below_a_latent(vae, options, sizes):
         options = replace(options, **{name: getattr(unset, name) for name in TILE_OPTIONS})
     return Case(seed, component, config, options, sizes, rng.random() < 0.5)
@@ -126,6 +128,12 @@ def _impossible(drawn: Mapping[str, Any], unet: Mapping[str, Any]) -> Iterator[s
         yield from TILE_OPTIONS
     if unet.get("mid_block_type") is None or not isinstance(unet.get("layers_per_block"), int) or "controlnet" in drawn:
         yield "controlnets"  # ControlNetModel.from_unet
+
+
+def _casts_vae(files: Mapping[str, Any], options: Options) -> bool:
+    """Return whether the pipeline takes a VAE of another dtype: SDXL's img2img and inpaint with force_upcast."""
+    casts = "text_encoder_2/config.json" in files and options.pipeline != "txt2img"
+    return casts and files["vae/config.json"].get("force_upcast", False)
 
 
 def _cut_below_a_latent(config: Mapping[str, Any], options: Options, sizes: Mapping[str, int]) -> bool:

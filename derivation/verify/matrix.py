@@ -9,10 +9,11 @@ from typing import Any
 from derivation.api import derive
 from derivation.call import Call
 from derivation.config import bundled, load
-from derivation.options import TABLE
+from derivation.options import TABLE, options_of
 from derivation.options.choices import PIPELINES
 from derivation.options.row import flag
 from derivation.verify.compare import Verified, compare_pipeline, compared
+from derivation.walk.pipelines import Pipeline
 
 # the checkpoints that not every pipeline takes
 TASKS: Mapping[str, tuple[str, ...]] = {
@@ -68,6 +69,8 @@ def calls(chosen: Mapping[str, Any]) -> tuple[Call, ...]:
 
 def changes(model: str, task: str, chosen: Mapping[str, Any]) -> bool:
     """Return False for an option that this checkpoint and task have no use for."""
+    if "vae_dtype" in chosen:
+        return Pipeline(load(model), options_of({"pipeline": task}), True).casts_vae
     return "safety_checker" not in chosen or load(model).safety_checker is not None
 
 

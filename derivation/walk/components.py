@@ -77,8 +77,8 @@ def images(options: Options) -> Size:
     return tape().size("B") * options.num_images_per_prompt
 
 
-def _input(*shape: Size) -> SymTensor:
-    return given(shape, tape().options.dtype)
+def _input(*shape: Size, model: str = "") -> SymTensor:
+    return given(shape, tape().options.dtype_of(model))
 
 
 def _text(config: CLIPTextConfig, name: str) -> object:
@@ -97,14 +97,15 @@ def _encode_image(config: CLIPVisionConfig) -> object:
 def _encode(config: VAEConfig) -> object:
     """``vae.encode(x).latent_dist.sample()``: x [B, 3, H, W]."""
     factor = config.scale_factor
-    x = _input(tape().size("B"), config.in_channels, factor * tape().size("h0"), factor * tape().size("w0"))
+    sides = [factor * tape().size(side) for side in ("h0", "w0")]
+    x = _input(tape().size("B"), config.in_channels, *sides, model="vae")
     with tape().scope("vae"):
         return models.encode(x, config)
 
 
 def _decode(config: VAEConfig, options: Options) -> object:
     """``vae.decode(z, return_dict=False)``: z [images, C, h0, w0]."""
-    z = _input(images(options), config.latent_channels, tape().size("h0"), tape().size("w0"))
+    z = _input(images(options), config.latent_channels, tape().size("h0"), tape().size("w0"), model="vae")
     with tape().scope("vae"):
         return models.decode(z, config)
 

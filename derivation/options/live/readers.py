@@ -30,12 +30,22 @@ def pipeline(pipe: Any, models: Models) -> str:
 
 @option
 def dtype(pipe: Any, models: Models) -> str:
-    """The type of every model's weights."""
-    dtypes = {name: getattr(first_parameter(model)(), "dtype", None) for name, model in models.items()}
+    """The type of every model's weights, the VAE's aside where there are others."""
+    others = {name: model for name, model in models.items() if name != "vae"}
+    dtypes = {name: getattr(first_parameter(model)(), "dtype", None) for name, model in (others or models).items()}
     found = {str(dtype).removeprefix("torch.") for dtype in dtypes.values()}
     if len(found) != 1 or not found <= set(DTYPES):
         raise unsupported("dtype", shown(dtypes), f"all one of {', '.join(DTYPES)}")
     return found.pop()
+
+
+@option
+def vae_dtype(pipe: Any, models: Models) -> str | None:
+    """The type of the VAE's weights where it is another one than the others'."""
+    if "vae" not in models:
+        return None
+    found = str(getattr(first_parameter(models["vae"])(), "dtype", None)).removeprefix("torch.")
+    return None if found == dtype(pipe, models) else found
 
 
 @option

@@ -63,6 +63,7 @@ class Pipeline:
     def __call__(self) -> None:
         """Record the whole pipeline on the active tape; raises DerivationError for what it does not support."""
         self._check_clip_skip()
+        self._check_vae_dtype()
         guidance = self.unet.doubled(self.guidance)
         FAMILIES[self.family](replace(self, guidance=guidance, _models=Models(self.checkpoint, self.options)))
 
@@ -74,6 +75,20 @@ class Pipeline:
             if self.options.clip_skip is not None and self.options.clip_skip > most:
                 said = f"clip_skip = {self.options.clip_skip} is not supported"
                 raise DerivationError(f"{said} (supported: integers from 1 to {most} with this text encoder)")
+
+    @property
+    def casts_vae(self) -> bool:
+        """Whether the task casts its images and the VAE, hence takes one of another dtype than the UNet's."""
+        return self.family == "StableDiffusionXL" and self.options.pipeline != "txt2img" and self.vae.force_upcast
+
+    def _check_vae_dtype(self) -> None:
+        own, dtype = self.options.dtype_of("vae"), self.options.dtype
+        if own != dtype and not self.casts_vae:
+            raise DerivationError(
+                f"vae_dtype = {own} beside dtype = {dtype} is not supported in {self.family}'s "
+                f"{self.options.pipeline}: diffusers hands the VAE {dtype} tensors, which torch refuses "
+                "(supported: SDXL's img2img and inpaint with force_upcast = true in the VAE's config)"
+            )
 
     @property
     def models(self) -> Models:

@@ -25,7 +25,7 @@ class Models:
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
         self.hooked = options.offload == "model"
         self.weights = {
-            name: ModelWeights(name, entries, options.dtype, stays(name, options))
+            name: ModelWeights(name, entries, options.dtype_of(name), stays(name, options))
             for name, entries in parameters(checkpoint, options).items()
         }
         chain = [name for name in MODEL_CPU_OFFLOAD_SEQ if name in self.weights]
