@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -35,13 +35,15 @@ def measure(
     dtypes: Annotated[str | None, typer.Option(help="Types, with commas.")] = None,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance is on above 1.")] = 7.5,
     scratch: Annotated[bool, typer.Option("--scratch", help="Each convolution and attention shape alone.")] = False,
+    card: Annotated[str | None, typer.Option(help="With --scratch: ask cuDNN itself of this card, without it.")] = None,
+    cudnn_version: Annotated[str | None, typer.Option(help="Refuse another cuDNN than this one, as 9.19.0.")] = None,
     history: Annotated[bool, typer.Option("--history", help="Keep the allocator's events.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds a point may take.")] = 1800,
     revision: Revision = None,
 ) -> None:
     """Run the real pipeline with random weights on this machine's GPU.
 
-    Each point runs in a process of its own.
+    Each point runs in a process of its own. With --card no GPU is needed: the extra "cudnn" has the library.
 
     Example: derivation measure sd15 --grid 512,768x512 --batch-sizes 1,2 --output mine.json
     """
@@ -63,6 +65,9 @@ def measure(
         parse_list("dtypes", dtypes or options.dtype),
         guidance_scale,
     )
+    if card is not None or cudnn_version is not None:
+        _ask(card, cudnn_version, list(found), output_path, scratch)
+        return
     derivation = Derivation(WalkedSubject(checkpoint, options))
     jobs = list(_jobs(derivation, found, "scratch" if scratch else "pipeline", history))
     if timeout <= 0:
@@ -72,6 +77,19 @@ def measure(
     with output.steps("measuring", sum(not records.done(job.key) for job in jobs)) as advance:
         counts = measured(jobs, records, timeout_s=timeout, report=lambda *_: advance())
     output.line(f"wrote {output_path}: " + ", ".join(f"{count} {status}" for status, count in counts.items() if count))
+
+
+def _ask(card: str | None, version: str | None, found: Sequence[dict[str, Any]], path: Path, scratch: bool) -> None:
+    """Ask cuDNN of the convolutions of every point; raises DerivationError without --card and --scratch."""
+    if card is None or not scratch:
+        raise unsupported("card", card, "a card of the GPU table, and --scratch with it")
+    from derivation.measure.asked import FORMATS, ask, convolutions
+
+    check_file("output", path)
+    dtypes = list(dict.fromkeys(point["dtype"] for point in found))
+    with output.steps("asking", len(dtypes) * len(FORMATS)) as advance:
+        here = ask(card, convolutions(found), dtypes, path, version, advance)
+    output.line(f"wrote {path}: {card}, cuDNN {here}")
 
 
 def _jobs(derivation: Derivation, points: Iterable[dict[str, Any]], kind: str, history: bool) -> Iterable[Any]:
