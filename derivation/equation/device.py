@@ -317,12 +317,17 @@ class DeviceForm:
     @property
     def headline(self) -> str:
         """Context, weights and small blocks, bytes a pixel, and what that leaves out, for the regime of most sizes."""
-        regime, pixel = self.reserved_regimes[-1], self.per_pixel
-        rest = self.reserved_bytes - np.array([float(pixel) * height * width for height, width in self.index])
-        least, most = int(rest[regime.where].min()), int(rest[regime.where].max())
+        least, most = self.beside_pixels
         context = "context" if self.context_bytes is None else f"{self.context_bytes:,} context"
-        usual = f"{least:,} weights and small blocks + {pixel} H W"
+        usual = f"{least:,} weights and small blocks + {self.per_pixel} H W"
         return f"{context} + {usual}, and at most {most - least:,} more: {self.rounding}"
+
+    @property
+    def beside_pixels(self) -> tuple[int, int]:
+        """The least and the most bytes beside the context and ``per_pixel``'s, in the regime of most sizes."""
+        where, pixel = self.reserved_regimes[-1].where, float(self.per_pixel)
+        rest = self.reserved_bytes - np.array([pixel * height * width for height, width in self.index])
+        return int(rest[where].min()), int(rest[where].max())
 
     @property
     def per_pixel(self) -> sympy.Expr:

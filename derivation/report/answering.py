@@ -51,12 +51,9 @@ PLACEMENTS = (
 )
 COPIES = {"peak": "Copy LaTeX", "device": "Copy LaTeX of nvidia-smi"}
 DEVICE = (
-    "What nvidia-smi shows on {}, for sides that are multiples of 64 up to 2048: {}. The LaTeX has every segment; the "
-    "form above replays any other call."
-)
-BESIDE = (
-    "That is what PyTorch’s tensors hold. A card needs more beside them: libraries’ scratch memory, what the allocator "
-    "reserves and the CUDA context. The page’s form and {} count them for a card that is named."
+    "Bytes that nvidia-smi shows on a {}, at sides that are multiples of 64 up to 2048 and *B* = 1: the CUDA context, "
+    "weights and small blocks, segments that grow with the image, and *r*, at most {}, which these leave out. The "
+    "LaTeX has every segment; `derivation estimate` and the page’s form replay any other call."
 )
 SEGMENTS = "The sum that nvidia-smi shows, segment by segment"
 WHERE = "where the VAE works in overlapping tiles, their sides in pixels:"
@@ -66,10 +63,12 @@ def answer_section(c: Content) -> Section:
     """Return the section."""
     blocks: list[Block] = [
         Paragraph(c.summary, lead=True),
-        *(() if c.device else (Paragraph(prose(BESIDE, Code("derivation estimate --gpu"))),)),
-        Formula("The equation", c.headline, tuple((name, COPIES[name]) for name in c.latex)),
+        *((Paragraph(c.beside),) if c.beside else ()),
+        Formula("The equation", c.headline, _copies(c, "peak")),
     ]
-    blocks += [Paragraph(prose(DEVICE, c.options.gpu or "", Code(c.device)))] if c.device else []
+    if c.device:
+        blocks.append(Formula(f"What nvidia-smi shows on {c.device.card}", c.device.equation, _copies(c, "device")))
+        blocks.append(Paragraph(prose(DEVICE, c.device.card, grouped(c.device.most_bytes))))
     blocks += [Details(SEGMENTS, (c.segments,), printed=True)] if c.segments else []
     if c.where:
         rows = tuple(Row((x.math, x.meaning)) for x in c.where)
@@ -88,6 +87,10 @@ def answer_section(c: Content) -> Section:
         blocks.append(Section("What does not matter", (Facts(c.indifferent),)))
     blocks.append(Section("What is assumed, what is left out", (Facts(tuple(c.assumptions)),)))
     return Section("The answer", tuple(blocks), "answer")
+
+
+def _copies(c: Content, name: str) -> tuple[tuple[str, str], ...]:
+    return ((name, COPIES[name]),) if name in c.latex else ()
 
 
 def _symbols(c: Content) -> Text:

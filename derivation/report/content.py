@@ -28,14 +28,15 @@ from derivation.report.answer import (
     stage_title,
 )
 from derivation.report.assumptions import assumptions, chips, counted, summary
+from derivation.report.beside import beside
 from derivation.report.calculator import Calculator, Part, calculator, record_part
-from derivation.report.document import Math, Picture, Table
+from derivation.report.document import Math, Picture, Table, Text
 from derivation.report.kernels import Kernel, kernels_of, shares
 from derivation.report.mathml import equation
 from derivation.report.offload import OffloadRow, placements
 from derivation.report.pictures import attention_picture, pictures
 from derivation.report.reduction import StageReduction, reductions
-from derivation.report.segments import segments_table
+from derivation.report.segments import segments_table, usual_equation
 from derivation.report.text import PixelTerms, slug
 from derivation.report.tiles import Definition, definitions
 from derivation.report.validation import Validation, validation
@@ -67,6 +68,15 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
+class Device:
+    """What nvidia-smi shows on a card: the equation, and the most that its last term is."""
+
+    card: str
+    equation: Math
+    most_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Content:
     """The data of one report."""
 
@@ -81,6 +91,7 @@ class Content:
     unit: int
     factor: int
     summary: str
+    beside: Text
     headline: Math
     where: tuple[Definition, ...]
     side: int
@@ -101,7 +112,7 @@ class Content:
     form: Form
     equation: Equation
     latex: tuple[str, ...]
-    device: str
+    device: Device | None
     segments: Table | None
 
     @property
@@ -157,6 +168,7 @@ def content(
         unit=d.grid.unit,
         factor=d.grid.vae_scale_factor,
         summary=summary(d, found),
+        beside="" if d.options.gpu else beside(d),
         headline=equation(found.weights_bytes, [(p.terms, p.title) for p in found.polynomials]),
         where=definitions(d.equation.pipeline_stage().terms, d.grid),
         side=reference_side(d),
@@ -196,12 +208,15 @@ def _latex(d: Derivation) -> dict[str, str]:
     return {"peak": d.latex(), **({"device": d.latex("device")} if _device(d) else {})}
 
 
-def _device(d: Derivation) -> str:
-    """Return what nvidia-smi shows on the report's card in a line, "" where none is named or that has no form."""
-    if d.options.gpu is not None:
-        with suppress(DerivationError):
-            return d.equation.device.headline
-    return ""
+def _device(d: Derivation) -> Device | None:
+    """Return what nvidia-smi shows on the report's card, None where none is named or that has no form."""
+    if d.options.gpu is None:
+        return None
+    with suppress(DerivationError):
+        form = d.equation.device
+        least, most = form.beside_pixels
+        return Device(form.card.name, usual_equation(form), most - least)
+    return None
 
 
 def _crossings(d: Derivation) -> tuple[str, ...]:

@@ -13,9 +13,10 @@ from derivation.equation.device import DeviceForm
 from derivation.equation.device_pages import PagesForm
 from derivation.errors import DerivationError
 from derivation.report.answer import ORIGINS_SHOWN, PIPELINE, place
-from derivation.report.document import Column, Lines, Mark, Row, Table, Text, prose
-from derivation.report.mathml import polynomial
-from derivation.report.text import pixel_terms
+from derivation.report.document import Column, Lines, Mark, Math, Row, Table, Text, prose
+from derivation.report.mathml import THIN, number, polynomial
+from derivation.report.text import as_pixel_terms, pixel_terms
+from derivation.tape.grid import H, W
 from derivation.tape.symbols import Size
 from derivation.text import NARROW_SPACE, grouped
 
@@ -48,6 +49,18 @@ def segments_table(d: Derivation, sides: tuple[int, ...]) -> Table | None:
         if form.context_bytes is not None and all(form.covers(side, side) for side in sides):
             return _table(form, shares(form, d, [form.index[side, side] for side in sides]), sides)
     return None
+
+
+def usual_equation(form: DeviceForm) -> Math:
+    """Return context + weights and small blocks + what grows with the pixels + r, in the regime of most sizes."""
+    context, (least, _) = form.context_bytes or 0, form.beside_pixels
+    found = polynomial(as_pixel_terms(form.per_pixel * H * W + least))
+    beside = f"{number(context)}<mo>+</mo>", rf"{grouped(context, THIN)} + "
+    mathml, latex = beside if context else ("", "")
+    shown = "<msub><mi>M</mi><mtext>nvidia-smi</mtext></msub><mo>=</mo>", r"M_{\text{nvidia-smi}} = "
+    return Math(
+        f"<mrow>{shown[0]}{mathml}{found.mathml}<mo>+</mo><mi>r</mi></mrow>", f"{shown[1]}{latex}{found.latex} + r"
+    )
 
 
 def shares(form: DeviceForm, d: Derivation, points: list[int]) -> list[Share]:
