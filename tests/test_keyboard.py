@@ -109,7 +109,7 @@ return [verdict.dataset.needs, verdict.dataset.verdict, error.hidden ? "" : erro
 
 def focused(browser: Browser, name: str) -> None:
     """Press Tab until a control has the focus."""
-    for _ in range(80):
+    for _ in range(120):
         if browser.run(ACTIVE)[0] == name:
             return
         browser.press(TAB)
@@ -198,6 +198,7 @@ const contrast = (id) => {
 return {
   wide: document.documentElement.scrollWidth - innerWidth,
   below: document.getElementById("answer-verdict").getBoundingClientRect().bottom - innerHeight,
+  cut: [...document.querySelectorAll(".box.scroll")].map((box) => box.scrollWidth - box.clientWidth),
   contrasts: ["answer-needs", "answer-verdict", "answer-exact"].map(contrast),
 };
 """
@@ -215,5 +216,7 @@ def test_a_window_shows_the_answer_first_and_is_not_too_narrow(
     browser.open(page)
     found = browser.run(MEASURED)
     assert found["wide"] <= 0 and found["below"] <= 0
+    # the tensors' equation and nvidia-smi's
+    assert len(found["cut"]) == 2 and max(found["cut"]) <= 0
     assert min(found["contrasts"]) >= CONTRAST, found
     assert [line for line in browser.ask("POST", "/se/log", {"type": "browser"}) if line["level"] == "SEVERE"] == []

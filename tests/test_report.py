@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from conftest import SD15, numbers
 
 from derivation import DerivationError, derive
+from derivation.cli import run
 from derivation.config.checkpoint import BUNDLED
 from derivation.files import write_files
 from derivation.report import build, calculator, content, pictures
@@ -129,6 +131,16 @@ def test_the_notes_are_four_pages_and_end_with_how_they_were_checked(report):
     assert re.findall(r"(?m)^##? (.*)$", notes)[1:] == ["The answer", "Image size and cards", "How it was checked"]
     assert f"]({report.stem}.appendix.md)" in notes
     assert "## Block by block" in report.with_suffix(".appendix.md").read_text()
+
+
+def test_notes_without_a_gpu_say_what_one_card_shows_and_the_command_that_is_named_does(report, capsys):
+    notes = report.with_suffix(".md").read_text()
+    said = re.search(r"On the GeForce RTX 3060 one 512 . 512 image (.*?: \w+); 1024 . 1024 (.*?: [^,]+), as nv", notes)
+    command = shlex.split(re.search(r"`derivation (estimate [^`]*)`", notes)[1])
+    assert command[-1] == "512"
+    for side, verdict in zip(("512", "1024"), said.groups(), strict=True):
+        assert run([*command[:-1], side]) == 0
+        assert capsys.readouterr().out.startswith(f"{verdict}\n")
 
 
 def test_every_figure_has_its_data(report, derivation):

@@ -87,8 +87,11 @@ def maximum_mathml(rows: Iterable[tuple[PixelTerms, str]]) -> str:
     listed = list(rows)
     if len(listed) == 1:
         return terms_mathml(listed[0][0])
-    cells = "".join(_row_mathml(terms, label) for terms, label in listed)
-    return f'<mrow><mi>max</mi><mspace width=".2em"/><mtable class="brace">{cells}</mtable></mrow>'
+    return f'<mrow><mi>max</mi><mspace width=".2em"/>{_brace(listed)}</mrow>'
+
+
+def _brace(rows: Sequence[tuple[PixelTerms, str]]) -> str:
+    return f'<mtable class="brace">{"".join(_row_mathml(terms, label) for terms, label in rows)}</mtable>'
 
 
 def _row_mathml(terms: PixelTerms, label: str) -> str:
@@ -115,15 +118,22 @@ def total(weights_bytes: int, polynomials: Iterable[PixelTerms]) -> Math:
 
 
 def equation(weights_bytes: int, rows: Sequence[tuple[PixelTerms, str]]) -> Math:
-    """Return M = weights + max over rows, each with its label."""
-    found = _total(weights_bytes, rows)
-    return Math(f"<mrow><mi>M</mi><mo>=</mo>{found.mathml}</mrow>", f"M = {found.latex}")
+    """Return M = weights + max over rows, each with its label; the style sheet breaks it on a narrow screen."""
+    start = f"<mi>M</mi><mo>=</mo>{_weights_mathml(weights_bytes)}"
+    cells = f"<mtd><mrow>{start}<mi>max</mi></mrow></mtd><mtd>{_brace(rows)}</mtd>"
+    several = f'<mtable class="head"><mtr>{cells}</mtr></mtable>'
+    mathml = several if len(rows) > 1 else f"<mrow>{start}{terms_mathml(rows[0][0])}</mrow>"
+    return Math(mathml, f"M = {_total(weights_bytes, rows).latex}")
 
 
 def _total(weights_bytes: int, rows: Sequence[tuple[PixelTerms, str]]) -> Math:
-    weights = f"{number(weights_bytes)}<mo>+</mo>" if weights_bytes else ""
     latex = f"{grouped(weights_bytes, THIN)} + " if weights_bytes else ""
-    return Math(f"<mrow>{weights}{maximum_mathml(rows)}</mrow>", f"{latex}{maximum_latex(rows)}")
+    mathml = f"<mrow>{_weights_mathml(weights_bytes)}{maximum_mathml(rows)}</mrow>"
+    return Math(mathml, f"{latex}{maximum_latex(rows)}")
+
+
+def _weights_mathml(nbytes: int) -> str:
+    return f"{number(nbytes)}<mo>+</mo>" if nbytes else ""
 
 
 def terms_latex(terms: PixelTerms) -> str:
