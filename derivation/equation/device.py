@@ -65,9 +65,7 @@ class DeviceForm:
         self.variant = free.program(guidance).at(derived.sizes(calls[0]))
         held = [call for call in calls if self.variant.holds(derived.sizes(call))]
         if len(held) == 1 < len(calls):
-            raise DerivationError(
-                "no closed form of what the GPU shows: each size runs its own way; fix the sides: at()"
-            )
+            raise DerivationError("no closed form of what the GPU shows: each size has its own; fix the sides: at()")
         self.index = {(call.height, call.width): i for i, call in enumerate(held)}
         self.points = Points([derived.sizes(call) for call in held])
         if AllocatorConfig.parse(derived.options.alloc_conf or "") != self.config and len(held) > 1:
@@ -325,9 +323,9 @@ class DeviceForm:
     @property
     def beside_pixels(self) -> tuple[int, int]:
         """The least and the most bytes beside the context and ``per_pixel``'s, in the regime of most sizes."""
-        where, pixel = self.reserved_regimes[-1].where, float(self.per_pixel)
-        rest = self.reserved_bytes - np.array([pixel * height * width for height, width in self.index])
-        return int(rest[where].min()), int(rest[where].max())
+        growing = float(self.per_pixel) * np.prod([*self.index], axis=1)
+        beside = (self.reserved_bytes - growing)[self.reserved_regimes[-1].where]
+        return int(beside.min()), int(beside.max())
 
     @property
     def per_pixel(self) -> sympy.Expr:
@@ -339,10 +337,10 @@ class DeviceForm:
 
     def covers(self, height: int, width: int) -> bool:
         """Return whether the forms hold for a size: it is one of theirs, and the card has room for it."""
-        point = self.index.get((height, width))
-        if point is None or self.card.total_memory_bytes is None or self.replayed is not None:
+        point, total = self.index.get((height, width)), self.card.total_memory_bytes
+        if point is None or total is None or self.replayed is not None:
             return point is not None
-        return bool(self.reserved_bytes[point] <= self.card.total_memory_bytes - (self.context_bytes or 0))
+        return bool(self.reserved_bytes[point] <= total - (self.context_bytes or 0))
 
     def _covered(self, height: int, width: int) -> tuple[int, int]:
         if not self.covers(height, width):
