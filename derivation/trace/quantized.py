@@ -1,6 +1,6 @@
 """Models that are kept in four or eight bits, as ``quantization_config`` says, or in GGUF's blocks.
 
-Four and eight bits are bitsandbytes' layers without its kernels. Sizes are those of bitsandbytes 0.50: functional.py
+Four and eight bits are bitsandbytes' and torchao's layers without their kernels. bitsandbytes 0.50: functional.py
 (quantize_4bit: blocks of 64 weights with a float32 scale each, or an 8-bit one and a float32 for 256 of them),
 nn/modules.py (Linear4bit, Linear8bitLt), backends/cuda/ops.py (gemm_4bit: a product of more than 1,536 rows dequantises
 the weight, one of at most 4 does not; what is between depends on the card and is dequantised here, as before 0.50).
@@ -9,9 +9,9 @@ the weight, one of at most 4 does not; what is between depends on the card and i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -27,6 +27,9 @@ BLOCK, SCALES = 64, 256
 FEW_ROWS = 4
 # cuBLASLt multiplies int8 of such widths; for others bitsandbytes multiplies in float32 (_int8_linear_matmul_impl).
 INT8_WIDTH = 4
+# torchao's configs of weights alone, by the dtype that they are kept in where the config names none.
+TORCHAO: Mapping[str, str] = {"Int8WeightOnlyConfig": "int8", "Float8WeightOnlyConfig": "float8_e4m3fn"}
+GRANULARITIES = ("PerRow", "PerTensor")
 
 
 class Linear4bit(torch.nn.Module):
@@ -96,6 +99,43 @@ class Linear8bit(torch.nn.Module):
         return scales, codes, columns
 
 
+class LinearTorchAo(torch.nn.Module):
+    """A linear layer with torchao's Int8Tensor or Float8Tensor on ``meta``: [out, in], float32 scales [out or 1, 1].
+
+    torchao 0.18, quantization/quantize_/workflows: int8_tensor.py (the weight is put into x's dtype, the product is
+    scaled), float8_tensor.py (the weight is scaled in float32 and put into its own dtype), for weights alone.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, dtype: torch.dtype, scales: int) -> None:
+        super().__init__()
+        self.kept_dtype, self.bias = linear.weight.dtype, linear.bias
+        self.weight = torch.nn.Parameter(_empty(*linear.weight.shape, dtype=dtype), requires_grad=False)
+        self.register_buffer("scale", _empty(scales, 1, dtype=torch.float32))
+        if dtype is torch.int8:
+            self.register_buffer("zero_point", _empty(scales, 1, dtype=torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W^T + b, in x's dtype."""
+        return self._scaled(x) if self.weight.dtype is torch.int8 else self._dequantised(x)
+
+    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
+        product = torch.mm(x.reshape(-1, x.shape[-1]), self.weight.t().to(x.dtype))
+        y = product * self.get_buffer("scale").to(x.dtype).flatten()
+        y = y.reshape(*x.shape[:-1], -1)
+        if self.bias is not None:
+            y += self.bias
+        return y
+
+    def _dequantised(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.matmul(x, self._weight())
+        return y if self.bias is None else y + self.bias
+
+    def _weight(self) -> torch.Tensor:
+        wide = self.weight.t().to(torch.float32)
+        scaled = wide * self.get_buffer("scale").t()
+        return scaled.to(self.kept_dtype)
+
+
 def read_gguf(model: Any, types: Mapping[str, str], compute_dtype: torch.dtype, file: str = "config.json") -> None:
     """Give a model the weights of a GGUF file, of which ``types`` says each one's: diffusers' layers hold and run them.
 
@@ -138,13 +178,13 @@ def quantize(model: Any, config: Mapping[str, Any], file: str = "config.json") -
     if isinstance(given, Mapping) and given.get("quant_method") == GGUF and GGUF in config:
         read_gguf(model, config[GGUF], _dtype(given["compute_dtype"]), file)
         return
-    if not isinstance(given, Mapping) or given.get("quant_method") != "bitsandbytes":
-        raise UnsupportedConfig(file, KEY, given, "quant_method bitsandbytes")
-    kept = _kept(model, given.get("llm_int8_skip_modules"))
+    if not isinstance(given, Mapping) or (method := _METHODS.get(str(given.get("quant_method")))) is None:
+        raise UnsupportedConfig(file, KEY, given, f"quant_method {', '.join(_METHODS)}")
+    kept = _kept(model, given.get(method.skipped), method.suffix)
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and not kept(name):
             owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, _bitsandbytes(module, given, file).eval())
+            setattr(model.get_submodule(owner), attribute, method.made(module, given, file).eval())
 
 
 def _bitsandbytes(linear: torch.nn.Linear, given: Mapping[str, Any], file: str) -> torch.nn.Module:
@@ -157,22 +197,55 @@ def _bitsandbytes(linear: torch.nn.Linear, given: Mapping[str, Any], file: str) 
     return Linear8bit(linear, float(given.get("llm_int8_threshold", 6.0)))
 
 
+def _torchao(linear: torch.nn.Linear, given: Mapping[str, Any], file: str) -> torch.nn.Module:
+    """Return a layer as torchao's config says (torchao/core/config.py: config_to_dict)."""
+    config = given["quant_type"].get("default") if isinstance(given.get("quant_type"), Mapping) else None
+    name, data = (str(config.get("_type")), config.get("_data", {})) if isinstance(config, Mapping) else ("", {})
+    granularity = (data.get("granularity") or {}).get("_type", "PerRow")
+    if name not in TORCHAO or granularity not in GRANULARITIES or given.get("include_input_output_embeddings"):
+        supported = f"quant_type {', '.join(TORCHAO)}, {' or '.join(GRANULARITIES)}, of linear layers"
+        raise UnsupportedConfig(file, KEY, given, supported)
+    dtype = (data.get("weight_dtype") or {}).get("_data", TORCHAO[name])
+    return LinearTorchAo(linear, _dtype(dtype), linear.out_features if granularity == "PerRow" else 1)
+
+
+class _Method(NamedTuple):
+    """What makes a layer, the key of modules that are left alone, and what their names are matched against."""
+
+    made: Callable[[torch.nn.Linear, Mapping[str, Any], str], torch.nn.Module]
+    skipped: str
+    suffix: str
+
+
+_METHODS: Mapping[str, _Method] = {
+    "bitsandbytes": _Method(_bitsandbytes, "llm_int8_skip_modules", ""),
+    "torchao": _Method(_torchao, "modules_to_not_convert", ".weight"),
+}
+
+
 def _dtype(name: object) -> torch.dtype:
     found: torch.dtype = getattr(torch, str(name).removeprefix("torch."))
     return found
 
 
-def _kept(model: Any, skipped: Any) -> Any:
-    """Return what says whether a layer keeps its dtype.
+def _kept(model: Any, skipped: Any, suffix: str) -> Callable[[str], bool]:
+    """Return what says whether a layer keeps its dtype, ``suffix`` after its name where a parameter's is matched.
 
     transformers/quantizers/base.py: get_modules_to_not_convert, quantizers_utils.py: should_convert_module;
-    diffusers/quantizers/bitsandbytes/utils.py: _replace_with_bnb_linear.
+    diffusers/quantizers: bitsandbytes/utils.py (_replace_with_bnb_linear), torchao/torchao_quantizer.py
+    (check_if_quantized_param).
     """
     keys = list(skipped or ()) + list(getattr(model, "_keep_in_fp32_modules", None) or ())
     if not isinstance(model, transformers.PreTrainedModel):
-        return lambda name: name.rpartition(".")[2] in keys or any(f"{key}." in name or key == name for key in keys)
+        return lambda name: (
+            f"{name}{suffix}".rpartition(".")[2] in keys
+            or any(f"{key}." in f"{name}{suffix}" or key == f"{name}{suffix}" for key in keys)
+        )
     keys += [] if skipped else get_keys_to_not_convert(model)
-    return lambda name: any(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(key) for key in keys)
+    return lambda name: any(
+        re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", f"{name}{suffix}") or f"{name}{suffix}".endswith(key)
+        for key in keys
+    )
 
 
 def parameter_count(model: torch.nn.Module) -> int:
