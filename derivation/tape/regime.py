@@ -10,7 +10,7 @@ from typing import Any
 from derivation.options import Options
 from derivation.tape.events import Allocation, Category, Guard, Mark
 from derivation.tape.grid import Range
-from derivation.tape.loop import Loop
+from derivation.tape.loop import Body, Loop
 from derivation.tape.symbols import INDEX, RING, SYMBOLS, Size, as_terms, free_names, symbol
 from derivation.tape.tape import Tape
 
@@ -75,9 +75,8 @@ def specialised(regime: Regime, fixed: Mapping[str, int], lengths: Iterable[int]
             known[size, frames] = found if free_names(found) else int(found.get(RING.zero_monom, 0))
         return known[size, frames]
 
-    frames, whole = wanted.get("F", 0), len(decided.tape.allocations)
-    loop = regime.loop or Loop(frames - 1, whole, 0, len(decided.tape.events), 0)
-    tape = loop.unrolled(decided.tape, frames, put)
+    frames = wanted.get("F", 0)
+    tape = (regime.loop or Loop(frames, 1, ())).unrolled(decided.tape, frames, put)
     tape.guards = {key: guard for key, guard in tape.guards.items() if not free_names(guard.size) & wanted.keys()}
     for change in regime.changes:
         tape = change(tape)
@@ -117,8 +116,8 @@ def regime_document(regime: Regime) -> dict[str, Any]:
         "assumed": list(regime.assumed),
     }
     if (loop := regime.loop) is not None:
-        carried = sorted(loop.carried)
-        document["loop"] = [loop.least, loop.before, loop.births, loop.start, loop.events, carried]
+        bodies = [[b.before, b.births, b.start, b.events, sorted(b.carried), sorted(b.kept)] for b in loop.bodies]
+        document["loop"] = [loop.least, loop.period, bodies]
     return {**document, "sizes": [as_terms(size) for size in sizes]}
 
 
@@ -155,8 +154,8 @@ def regime_of(document: Mapping[str, Any], options: Options) -> Regime:
 def _loop(numbers: Any) -> Loop | None:
     if numbers is None:
         return None
-    least, before, births, start, events, carried = numbers
-    return Loop(least, before, births, start, events, frozenset(carried))
+    least, period, bodies = numbers
+    return Loop(least, period, tuple(Body(*body[:4], *map(frozenset, body[4:])) for body in bodies))
 
 
 def _size(terms: Any) -> Size:

@@ -32,11 +32,14 @@ MOST_TERMS, CHUNK = 4, 20_000
 
 
 class Parted(DerivationError):
-    """Two sizes, differing in ``symbols``, whose tapes differ in structure, or a size that no polynomial gives."""
+    """Two sizes, differing in ``symbols``, whose tapes differ in structure, or a size that no polynomial gives.
 
-    def __init__(self, symbols: frozenset[str], where: str) -> None:
+    ``between`` are two sizes at which the structures differ.
+    """
+
+    def __init__(self, symbols: frozenset[str], where: str, between: tuple[Values, Values] | None = None) -> None:
         super().__init__(f"{', '.join(sorted(symbols))}: {where}")
-        self.symbols = symbols
+        self.symbols, self.between = symbols, between
 
 
 def normalised(tape: Tape) -> Tape:
@@ -121,10 +124,11 @@ def check(tape: Tape, traced: Tape, base: Values, values: Values) -> None:
 
 def _compare(one: Tape, other: Tape, at: Values, values: Values) -> None:
     if (where := parting(one, other)) is not None:
-        raise Parted(_differing(at, values), where)
+        raise Parted(differing(at, values), where, (at, values))
 
 
-def _differing(one: Values, other: Values) -> frozenset[str]:
+def differing(one: Values, other: Values) -> frozenset[str]:
+    """Return the symbols of which two sizes have other values."""
     return frozenset(name for name in one if one[name] != other[name])
 
 
@@ -134,9 +138,9 @@ class _Solver:
     def __init__(self, through: Sequence[Values]) -> None:
         self._points = through
         base = through[0]
-        differing = [_differing(base, values) for values in through]
+        changed = [differing(base, values) for values in through]
         # symbol -> a point at which it alone differs from the base
-        self._alone = {next(iter(names)): i for i, names in enumerate(differing) if len(names) == 1}
+        self._alone = {next(iter(names)): i for i, names in enumerate(changed) if len(names) == 1}
         self._free = [name for name in base if len({values[name] for values in through}) > 1]
         self._known: dict[tuple[int, ...], Size | None] = {}
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,13 +14,12 @@ from derivation.call import DEFAULT_SIDE
 from derivation.errors import DerivationError
 from derivation.options import Options
 from derivation.tape.grid import Range, Sides
-from derivation.tape.loop import Loop
 from derivation.tape.recorded import RecordedSubject
 from derivation.tape.regime import Regime
 from derivation.tape.tape import Tape
 from derivation.trace.build import Description
-from derivation.trace.interpolate import Parted, Values, fit, points
-from derivation.trace.loops import find, folded, verify
+from derivation.trace.interpolate import Parted, Values, fit, parting, points
+from derivation.trace.loops import Span, spans, verify
 from derivation.trace.modules import modules_of
 from derivation.trace.pieces import pieces
 from derivation.trace.pipeline import TracedPipeline, same
@@ -52,7 +52,9 @@ def record(
     progress(f"building {description.class_name}")
     traced = TracedPipeline(description, options, given, sides)
     tokens = lengths(traced)
-    found = [r for guidance in _guidances(traced, tokens) for r in regimes(traced, guidance, tokens, progress)]
+    found: list[Regime] = []
+    for guidance in _guidances(traced, tokens):
+        found += list(regimes(traced, guidance, tokens, progress, found))
     modules = modules_of(traced.pipe)
     return RecordedSubject(
         name,
@@ -112,16 +114,26 @@ def _guidances(traced: TracedPipeline, tokens: Range) -> tuple[bool, ...]:
 
 
 def regimes(
-    traced: TracedPipeline, guidance: bool, tokens: Range, progress: Progress = lambda _: None
+    traced: TracedPipeline,
+    guidance: bool,
+    tokens: Range,
+    progress: Progress = lambda _: None,
+    guided: Sequence[Regime] = (),
 ) -> Iterator[Regime]:
-    """Yield what covers several images a call, where one structure does, and one image."""
+    """Yield what covers several images a call, where one structure does, and one image.
+
+    Sides and prompt lengths are looked for no wider than those ``guided`` are, where they are all alike.
+    """
     ranges = {**_side_ranges(traced, *(traced.sides or (0, 0))), "L": tokens}
     if traced.grid.frames is not None:
         usual = traced.grid.frames.latent(None)
         ranges["F"] = Range(2, usual + usual // 2) if usual > 2 else Range(usual, usual)
     for count in (BATCH, Range(1, 1)) if traced.arguments.batched else (Range(1, 1),):
+        known = [regime.ranges for regime in guided if regime.ranges["B"] == count]
+        alike = {name: known[0][name] for name in known[0] if name[0] in "hwL"} if known else {}
+        alike = {name: each for name, each in alike.items() if all(other[name] == each for other in known)}
         try:
-            yield from _regimes(traced, guidance, {**ranges, "B": count}, progress)
+            yield from _regimes(traced, guidance, {**ranges, **alike, "B": count}, progress)
         except Parted as error:
             if count.is_one:
                 raise
@@ -138,21 +150,27 @@ def _side_ranges(traced: TracedPipeline, least: int, most: int) -> dict[str, Ran
 
 
 class _Fitting:
-    """Fits one tape after another to a call of one pipeline; ``loop`` is the one over frames, where one is known."""
+    """Fits one tape after another to a call of one pipeline, at the latent frames of one span, where it has frames."""
 
     def __init__(self, traced: TracedPipeline, guidance: bool, progress: Progress) -> None:
         self.traced, self.guidance, self.progress = traced, guidance, progress
-        self.loop: tuple[Loop, Tape] | None = None
+        self.span: Span | None = None
+        self.base: Values = {}
         self.rejected: list[Values] = []
+        self._searched: list[Values] = []
+        self._said: set[str] = set()
 
     def run(self, values: Values) -> Tape:
         """Return the tape at the symbols' values, its loop folded; raises Parted for a call that is rejected."""
         tape = self.whole(values)
-        return tape if self.loop is None else folded(*self.loop, tape, values["F"])
+        return tape if self.span is None else self.span.folded(tape, values, self.base)
 
     def whole(self, values: Values) -> Tape:
         """Return the tape at the symbols' values; raises Parted for a call that is rejected."""
-        self.progress(", ".join(f"{name} = {value}" for name, value in values.items()))
+        line = ", ".join(f"{name} = {value}" for name, value in values.items())
+        if line not in self._said:
+            self._said.add(line)
+            self.progress(line)
         try:
             return self.traced.at(self.guidance, values)
         except DerivationError as error:
@@ -161,56 +179,97 @@ class _Fitting:
 
     def regime(self, ranges: Ranges) -> Regime:
         """Return one tape for ``ranges``; raises Parted where there is none."""
-        through, held = points(ranges, SEED)
+        looped = self._looped(ranges)
+        through, held = points(looped, SEED)
+        self.base = through[0]
+        held += [{**through[0], "F": usual} for usual in self._usual if usual in looped["F"] and held]
         self.traced.unknown.clear()
         tape = fit(self.run, through, held)
-        loop = None if self.loop is None else self.loop[0]
+        loop = None if self.span is None else self.span.loop
         if loop is not None:
-            held = [*held, {**held[-1], "F": loop.least}]
+            held += [{**held[-1], "F": loop.least}] if loop.least in ranges["F"] else []
             verify(loop, tape, self.whole, held)
-            ranges = {**ranges, "F": replace(ranges["F"], first=loop.least)}
         assumed = tuple(self.traced.unknown)
         return Regime(self.guidance, ranges, tape, tuple(through), tuple(held), assumed, loop).decided()
 
-    def frames(self, ranges: Ranges) -> Range | None:
-        """Return the latent frames that pass a loop over them, None where no loop has the usual, or one is known."""
-        video, base = self.traced.grid.frames, points(ranges, SEED)[0][0]
-        if self.loop is not None or video is None or ranges["F"].is_one:
-            return None
-        found = find(lambda frames: self.whole({**base, "F": frames}))
-        if found is None or video.latent(None) < found[0].least:
-            return None
-        self.loop = found
-        return replace(ranges["F"], first=found[0].least + 1)
+    @property
+    def _usual(self) -> list[int]:
+        return [] if self.traced.grid.frames is None else [self.traced.grid.frames.latent(None)]
+
+    def _looped(self, ranges: Ranges) -> Ranges:
+        """Return ranges whose frames pass the loop."""
+        if self.span is None or (loop := self.span.loop) is None:
+            return ranges
+        return {**ranges, "F": replace(ranges["F"], first=max(ranges["F"].first, loop.least + loop.period))}
+
+    def spans(self, ranges: Ranges) -> list[Span]:
+        """Return the parts of the frames at the base of ``ranges``; none where they have no parts, or are known."""
+        base = {**points(ranges, SEED)[0][0], "F": 0}
+        sides = [name for name in base if name[0] in "hw" and not ranges[name].is_one]
+        if not self._usual or ranges["F"].is_one or base in self._searched or (self.span and sides):
+            return []
+        for name in sides:  # where no mask's padding depends on F
+            base[name] = max(base[name] // COARSEST * COARSEST, COARSEST)
+        self._searched.append(base)
+        try:
+            found = spans(lambda frames: self.whole({**base, "F": frames}), ranges["F"], *self._usual)
+        except Parted:
+            return []
+        return found if len(found) > 1 or any(span.loop for span in found) else []
 
     def lengths(self, ranges: Ranges) -> list[Range]:
         """Return the parts of the prompt lengths that have one tape each, none where they have no parts."""
-        return pieces(self.run, points(ranges, SEED)[0][0], ranges["L"])
+        return pieces(self.run, points(self._looped(ranges), SEED)[0][0], ranges["L"])
+
+    def symbols(self, error: Parted) -> frozenset[str]:
+        """Return the symbols of an error: those alone without whose change there is none, where there are such."""
+        if error.between is None or len(error.symbols) == 1:
+            return error.symbols
+        base, values = error.between
+        return frozenset(n for n in error.symbols if self._alike(base, {**values, n: base[n]})) or error.symbols
+
+    def _alike(self, one: Values, other: Values) -> bool:
+        try:
+            return parting(self.run(one), self.run(other)) is None
+        except Parted:
+            return False
 
 
 def _regimes(traced: TracedPipeline, guidance: bool, ranges: Ranges, progress: Progress) -> list[Regime]:
     """Return tapes for ``ranges``, made coarser where the structure depends on a symbol; raises Parted."""
     fitting, parts = _Fitting(traced, guidance, progress), [ranges["L"]]
+    parted: list[Span | None] = [None]
     while True:
         fitting.rejected.clear()
         try:
-            return [fitting.regime({**ranges, "L": part}) for part in parts]
+            return list(_fitted(fitting, ranges, parts, parted))
         except Parted as error:
             progress(f"parted: {error}")
-            rejected, symbols = bool(fitting.rejected), error.symbols
-            if "F" in symbols and not rejected and (frames := fitting.frames(ranges)) is not None:
-                ranges = {**ranges, "F": frames}
+            rejected = bool(fitting.rejected)
+            symbols = fitting.symbols(error)
+            if "F" in symbols and not rejected and (found := fitting.spans(ranges)):
+                parted = [*found]
                 continue
-            if "L" in symbols and not rejected and len(parts) == 1 and len(found := fitting.lengths(ranges)) > 1:
-                parts = found
+            if fitting.span not in (None, parted[0]) and symbols == {"F"}:
+                parted = [span for span in parted if span is not fitting.span]
                 continue
-            others = symbols - {"F"} if fitting.loop else frozenset()
-            coarser = _coarser(traced, ranges, others or symbols, rejected)
+            if "L" in symbols and not rejected and len(parts) == 1 and len(pieces := fitting.lengths(ranges)) > 1:
+                parts = pieces
+                continue
+            others = symbols - {"F"} if fitting.span is not None and fitting.span.loop else symbols
+            coarser = _coarser(traced, ranges, others, rejected) or _coarser(traced, ranges, symbols, rejected)
             if coarser is None:
                 raise
             parts = parts if coarser["L"] == ranges["L"] else [coarser["L"]]
-            fitting.loop = None if "F" in ranges and coarser["F"].is_one else fitting.loop
+            parted = parted if coarser.get("F") == ranges.get("F") else [None]
             ranges = coarser
+
+
+def _fitted(fitting: _Fitting, ranges: Ranges, parts: list[Range], parted: list[Span | None]) -> Iterator[Regime]:
+    """Yield a tape for each span of frames and part of the prompt lengths; raises Parted."""
+    for fitting.span, length in product(parted, parts):
+        frames = {} if fitting.span is None else {"F": fitting.span.frames}
+        yield fitting.regime({**ranges, **frames, "L": length})
 
 
 def _coarser(traced: TracedPipeline, ranges: Ranges, symbols: frozenset[str], rejected: bool) -> Ranges | None:
