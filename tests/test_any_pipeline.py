@@ -169,7 +169,7 @@ def test_several_images_of_a_pipeline_that_makes_one_are_refused() -> None:
 def test_what_a_pipeline_rejects_bounds_its_ranges() -> None:
     """CogView3+ has a table of 8 x 8 positions, so 32 pixels; CogVideoX image to video one size."""
     assert checked(DOCUMENTS["CogView3PlusPipeline"]).covered.startswith("h3 2, w3 2, L 8 to 16")
-    assert checked(DOCUMENTS["CogVideoXImageToVideoPipeline"]).covered == "h1 1, w1 1, L 16, F 8, B 1"
+    assert checked(DOCUMENTS["CogVideoXImageToVideoPipeline"]).covered == "h1 1, w1 1, L 16, F 5 to 8, B 1"
 
 
 def test_an_unknown_class_and_a_broken_config_are_one_line(tmp_path: Path) -> None:
