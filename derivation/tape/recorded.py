@@ -169,10 +169,9 @@ class RecordedSubject:
         if not regimes:
             raise unsupported(self._spelled(fixed), self._values(fixed), self._covered())
         rest = {name: value for name, value in fixed.items() if name != "F"}
-        several = [r for r in own if "F" in r.ranges and not r.ranges["F"].is_one]
 
         def others(frames: int) -> list[Regime]:
-            return [specialised(r, {**rest, "F": frames}, lengths) for r in several if frames in r.ranges["F"]]
+            return [specialised(r, {**rest, "F": frames}, lengths) for r in own if frames in r.ranges.get("F", ())]
 
         return RecordedProgram(regimes, others, lambda values: self._traced(guidance, values))
 
