@@ -15,7 +15,7 @@ from typing import Any
 from derivation.allocator.memory import DeviceMemory, context_of
 from derivation.errors import unsupported
 from derivation.gpu.cards import Gpu, lookup, with_memory
-from derivation.gpu.profile import documented
+from derivation.gpu.profile import asked_of, documented
 from derivation.text import human
 
 MARGINS = Path(__file__).parent / "gpu" / "margins.json"
@@ -31,6 +31,7 @@ NO_CARD = "no verdict: the architecture names no card"
 MEASURED = "calls measured on this card"
 DOCUMENTED = "cuDNN as published for its architecture"
 NEAREST = "cuDNN as on another architecture"
+ASKED = "asked of cuDNN {} without the card"
 TENSORS = "tensors only"
 
 
@@ -138,10 +139,12 @@ def of_tensors(needs_bytes: int, of_bytes: int) -> Verdict:
 
 
 def confidence(card: Gpu) -> str:
-    """Return whether calls were measured on the card, its architecture is documented, or another stands in for it."""
+    """Return whether calls were measured on the card, its architecture is documented, cuDNN was asked, or none."""
     measured = {lookup(key).name for key in _margins()[MEASURED]["cards"]}
     if card.name in measured and not card.estimated:
         return MEASURED
+    if (version := asked_of(card)) is not None:
+        return ASKED.format(version)
     return DOCUMENTED if documented(card) else NEAREST
 
 

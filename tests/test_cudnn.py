@@ -14,6 +14,7 @@ from conftest import SD15
 from derivation import DerivationError
 from derivation.cli import run
 from derivation.gpu.cards import lookup
+from derivation.gpu.profile import hardware
 from derivation.measure import asked, cudnn
 from derivation.measure.asked import Question, Table, ask
 from derivation.measure.cudnn import Convolution, Cudnn, properties, version_text
@@ -183,3 +184,45 @@ def test_a_column_is_what_the_library_answers(wheel: Cudnn, tmp_path: Path, monk
             plans = wheel.plans(properties(lookup("t4")), convolution)
             assert nbytes == (plans[0].workspace_bytes if plans else None)
             assert (nbytes is None) == (question.dtype == "bfloat16")
+
+
+def test_profiles_that_were_asked_of_cudnn_are_its_answers() -> None:
+    """Of convolutions whose tensors are large, a share within 1 % of what the table has: a rule, not every engine."""
+    share = {
+        (row["card"], row["dtype"], row["memory_format"]): row["within_1_percent"] / row["large"]
+        for row in asked.agreement(asked.RECORDS)
+        if row["cudnn"] == {"v100-16gb": "9.10.2"}.get(row["card"], "9.19.0")
+    }
+    for card in ("v100-16gb", "t4", "rtx-2080-ti"):
+        assert share[card, "float32", "contiguous"] > 0.85
+        assert share[card, "float32", "channels_last"] > 0.9
+    assert min(n for (card, *_), n in share.items() if card == "rtx-5090") > 0.7
+    assert share["v100-16gb", "float16", "contiguous"] > 0.6
+    assert not {key for key in share if key[1] == "bfloat16" and key[0] in ("v100-16gb", "t4", "rtx-2080-ti")}
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "shape", "workspace_bytes"),
+    [
+        ("v100-16gb", "float16", ((1, 256, 512, 512), (128, 256, 3, 3), (1, 1), (1, 1)), 136380560),
+        ("v100-16gb", "float16", ((1, 256, 512, 512), (256, 256, 3, 3), (1, 1), (1, 1)), 269615120),
+        ("v100-16gb", "float32", ((1, 256, 512, 512), (256, 256, 3, 3), (1, 1), (1, 1)), 6554624),
+        ("t4", "float32", ((1, 256, 512, 512), (256, 256, 3, 3), (1, 1), (1, 1)), 6554624),
+        ("t4", "float32", ((1, 256, 513, 513), (256, 256, 3, 3), (2, 2), (0, 0)), 393344),
+        ("rtx-5090", "float16", ((1, 256, 512, 512), (256, 256, 3, 3), (1, 1), (1, 1)), 269615120),
+        ("rtx-5090", "float32", ((1, 256, 512, 512), (256, 256, 3, 3), (1, 1), (1, 1)), 270794768),
+    ],
+)
+def test_a_profile_by_hand(card: str, dtype: str, shape: asked.Shape, workspace_bytes: int) -> None:
+    """cuDNN's bytes, as the table has them, and the profile's."""
+    [n] = {
+        n
+        for question, answers in Table.open(asked.RECORDS).answers()
+        for convolution, n in answers
+        if (question.card, question.dtype, question.memory_format) == (card, dtype, "contiguous")
+        and convolution == Convolution(*shape, dtype, False)
+    }
+    image, weight, stride, _ = shape
+    profile = hardware(card).convolution_workspace(dtype, False, 3, weight[1], weight[0], stride != (1, 1))
+    out = Convolution(*shape, dtype, False).output
+    assert n == workspace_bytes == profile.nbytes(image, out, weight, {"float16": 2, "float32": 4}[dtype])

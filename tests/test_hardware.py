@@ -15,18 +15,20 @@ from derivation.config import load
 from derivation.errors import DerivationError
 from derivation.evidence import table as evidence
 from derivation.evidence.bench import Bench
-from derivation.gpu.profile import Hardware, NearestProfile, hardware
+from derivation.gpu.cards import lookup
+from derivation.gpu.profile import Hardware, NearestProfile, asked_of, hardware
 from derivation.libraries import NearestVersion
 from derivation.options import Options
 from derivation.options.choices import ATTENTION, ATTENTION_ALIASES
 from derivation.peak.headline import Grid
 from derivation.peak.liveness import alive_at
 from derivation.tape.evaluate import Evaluator
-from derivation.tape.events import Category
+from derivation.tape.events import Allocation, Category
 from derivation.tape.symbols import evaluate
 from derivation.tape.tape import Tape, tape
 from derivation.tape.tensor import SymTensor
-from derivation.verdict import DOCUMENTED, MARGINS, NEAREST
+from derivation.trace.scratch import buffers
+from derivation.verdict import ASKED, DOCUMENTED, MARGINS, MEASURED, NEAREST
 from derivation.walk import ops
 from derivation.walk.attention import scaled_dot_product_attention
 from derivation.walk.models import decode, encode
@@ -229,6 +231,23 @@ def allocations(run: Callable[[], object], card: Hardware) -> list[tuple[str, in
     return [(a.op, a.nbytes) for a in record(run, card, {}).allocations]
 
 
+@pytest.mark.parametrize("scratch", ["expected", "none"])
+def test_bfloat16_before_ampere_convolves_in_columns(scratch: str) -> None:
+    """slow_conv2d: C R S P Q elements of one image, whatever the batch; nothing where the kernel is 1 x 1."""
+    card = hardware("t4", scratch=scratch)
+
+    def run() -> object:
+        x = empty((2, 64, 32, 24), "bfloat16", "input")
+        return Conv2d("one", x, 8, 1), Conv2d("three", x, 16, 3, stride=2, padding=1)
+
+    found = [(a.op, a.nbytes) for a in record(run, card, {}).allocations if a.category is Category.SCRATCH]
+    assert found == [("convolution columns", 64 * 9 * 16 * 12 * 2)]
+    out = Allocation(("three",), "convolution", (2, 16, 16, 12), "bfloat16", 0, Category.ACTIVATION)
+    inside = buffers(out, ((2, 64, 32, 24), (16, 64, 3, 3)), card).inside
+    assert [(a.op, a.nbytes) for a in inside] == found
+    assert buffers(out, ((2, 64, 16, 12), (16, 64, 1, 1)), card).inside == ()
+
+
 def test_norms_hold_a_row_major_copy_and_their_coefficients():
     image = 2 * 8 * 4 * 4 * 2
 
@@ -348,8 +367,8 @@ def test_unknown_hardware():
         hardware("gtx-480")
     with pytest.raises(DerivationError, match="scratch"):
         hardware("t4", scratch="guess")
-    with pytest.warns(NearestProfile, match="as measured on Ada Lovelace"):
-        hardware("rtx-5090")
+    with pytest.warns(NearestProfile, match="as measured on Turing"):
+        hardware("p100")
     with pytest.warns(NearestVersion, match="torch 2.5"):
         hardware("t4", torch="2.1")
     with pytest.raises(DerivationError, match="no convolution workspace"):
@@ -359,8 +378,7 @@ def test_unknown_hardware():
 def test_a_context_that_nobody_documented_is_that_of_the_nearest_card_and_says_so():
     derivation = derive(CHECKPOINT.name, gpu="t4", attention="sdpa")
     assert derivation.estimate(64, 64)["context_source"] == "Tesla T4"
-    with pytest.warns(NearestProfile):
-        found = derive(CHECKPOINT.name, gpu="rtx-5090", attention="sdpa").estimate(64, 64)
+    found = derive(CHECKPOINT.name, gpu="rtx-5090", attention="sdpa").estimate(64, 64)
     assert found["context_source"].startswith("nearest documented card: ")
 
 
@@ -415,6 +433,8 @@ def test_open_muse_unet_rows_grow_as_published(comparisons):
 def test_the_margin_of_a_documented_card_is_the_worst_public_row(comparisons):
     worst = max((c for c in comparisons.values() if c.judged), key=lambda c: c.measurement.value / c.predicted)
     margins = json.loads(MARGINS.read_text())
-    for trusted in (DOCUMENTED, NEAREST):
+    asked = {ASKED.format(asked_of(lookup(name))) for name in ("v100", "rtx-5090")}
+    assert {DOCUMENTED, NEAREST, *asked} == {key for key in margins if key not in ("note", MEASURED)}
+    for trusted in (DOCUMENTED, NEAREST, *asked):
         found = margins[trusted]["measured_bytes"], margins[trusted]["predicted_bytes"]
         assert found == (int(worst.measurement.value), worst.predicted)

@@ -18,7 +18,7 @@ from derivation.config import load
 from derivation.errors import unsupported
 from derivation.files import check_file
 from derivation.options import Options, options_of
-from derivation.text import human
+from derivation.text import MIB, human
 from derivation.walk.subject import WalkedSubject
 
 LIBRARIES = ("torch", "cuda", "cudnn", "diffusers", "transformers")
@@ -35,7 +35,7 @@ def measure(
     dtypes: Annotated[str | None, typer.Option(help="Types, with commas.")] = None,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance is on above 1.")] = 7.5,
     scratch: Annotated[bool, typer.Option("--scratch", help="Each convolution and attention shape alone.")] = False,
-    card: Annotated[str | None, typer.Option(help="With --scratch: ask cuDNN itself of this card, without it.")] = None,
+    card: Annotated[str | None, typer.Option(help="With --scratch: ask cuDNN of these cards, without them.")] = None,
     cudnn_version: Annotated[str | None, typer.Option(help="Refuse another cuDNN than this one, as 9.19.0.")] = None,
     history: Annotated[bool, typer.Option("--history", help="Keep the allocator's events.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds a point may take.")] = 1800,
@@ -84,12 +84,14 @@ def _ask(card: str | None, version: str | None, found: Sequence[dict[str, Any]],
     if card is None or not scratch:
         raise unsupported("card", card, "a card of the GPU table, and --scratch with it")
     from derivation.measure.asked import FORMATS, ask, convolutions
+    from derivation.measure.grid import parse_list
 
     check_file("output", path)
-    dtypes = list(dict.fromkeys(point["dtype"] for point in found))
-    with output.steps("asking", len(dtypes) * len(FORMATS)) as advance:
-        here = ask(card, convolutions(found), dtypes, path, version, advance)
-    output.line(f"wrote {path}: {card}, cuDNN {here}")
+    cards, dtypes = parse_list("card", card), list(dict.fromkeys(point["dtype"] for point in found))
+    shapes = convolutions(found)
+    with output.steps("asking", len(cards) * len(dtypes) * len(FORMATS)) as advance:
+        here = {ask(name, shapes, dtypes, path, version, advance) for name in cards}
+    output.line(f"wrote {path}: {card}, cuDNN {', '.join(here)}")
 
 
 def _jobs(derivation: Derivation, points: Iterable[dict[str, Any]], kind: str, history: bool) -> Iterable[Any]:
@@ -106,6 +108,9 @@ def calibrate(
     file: Annotated[
         Path | None, typer.Argument(help="A file that measure --scratch wrote; without it the evidence.")
     ] = None,
+    asked: Annotated[
+        bool, typer.Option("--asked", help="Hold the profiles to what cuDNN answered: a file of --scratch --card.")
+    ] = False,
     output_path: Annotated[Path | None, typer.Option("--output", help="JSON file to write.")] = None,
     json: Json = False,
 ) -> None:
@@ -119,11 +124,33 @@ def calibrate(
 
     if output_path is not None:
         check_file("output", output_path)
-    found = calibrated(file or RECORDS)
+    found = _agreement(file) if asked else calibrated(file or RECORDS)
     if output_path is not None:
         write_json(output_path, found)
         output.wrote(output_path)
-    output.emit(found, json, _show_profile)
+    output.emit(found, json, _show_agreement if asked else _show_profile)
+
+
+def _agreement(file: Path | None) -> dict[str, Any]:
+    from derivation.measure.asked import RECORDS, agreement
+
+    return {"asked": agreement(file or RECORDS)}
+
+
+def _show_agreement(result: Mapping[str, Any]) -> None:
+    rows = [
+        (
+            f"{row['card']}, {row['dtype']}, {row['memory_format']}, cuDNN {row['cudnn']}",
+            row["large"],
+            row["within_1_kib"],
+            row["within_1_percent"],
+            f"{row['largest_difference_bytes'] / MIB:+,.1f} MiB",
+            row["of"],
+        )
+        for row in result["asked"]
+    ]
+    columns = ("profile against", ">large", ">within 1 KiB", ">within 1 %", ">largest", "input [N, C, H, W] to K")
+    output.table("Workspaces as the profiles have them, less what cuDNN asks for", columns, rows)
 
 
 def _show_profile(result: Mapping[str, Any]) -> None:

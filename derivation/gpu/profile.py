@@ -9,8 +9,9 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, reduce
 from itertools import product
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from derivation.libraries import Libraries, libraries, tell_unverified
 
 PROFILES = Path(__file__).with_name("profiles.json")
 SCRATCH = ("expected", "upper", "none")
-# dtype, whether in channels_last, kind
-WorkspaceKey = tuple[str, bool, str]
+# sizes are integers, or polynomials
+Shape = tuple[Any, ...]
+# dtype, whether in channels_last, kind, output channels (0: any)
+WorkspaceKey = tuple[str, bool, str, int]
 
 
 class NearestProfile(UserWarning):
@@ -30,17 +33,32 @@ class NearestProfile(UserWarning):
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """A convolution's workspace: these multiples of the bytes of its input, output and weight, and a constant."""
+    """A convolution's workspace: these multiples of the bytes of its input, output and weight, and a constant.
+
+    ``pixel`` are bytes for each pixel of one output image (an implicit GEMM's table of offsets), ``pair`` and
+    ``filter`` for each pair of channels and each output channel (weights in Winograd's transform).
+    """
 
     input: int
     output: int
     weight: int
     constant: int = 0
+    pixel: int = 0
+    pair: int = 0
+    filter: int = 0
+
+    def nbytes(self, given: Shape, out: Shape, weight: Shape, item_bytes: int) -> Any:
+        """Return the bytes for an input [N, C, H, W], an output [N, K, P, Q] and a weight [K, C, R, S]."""
+        tensors = ((self.input, given), (self.output, out), (self.weight, weight))
+        elements = sum((factor * reduce(mul, shape, 1) for factor, shape in tensors if factor), start=0)
+        own = self.pixel * out[2] * out[3] if self.pixel else 0
+        channels = self.pair * weight[0] * weight[1] + self.filter * weight[0] if self.pair or self.filter else 0
+        return elements * item_bytes + own + channels + self.constant
 
 
 NO_WORKSPACE = Workspace(0, 0, 0)
 # Kinds of convolutions that a profile may tell apart; "spatial" is every other.
-POINTWISE, UNALIGNED, SPATIAL = "pointwise", "unaligned", "spatial"
+POINTWISE, UNALIGNED, STRIDED, SPATIAL = "pointwise", "unaligned", "strided", "spatial"
 # The widest heads of the models' attention: the VAE's.
 MAX_HEAD_DIM = 512
 # cuDNN's tensor-core kernels read channels in eights.
@@ -63,17 +81,28 @@ class Hardware:
     workspaces: tuple[tuple[WorkspaceKey, Workspace], ...] = ()
 
     def convolution_workspace(
-        self, dtype: str, channels_last: bool, kernel: int = 3, in_channels: int = CHANNEL_ALIGNMENT
+        self,
+        dtype: str,
+        channels_last: bool,
+        kernel: int = 3,
+        in_channels: int = CHANNEL_ALIGNMENT,
+        out_channels: int = 0,
+        strided: bool = False,
     ) -> Workspace:
         """Return the workspace of a convolution; raises DerivationError where the profile has none."""
         if self.scratch != "expected":
             return UPPER_WORKSPACE if self.scratch == "upper" else NO_WORKSPACE
-        kind = convolution_kind(kernel, in_channels)
-        for key, workspace in self.workspaces:
-            if key == (dtype, channels_last, kind):
-                return workspace
+        kind = convolution_kind(kernel, in_channels, strided)
+        found = dict(self.workspaces)
+        for wanted, channels in product(dict.fromkeys((kind, SPATIAL)), (out_channels, 0)):
+            if (key := (dtype, channels_last, wanted, channels)) in found:
+                return found[key]
         sm = "sm{}{}".format(*self.compute_capability)
         raise DerivationError(f"{PROFILES.name}: no convolution workspace for {sm} {dtype}; use scratch upper or none")
+
+    def runs_cudnn(self, dtype: str) -> bool:
+        """Return whether cuDNN convolves a type (CUDAHooks.cpp: supportsBFloat16ConvolutionWithCuDNNv8)."""
+        return dtype != "bfloat16" or self.compute_capability >= (8, 0)
 
     def cublas_workspace_bytes(self) -> int:
         """Bytes that the first use of a cuBLAS handle allocates for good: ``:4096:2:16:8``, or 32 MiB.
@@ -122,7 +151,8 @@ class Hardware:
 
         ``fused`` says whether kernels of SDPA are tried, ``asked`` are the arguments of num_splits of those calls.
         """
-        scratch = (self.workspaces, self.scratch, self.cublas_workspace_bytes(), self.cublaslt_workspace_bytes())
+        convolutions = (self.workspaces, self.scratch, self.runs_cudnn(dtype))
+        scratch = (*convolutions, self.cublas_workspace_bytes(), self.cublaslt_workspace_bytes())
         if not fused:
             return scratch
         widths = range(8, MAX_HEAD_DIM + 1, 8)
@@ -167,15 +197,15 @@ def lacks_fused_attention(gpu: str | None, dtype: str) -> bool:
     return gpu is not None and dtype == "bfloat16" and lookup(gpu).compute_capability < (8, 0)
 
 
-def convolution_kind(kernel: int, in_channels: int) -> str:
+def convolution_kind(kernel: int, in_channels: int, strided: bool = False) -> str:
     """Return the kind of a convolution with a square kernel.
 
-    >>> convolution_kind(1, 4), convolution_kind(3, 4), convolution_kind(3, 320)
-    ('pointwise', 'unaligned', 'spatial')
+    >>> convolution_kind(1, 4), convolution_kind(3, 4), convolution_kind(3, 320), convolution_kind(3, 320, True)
+    ('pointwise', 'unaligned', 'spatial', 'strided')
     """
     if kernel == 1:
         return POINTWISE
-    return UNALIGNED if in_channels % CHANNEL_ALIGNMENT else SPATIAL
+    return UNALIGNED if in_channels % CHANNEL_ALIGNMENT else STRIDED if strided else SPATIAL
 
 
 def _changes(blocks: int, splits: int) -> bool:
@@ -225,9 +255,11 @@ def _workspaces(card: Gpu) -> tuple[tuple[WorkspaceKey, Workspace], ...]:
         documented = card.architecture in entry["architectures"]
         if not documented and nearest["architecture"] not in entry["architectures"]:
             continue
-        for dtype, kind in product(entry["dtypes"], (SPATIAL, POINTWISE, UNALIGNED)):
-            coefficients = entry.get(kind, entry["coefficients"])
-            found[dtype, entry["memory_format"] == "channels_last", kind] = Workspace(**coefficients)
+        kinds = {(kind, 0): entry.get(kind, entry["coefficients"]) for kind in (SPATIAL, POINTWISE, UNALIGNED)}
+        kinds |= {(STRIDED, 0): entry[STRIDED]} if STRIDED in entry else {}
+        kinds |= {(SPATIAL, int(k)): only for k, only in entry.get("out_channels", {}).items()}
+        for dtype, ((kind, channels), coefficients) in product(entry["dtypes"], kinds.items()):
+            found[dtype, entry["memory_format"] == "channels_last", kind, channels] = Workspace(**coefficients)
     if nearest["architecture"] != card.architecture:
         warnings.warn(
             f"{card.name}: convolution workspace as measured on {nearest['architecture']} ({nearest['reason']})",
@@ -238,9 +270,15 @@ def _workspaces(card: Gpu) -> tuple[tuple[WorkspaceKey, Workspace], ...]:
 
 
 def documented(card: Gpu) -> bool:
-    """Whether the workspace profile is that of the card's own architecture."""
-    nearest: str | None = _profiles()["nearest"].get(card.architecture, {}).get("architecture")
-    return card.architecture == nearest
+    """Whether the workspace profile is that of the card's own architecture, as published or measured."""
+    nearest = _profiles()["nearest"].get(card.architecture, {})
+    return card.architecture == nearest.get("architecture") and "asked" not in nearest
+
+
+def asked_of(card: Gpu) -> str | None:
+    """Return the cuDNN that was asked of the card's architecture without a card, None where none was needed."""
+    version: str | None = _profiles()["nearest"].get(card.architecture, {}).get("asked")
+    return version
 
 
 @cache

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,17 @@ from derivation.config.json_file import read_json
 from derivation.errors import DerivationError, unsupported
 from derivation.files import write_file
 from derivation.gpu.cards import Gpu, lookup
+from derivation.gpu.profile import Hardware, hardware
 from derivation.measure.cudnn import Convolution, installed, properties, version_text
 from derivation.measure.runner import Job, run_worker
+from derivation.tape.symbols import DTYPE_BYTES
 
 FORMAT = "derivation-workspaces-1"
+RECORDS = Path(__file__).parent.parent / "evidence" / "cudnn-workspaces.json"
 WORKER = (sys.executable, "-m", "derivation.measure.asked")
 TIMEOUT_S = 600.0
+# bytes of input and output from which a workspace is judged: those that a peak is made of
+LARGE = 32 * 1024 * 1024
 FORMATS = ("contiguous", "channels_last")
 # [N, C, H, W], [K, C, R, S], (stride), (padding)
 Shape = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -162,6 +168,44 @@ def _asked(question: Question, shapes: Sequence[Shape]) -> list[int | None]:
         said = f"card = {question.card}: cuDNN {question.cudnn} failed on {question.dtype} {question.memory_format}"
         raise DerivationError(f"{said}: {answer['message']}")
     return list(answer["workspace_bytes"])
+
+
+def agreement(path: Path) -> list[dict[str, Any]]:
+    """Return how far the profile of a card is from each column of a table, for convolutions of LARGE tensors.
+
+    A type that cuDNN does not convolve there has no row. Raises DerivationError for another file.
+    """
+    rows: list[dict[str, Any]] = []
+    for question, answers in Table.open(path).answers():
+        card = hardware(question.card)
+        pairs = [(_expected(card, shape), n, shape) for shape, n in answers if n is not None and _large(shape)]
+        if not pairs:
+            continue
+        worst = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
+        rows.append(
+            {
+                **asdict(question),
+                "large": len(pairs),
+                "within_1_kib": sum(abs(mine - n) <= 1024 for mine, n, _ in pairs),
+                "within_1_percent": sum(abs(mine - n) <= n // 100 for mine, n, _ in pairs),
+                "largest_difference_bytes": worst[0] - worst[1],
+                "of": f"{worst[2].input} to {worst[2].output[1]}",
+            }
+        )
+    return rows
+
+
+def _large(shape: Convolution) -> bool:
+    """Whether a peak can be made of it: PyTorch splits batches of more elements (ConvShared.cpp)."""
+    sizes = prod(shape.input), prod(shape.output)
+    return sum(sizes) * DTYPE_BYTES[shape.dtype] >= LARGE and max(sizes) < 2**31
+
+
+def _expected(card: Hardware, shape: Convolution) -> int:
+    strided = shape.output[2:] != shape.input[2:]
+    kind = (shape.weight[2], shape.weight[1], shape.weight[0], strided)
+    workspace = card.convolution_workspace(shape.dtype, shape.channels_last, *kind)
+    return int(workspace.nbytes(shape.input, shape.output, shape.weight, DTYPE_BYTES[shape.dtype]))
 
 
 def answer(payload: Mapping[str, Any]) -> dict[str, Any]:

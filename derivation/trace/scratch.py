@@ -103,16 +103,19 @@ def _matrix(out: Allocation, hardware: Hardware) -> Buffers:
 
 
 def _convolution(out: Allocation, shapes: Shapes, hardware: Hardware) -> Iterator[Allocation]:
-    """cudnn/Conv_v8.cpp: the profile's multiples of the input, the output and the weight."""
+    """cudnn/Conv_v8.cpp, or columns [C R S, P Q] of one image where cuDNN lacks the type (cuda/ConvolutionMM2d.cu)."""
     given, weight = shapes
-    channels, kernel = weight[1], weight[2]
-    assert isinstance(channels, int) and isinstance(kernel, int)
-    factors = hardware.convolution_workspace(out.dtype, False, kernel, channels)
-    elements = sum(
-        factor * reduce(mul, shape, 1)
-        for factor, shape in ((factors.input, given), (factors.output, out.shape), (factors.weight, weight))
-    )
-    yield _buffer(out, elements * DTYPE_BYTES[out.dtype] + factors.constant, "convolution workspace")
+    filters, channels, kernel = weight[:3]
+    assert isinstance(filters, int) and isinstance(channels, int) and isinstance(kernel, int)
+    if not hardware.runs_cudnn(out.dtype):
+        if kernel != 1:
+            columns = reduce(mul, (*weight[1:], *out.shape[2:]), DTYPE_BYTES[out.dtype])
+            yield _buffer(out, columns, "convolution columns")
+        return
+    kind = (kernel, channels, filters, out.shape[2:] != given[2:])
+    workspace = hardware.convolution_workspace(out.dtype, False, *kind)
+    nbytes = workspace.nbytes(given, out.shape, weight, DTYPE_BYTES[out.dtype])
+    yield _buffer(out, nbytes, "convolution workspace")
 
 
 def _accumulator(out: Allocation) -> Iterator[Allocation]:

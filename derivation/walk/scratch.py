@@ -46,12 +46,29 @@ def convolution_buffers(x: SymTensor, out: SymTensor, weight: SymTensor, channel
     """The weight in channels_last where the convolution runs so, and cuDNN's workspace (cudnn/Conv_v8.cpp)."""
     in_channels, kernel_height, kernel_width = weight.shape[1:]
     assert isinstance(in_channels, int) and isinstance(kernel_height, int)
+    if not tape().gpu(Hardware.runs_cudnn, x.dtype):
+        convolution_columns(x, out, weight)
+        return
     copied = channels_last and not weight.is_channels_last() and kernel_height != 1 and kernel_width != 1
     weight_copy = _buffer(weight.shape, weight.dtype, "convolution weight") if copied else None
-    factors = tape().gpu(Hardware.convolution_workspace, x.dtype, channels_last, kernel_height, in_channels)
-    elements = factors.input * x.numel() + factors.output * out.numel() + factors.weight * weight.numel()
-    _buffer((elements * DTYPE_BYTES[x.dtype] + factors.constant,), "uint8", "convolution workspace")
+    kind = (kernel_height, in_channels, weight.shape[0], out.shape[2:] != x.shape[2:])
+    workspace = tape().gpu(Hardware.convolution_workspace, x.dtype, channels_last, *kind)
+    nbytes = workspace.nbytes(x.shape, out.shape, weight.shape, DTYPE_BYTES[x.dtype])
+    _buffer((nbytes,), "uint8", "convolution workspace")
     del weight_copy
+
+
+def convolution_columns(x: SymTensor, out: SymTensor, weight: SymTensor) -> None:
+    """The row-major input, and columns [C R S, P Q] of one image (cuda/ConvolutionMM2d.cu: slow_conv2d).
+
+    Its output is row-major there; the tape keeps the format that it has with cuDNN.
+    """
+    in_channels, kernel_height, kernel_width = weight.shape[1:]
+    copy = row_major_copy(x, "convolution")
+    if (kernel_height, kernel_width) != (1, 1):
+        shape = (in_channels * kernel_height * kernel_width, out.shape[2] * out.shape[3])
+        _buffer(shape, x.dtype, "convolution columns")
+    del copy
 
 
 @inside
