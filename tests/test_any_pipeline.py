@@ -33,13 +33,14 @@ from derivation.guard import will_fit
 from derivation.options import Options
 from derivation.options.live import live_traced_options
 from derivation.tape.grid import Range, Sides
+from derivation.tape.loop import normalised
 from derivation.tape.recorded import RecordedSubject
 from derivation.tape.symbols import as_poly, ceil512, symbol
 from derivation.tape.tape import Tape
 from derivation.trace import store
 from derivation.trace.arguments import Arguments
 from derivation.trace.build import Description, build
-from derivation.trace.interpolate import Parted, fit, normalised, parting, points
+from derivation.trace.interpolate import Parted, fit, parting, points
 from derivation.trace.modules import modules_of
 from derivation.trace.offloaded import with_model_offload
 from derivation.trace.pipeline import TracedPipeline, same

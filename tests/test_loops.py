@@ -14,8 +14,9 @@ pytest.importorskip("torch")
 from derivation.options import Options
 from derivation.tape.events import Allocation, Category
 from derivation.tape.grid import Range
+from derivation.tape.loop import normalised
 from derivation.tape.tape import Tape
-from derivation.trace.interpolate import Values, fit, normalised
+from derivation.trace.interpolate import Values, fit
 from derivation.trace.loops import Span, repeats, spans, verify
 from derivation.trace.pipeline import TracedPipeline
 from derivation.verify.pipelines import SIDES, arguments, description, read

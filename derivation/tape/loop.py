@@ -14,6 +14,20 @@ from derivation.tape.tape import Shapes, Tape
 Put = Callable[[Size, int], Size]
 
 
+def normalised(tape: Tape) -> Tape:
+    """Return a tape whose deaths between two births, of one stage, are in the order of the births.
+
+    Their order is that of a dict or set in Python and says nothing: no live set is larger between them.
+    """
+    starts = {mark.event for mark in tape.marks}
+    events, first = list(tape.events), 0
+    for i in range(len(events) + 1):
+        if i == len(events) or events[i] > 0 or i in starts:
+            events[first:i] = sorted(events[first:i], reverse=True)
+            first = i + 1 if i < len(events) and events[i] > 0 else i
+    return replace(tape, events=events)
+
+
 @dataclass(frozen=True, slots=True)
 class Body:
     """A part of the pass that runs again: ``births`` allocations after the first ``before``, events alike.
@@ -55,10 +69,13 @@ class Loop:
     bodies: tuple[Body, ...]
 
     def unrolled(self, tape: Tape, frames: int, put: Put) -> Tape:
-        """Return the tape of some latent frames, ``least`` or whole periods more, sizes ``put`` at a pass's frame."""
+        """Return the tape of some latent frames, ``least`` or whole periods more, normalised.
+
+        Sizes are ``put`` at the last frame of their pass.
+        """
         plan = _Plan(self.bodies, (frames - self.least) // self.period, tape.events)
         indices = [(i, frames if k is None else self.least + self.period * (k + 1)) for i, k in plan.allocations(tape)]
-        return replace(
+        whole = replace(
             tape,
             allocations=[_put(tape.allocations[i], at, put) for i, at in indices],
             events=plan.events,
@@ -71,6 +88,7 @@ class Loop:
                 if i in tape.convolutions
             },
         )
+        return normalised(whole)
 
     def folded(self, tape: Tape, recorded: Tape, frames: int) -> Tape:
         """Return ``recorded``, of one pass, with the sizes of a tape of some latent frames, its last pass's."""

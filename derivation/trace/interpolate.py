@@ -42,20 +42,6 @@ class Parted(DerivationError):
         self.symbols, self.between = symbols, between
 
 
-def normalised(tape: Tape) -> Tape:
-    """Return a tape whose deaths between two births, of one stage, are in the order of the births.
-
-    Their order is that of a dict or set in Python and says nothing: no live set is larger between them.
-    """
-    starts = {mark.event for mark in tape.marks}
-    events, first = list(tape.events), 0
-    for i in range(len(events) + 1):
-        if i == len(events) or events[i] > 0 or i in starts:
-            events[first:i] = sorted(events[first:i], reverse=True)
-            first = i + 1 if i < len(events) and events[i] > 0 else i
-    return replace(tape, events=events)
-
-
 def parting(one: Tape, other: Tape) -> str | None:
     """Return where the structures of two normalised tapes differ, None where they do not."""
     for i, (a, b) in enumerate(zip(one.allocations, other.allocations, strict=False)):

@@ -15,7 +15,7 @@ from derivation.tape.grid import Range
 from derivation.tape.loop import Body, Loop
 from derivation.tape.symbols import Size, evaluate
 from derivation.tape.tape import Tape
-from derivation.trace.interpolate import Parted, Values, check, differing, normalised, parting
+from derivation.trace.interpolate import Parted, Values, check, differing, parting
 
 # Frames a pass, and parts of a pass, that are looked for; passes that may be of their own before those that repeat.
 PERIODS, MOST_BODIES, OWN_PASSES = (1, 2, 3, 4), 3, 3
@@ -62,7 +62,7 @@ def spans(trace: Trace, whole: Range, usual: int) -> list[Span]:
 
 def repeats(loop: Loop, recorded: Tape, traced: Tape, frames: int) -> bool:
     """Return whether the tape of some latent frames is that of one pass, which is repeated."""
-    return parting(normalised(loop.unrolled(recorded, frames, lambda size, _: size)), traced) is None
+    return parting(loop.unrolled(recorded, frames, lambda size, _: size), traced) is None
 
 
 def verify(loop: Loop, fitted: Tape, trace: Callable[[Values], Tape], held: Iterable[Values]) -> None:
@@ -72,7 +72,7 @@ def verify(loop: Loop, fitted: Tape, trace: Callable[[Values], Tape], held: Iter
         def at(size: Size, frames: int, values: Values = values) -> Size:
             return evaluate(size, {**values, "F": frames})
 
-        check(normalised(loop.unrolled(fitted, values["F"], at)), trace(values), values, values)
+        check(loop.unrolled(fitted, values["F"], at), trace(values), values, values)
 
 
 def _looped(trace: Trace, whole: Range, period: int) -> list[Span]:

@@ -15,10 +15,11 @@ from derivation.errors import DerivationError, shown
 from derivation.options import Options
 from derivation.tape.evaluate import Evaluator
 from derivation.tape.grid import Grid
+from derivation.tape.loop import normalised
 from derivation.tape.tape import Tape
 from derivation.trace.arguments import Arguments
 from derivation.trace.build import REJECTIONS, Description, State, build
-from derivation.trace.interpolate import Values, normalised
+from derivation.trace.interpolate import Values
 from derivation.trace.modules import modules_of, quiet
 from derivation.trace.offload import offload_pipeline
 from derivation.trace.shadows import ShadowTracer
