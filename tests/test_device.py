@@ -27,6 +27,7 @@ from derivation.config.checkpoint import BUNDLED
 from derivation.equation.device import BEYOND, N
 from derivation.errors import DerivationError
 from derivation.export import export
+from derivation.export.latex_device import bound
 from derivation.tape.grid import H, W
 from derivation.tape.symbols import symbol
 
@@ -324,17 +325,30 @@ def python_of(formula: str) -> str:
 
 
 def test_the_latex_is_what_the_replay_says(sd15: Derivation) -> None:
-    latex, form = sd15.latex("device"), sd15.equation.device
+    latex = sd15.latex("device")
     sums = [python_of(found) for found in re.findall(r"N = (.*?)\n  \\end", latex, re.DOTALL)]
     conditions = [re.findall(r"\$(.*?)\$", line) for line in re.findall(r"here (\$.*), it is", latex)]
     told = [[python_of(each) for each in row] for row in conditions]
     context = int(re.search(r"underbrace{(.*?)}_", latex)[1].replace("{,}", ""))
-    for height, width in [(512, 512), (576, 640), (1024, 1024), (1088, 1088), (704, 1920)]:
-        names = {"H": height, "W": width, "n": form.counted_at(height, width), "s": segments}
+    plain = latex.replace("{,}", "")
+    steps = [(int(most), int(n)) for n, most in re.findall(r"\$(\d+)\$ up to \$(\d+)\$", plain)]
+    beyond = int(re.search(r"\$(\d+)\$ beyond", plain)[1])
+    for height, width in [(512, 512), (576, 640), (1024, 1024), (1088, 1088), (704, 1920), (1536, 1856)]:
+        n = next((n for most, n in steps if height * width <= most), beyond)
+        names = {"H": height, "W": width, "n": n, "s": segments}
         row = next((i for i, each in enumerate(told, 1) if all(eval(c, {}, names) for c in each)), 0)
         shown = sd15.device_memory(height, width).device
         assert context + (1 << 21) * eval(sums[row], {}, names) == shown, (height, width, row)
     assert "$B = 1$ and $L = 77$" in latex and not any("- " in each for row in conditions for each in row)
+
+
+def test_what_has_too_many_steps_is_bounded_by_the_nearest_line_above() -> None:
+    draw = random.Random(5)
+    found = [(pixels, 20 + 19 * pixels // 2**16 - draw.randrange(9)) for pixels in range(2**18, 2**22, 2**14)]
+    start, slope = map(int, re.search(r"at most \$(-?\d+) \+ (\d+)\\,H W / 2\^\{16\}\$", bound(found)).groups())
+    above = [start + slope * pixels / 2**16 - n for pixels, n in found]
+    # the drawn numbers are at most 8 below a line, whose slope is 19
+    assert slope == 19 and 0 <= min(above) < 1 and max(above) < 11
 
 
 def test_the_latex_of_one_size_names_it(sd15: Derivation) -> None:

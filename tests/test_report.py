@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SD15, numbers
+from matplotlib.text import Text
 
 from derivation import DerivationError, derive
 from derivation.cli import run
 from derivation.config.checkpoint import BUNDLED
 from derivation.files import write_files
-from derivation.report import build, calculator, content, pictures
+from derivation.report import build, calculator, content, figures, pictures
 from derivation.report.answer import SIZES, answer, reference_side
 from derivation.report.assumptions import chips
 from derivation.report.reduction import reductions
@@ -152,6 +153,19 @@ def test_every_figure_has_its_data(report, derivation):
     cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in tables["curves"]]
     peaks = next(row for row in cells if row[:1] == ["768"])[1:]
     assert [int(cell.replace("\u202f", "")) for cell in peaks] == list(derivation.stage_peaks(768, 768).values())
+
+
+def test_the_curves_of_an_article_s_column_have_letters_that_can_be_read():
+    figure = figures.stage_curves([512, 1024], {"Decode the image": [1 << 28, 1 << 30]}, 0, [], figures.COLUMN)
+    # size10.clo: \\columnwidth of twocolumn is 229.5 pt of 72.27 an inch
+    scale = 229.5 / 72.27 / figure.get_figwidth()
+    assert min(text.get_fontsize() * scale for text in figure.findobj(Text) if text.get_text()) >= 6
+
+
+def test_a_page_starts_at_the_pipeline_s_own_size(tmp_path, small):
+    [page] = build(["stabilityai/stable-diffusion-xl-base-1.0"], tmp_path)
+    # sample_size 128 of unet/config.json, and the VAE's three halvings
+    assert re.search(r'<input id="ask-size" name="size" value="(.*?)"', page.read_text())[1] == "1024x1024"
 
 
 def test_an_index_compares_models_and_links_their_reports(tmp_path, small):

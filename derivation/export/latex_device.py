@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import sympy
 
 from derivation.allocator.report import LARGE_PAGE_BYTES, ROUND_LARGE_BYTES
@@ -16,6 +19,10 @@ from derivation.tape.grid import H, W
 from derivation.text import grouped
 
 SEGMENT = sympy.Function("s")
+# The most intervals of H W that are listed with what is counted there; where there are more, that has a bound.
+MOST_INTERVALS = 16
+# The bound grows by an integer for so many pixels.
+SLOPE_PIXELS = 2**16
 
 
 def device(equation: Equation, label: str) -> str:
@@ -37,7 +44,7 @@ def device(equation: Equation, label: str) -> str:
         usual=[_pages(last)] if pages else _rows(last),
         pages=pages,
         others=[{"rows": _rows(r), "conditions": [relation(c) for c in r.conditions]} for r in reversed(others)],
-        counted=sorted({int(n) for n in form.counted}),
+        counted=_counted(form),
         call=_call(form),
         varies=form.replayed is None,
         text=text,
@@ -52,6 +59,35 @@ def _call(form: DeviceForm) -> dict[str, str]:
     given = (f"${name} = {values[name]}$" for name in ("B", "L") if name in values)
     guidance = "" if form.guidance else ", without guidance"
     return {"sizes": sizes, "others": " and ".join(given) + guidance}
+
+
+def _counted(form: DeviceForm) -> str:
+    """Return what n is, by the image's pixels, or at most: at sizes that the card has room for, if there are any."""
+    held = {size: point for size, point in form.index.items() if form.covers(*size)} or form.index
+    found = sorted({(height * width, int(form.counted[i])) for (height, width), i in held.items()})
+    starts = [i for i, (_, n) in enumerate(found) if i == 0 or n != found[i - 1][1]]
+    if len(starts) == 1:
+        return f"${found[0][1]}$"
+    if len(starts) > MOST_INTERVALS or len(dict(found)) < len(found):
+        return bound(found)
+    ends = [*(i - 1 for i in starts[1:]), len(found) - 1]
+    each = [f"${found[i][1]}$ up to ${grouped(found[i][0], '{,}')}$" for i in ends[:-1]]
+    return f"by $H W$ {', '.join(each)}, and ${found[-1][1]}$ beyond"
+
+
+def bound(found: Sequence[tuple[int, int]]) -> str:
+    """Return the line above all (pixels, number) that is nearest to them on average, of an integer slope."""
+    pixels, numbers = np.array(found).T
+
+    def above(slope: int) -> tuple[int, float]:
+        start = int(np.max(np.ceil(numbers - slope * pixels / SLOPE_PIXELS)))
+        return start, float(np.mean(start + slope * pixels / SLOPE_PIXELS - numbers))
+
+    slope = min(range(1 + int(SLOPE_PIXELS * np.max(numbers / pixels))), key=lambda slope: above(slope)[1])
+    start = above(slope)[0]
+    most = f"{slope}\\,H W / 2^{{16}}"
+    line = f"{start} + {most}" if start >= 0 else f"{most} - {-start}"
+    return f"from ${numbers.min()}$ to ${grouped(int(numbers.max()), '{,}')}$ by size, and at most ${line}$"
 
 
 def _rows(regime: Regime) -> list[str]:

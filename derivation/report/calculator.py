@@ -15,6 +15,7 @@ from typing import Any
 
 from derivation.allocator.memory import context_of
 from derivation.api import Derivation
+from derivation.call import size_text
 from derivation.errors import DerivationError
 from derivation.gpu.cards import CLOSE, FOREIGN, NVIDIA_ALONE, Gpu, most_bytes, on_pages, spellings, taken_as
 from derivation.options import TABLE
@@ -31,7 +32,6 @@ from derivation.walk.pipelines import SAFETY_CHECKER
 from derivation.walk.subject import WalkedSubject
 
 MAX_SIDE, MAX_BATCH = 2048, 16
-USUAL_SIDE = 512
 # The side of a square, in VAE tiles, that has every kind of tile.
 TILED_SIDE = 2
 # What the form switches: the option or the call's guidance, its label, what it may be.
@@ -112,11 +112,10 @@ def calculator(d: Derivation, latex: Mapping[str, str], kernels: Sequence[Kernel
         "latex": latex,
     }
     labels = tuple((key, f"{card['name']}, {card['total'] / GIB:.1f} GiB") for key, card in cards.items())
-    side = max(USUAL_SIDE, d.equation.sides.least)
     has_cards = any(len(kernel.kinds) > 1 for kernel in kernels)
     card = d.options.gpu or (on_pages()[0] if has_cards else "24 GiB")
     packed = tuple(part.packed for part in parts if part.settings)
-    return Calculator(f"{side}x{side}", card, labels, switches, MAX_BATCH, _json(data), packed)
+    return Calculator(size_text(*d.default_sides), card, labels, switches, MAX_BATCH, _json(data), packed)
 
 
 def _json(value: object) -> str:

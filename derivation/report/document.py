@@ -128,7 +128,8 @@ class Form:
 class Picture:
     """One figure: its name, what it shows, and the same drawing as SVG file, PDF file and page fragment.
 
-    ``data`` is what a page lists below it: the columns' titles, then the rows; numbers are bytes or pixels.
+    ``data`` is what a page lists below it: the columns' titles, then the rows; numbers are bytes or pixels. Where it is
+    ``narrow`` the PDF file is drawn for a column of an article.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Picture:
     pdf: bytes
     inline: Markup
     data: tuple[tuple[str | int, ...], ...] = ()
+    narrow: bool = False
 
 
 @dataclass(frozen=True, slots=True)

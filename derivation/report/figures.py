@@ -32,6 +32,8 @@ ON_SHADES = ("black", "black", "black", "white", "white")
 MAX_STEPS = 1500
 # Stage names above a curve: rows to choose from, and a letter's width as a share of the axis.
 LABEL_ROWS, LABEL_WIDTH = 4, 0.0098
+# Inches and points of letters: on a page, and in a column of two of LaTeX's article (229 pt of 72.27 an inch).
+WIDE, COLUMN = (9, 5, 10), (3.17, 3.8, 7.5)
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "derivation",
@@ -194,23 +196,30 @@ def stage_curves(
     stages: Mapping[str, Sequence[int]],
     weights_bytes: int,
     crossings: Sequence[tuple[float, float, str]],
+    size: tuple[float, float, float] = WIDE,
 ) -> Figure:
-    """Draw each stage's bytes against the side of a square image, what cards leave after the weights as lines."""
-    figure, axes = _axes(9, 5)
+    """Draw each stage's bytes against the side of a square image, what cards leave after the weights as lines.
+
+    ``size`` is width and height in inches, and the letters' points, of which labels in the figure have one less.
+    """
+    width, height, points = size
+    figure, axes = _axes(width, height)
+    axes.tick_params(labelsize=points - 1)
     for i, (title, values) in enumerate(stages.items()):
         axes.plot(sides, np.array(values) / GIB, color=PALETTE[i % len(PALETTE)], linewidth=1.8, label=title)
     top = max(max(values) for values in stages.values()) / GIB
     for side, nbytes, label in crossings:
         axes.plot([side], [nbytes / GIB], "o", markersize=8, markerfacecolor="none", markeredgecolor=INK)
-        axes.annotate(label, (side, nbytes / GIB), xytext=(8, -12), textcoords="offset points", fontsize=9)
+        axes.annotate(label, (side, nbytes / GIB), xytext=(8, -12), textcoords="offset points", fontsize=points - 1)
     for card in CARDS_GIB:
         room = card - weights_bytes / GIB
         if 0 < room < 4 * top:
-            _card_line(axes, sides[-1], room, f"{card} GiB card")
-    axes.set(yscale="log", xlim=(sides[0], sides[-1]), xlabel="side of a square image (pixels)")
-    axes.set_ylabel("tensors beyond the weights (GiB)")
+            _card_line(axes, sides[-1], room, f"{card} GiB card", points - 1)
+    axes.set(yscale="log", xlim=(sides[0], sides[-1]))
+    axes.set_xlabel("side of a square image (pixels)", fontsize=points)
+    axes.set_ylabel("tensors beyond the weights (GiB)", fontsize=points)
     _gib_ticks(axes)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3 if size == WIDE else 2, fontsize=points - 1)
     return figure
 
 
@@ -222,9 +231,9 @@ def _gib_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _card_line(axes: Axes, x: float, y: float, label: str) -> None:
+def _card_line(axes: Axes, x: float, y: float, label: str, points: float = 8.5) -> None:
     axes.axhline(y, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.annotate(label, (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5)
+    axes.annotate(label, (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=points)
 
 
 @styled

@@ -69,7 +69,8 @@ def _block(block: doc.Block, folder: str, level: int) -> str:
 
 def _figure(picture: doc.Picture, folder: str) -> str:
     caption = tex(f"{picture.title}. {picture.caption}")
-    body = rf"\includegraphics[width=\linewidth]{{{folder}/{picture.name}.pdf}}"
+    width = r"0.65\linewidth" if picture.narrow else r"\linewidth"
+    body = rf"\includegraphics[width={width}]{{{folder}/{picture.name}.pdf}}"
     return f"\\begin{{figure}}[htbp]\\centering\n{body}\n\\caption{{{caption}}}\n\\end{{figure}}"
 
 

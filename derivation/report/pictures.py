@@ -33,10 +33,18 @@ LARGEST_SIDE = 4096
 SEGMENTS = 3
 
 
-def picture(name: str, title: str, caption: str, figure: Figure, data: Iterable[Sequence[str | int]] = ()) -> Picture:
-    """Render a figure; ``data`` are the titles of its columns and its rows."""
+def picture(
+    name: str,
+    title: str,
+    caption: str,
+    figure: Figure,
+    data: Iterable[Sequence[str | int]] = (),
+    column: Figure | None = None,
+) -> Picture:
+    """Render a figure; ``data`` are the titles of its columns and its rows, ``column`` is it as an article has it."""
     source, rows = figures.svg(figure), tuple(map(tuple, data))
-    return Picture(name, title, caption, source, figures.pdf(figure), Markup(figures.inline_svg(source, name)), rows)
+    inline = Markup(figures.inline_svg(source, name))
+    return Picture(name, title, caption, source, figures.pdf(column or figure), inline, rows, column is not None)
 
 
 def pictures(d: Derivation, found: Answer) -> dict[str, Picture]:
@@ -156,6 +164,7 @@ def _curves(d: Derivation, sides: Sequence[int]) -> Picture:
         f"({human(d.weights_bytes)}) are on it, before scratch memory and the CUDA context.{note}",
         figures.stage_curves(sides, by_stage, d.weights_bytes, crossings),
         _by_side(sides, by_stage),
+        figures.stage_curves(sides, by_stage, d.weights_bytes, crossings, figures.COLUMN),
     )
 
 
