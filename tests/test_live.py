@@ -23,7 +23,7 @@ from peft import LoraConfig
 from derivation import DerivationError, derive
 from derivation.ask.recommend import REMEDIES
 from derivation.call import Call
-from derivation.config.checkpoint import IMAGE_ENCODER
+from derivation.config.ip_adapter import IMAGE_ENCODER
 from derivation.guard import will_fit
 from derivation.options import Options
 from derivation.options.live import live_options
@@ -257,7 +257,7 @@ def half_channels_last(pipe: Any) -> None:
 
 
 def half_float32(pipe: Any) -> None:
-    torch.nn.Module.to(pipe.vae, torch.float32)
+    torch.nn.Module.to(pipe.text_encoder, torch.float32)
 
 
 def foreign_controlnet(pipe: Any) -> None:
@@ -284,7 +284,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "two kinds of processors": (lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()), "attn_processors"),
     "slices of two sizes": (mixed_slices, "slice_size"),
     "channels_last by half": (half_channels_last, "torch.channels_last"),
-    "a VAE in float32": (half_float32, "'vae': torch.float32"),
+    "a text encoder in float32": (half_float32, "'text_encoder': torch.float32"),
     "float8 storage": (
         lambda pipe: pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float16),
         "unet's hooks = layerwise_casting",

@@ -28,8 +28,8 @@ LEFT_OUT = {
     "num_inference_steps",
     "strength",
 }
-# values that test_tiling.py, test_lora_files.py, test_controlnet.py and the fuzzer vary
-VARIED = {"tile_sample_min_size", "tile_overlap_factor", "lora", "controlnet"}
+# values that test_tiling.py, test_lora_files.py, test_controlnet.py, test_ip_adapter_files.py and the fuzzer vary
+VARIED = {"tile_sample_min_size", "tile_overlap_factor", "lora", "controlnet", "ip_adapter"}
 
 
 def test_every_checkpoint_pipeline_and_option_is_there():

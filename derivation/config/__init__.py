@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from .checkpoint import Checkpoint, OtherPipeline, image_encoder
+from .checkpoint import Checkpoint, OtherPipeline
 from .clip import CLIPTextConfig, CLIPVisionConfig, clip_text_config, clip_vision_config
 from .controlnet import ControlNetConfig, controlnet_config, controlnet_files, read_controlnet
+from .ip_adapter import ImageProjectionConfig, read_image_encoder
 from .models import (
     VAE_SCALE_FACTOR,
     AutoencoderKLConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "CLIPVisionConfig",
     "Checkpoint",
     "ControlNetConfig",
+    "ImageProjectionConfig",
     "OtherPipeline",
     "SchedulerConfig",
     "TracedFolder",
@@ -39,12 +41,12 @@ __all__ = [
     "controlnet_config",
     "controlnet_files",
     "hub_folder",
-    "image_encoder",
     "is_live",
     "is_live_traced",
     "layerwise_hooks",
     "load",
     "read_controlnet",
+    "read_image_encoder",
     "scheduler_config",
     "traced_folder",
     "unet_config",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +12,10 @@ from ..errors import DerivationError, UnsupportedConfig
 from .checks import INDEX, At, Check, anything, flag_or_null, one_of, strict
 from .clip import TEXT_CLASSES, CLIPTextConfig, CLIPVisionConfig, clip_text_config, clip_vision_config
 from .controlnet import ControlNetConfig
-from .json_file import read_json
 from .models import VAE_SCALE_FACTOR, UNet2DConditionConfig, VAEConfig, unet_config, vae_config
 from .schedulers import DEFAULTS, UNWALKED, SchedulerConfig, scheduler_config
 
 BUNDLED = Path(__file__).resolve().parent / "configs"
-# h94/IP-Adapter: models/image_encoder, OpenCLIP ViT-H/14, which ip-adapter_sd15 and ip-adapter_sdxl_vit-h read
-IMAGE_ENCODER = BUNDLED / "h94" / "IP-Adapter" / "image_encoder" / "config.json"
 PIPELINE_CLASSES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
@@ -188,12 +184,6 @@ def assembled(name: str, source: str, file: str, named: object, index: object, p
         requires_safety_checker=bool(given.get("requires_safety_checker", "XL" not in pipeline_class)),
         **built,
     )
-
-
-@cache
-def image_encoder() -> CLIPVisionConfig:
-    """Return the config of the published IP-Adapters' image encoder."""
-    return clip_vision_config(read_json(IMAGE_ENCODER), str(IMAGE_ENCODER))
 
 
 def alone(name: str, source: str, parts: Mapping[str, Any]) -> Checkpoint:

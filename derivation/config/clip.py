@@ -73,6 +73,11 @@ class CLIPVisionConfig:
     hidden_act: str = key(ACT, "quick_gelu")
     layer_norm_eps: float = key(positive, 1e-5)
 
+    @property
+    def tokens(self) -> int:
+        """One of the class and one a patch."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
 
 def _check_heads(config: CLIPTextConfig | CLIPVisionConfig, file: str, prefix: str = "") -> None:
     if config.hidden_size % config.num_attention_heads:

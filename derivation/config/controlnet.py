@@ -11,8 +11,8 @@ from typing import Any
 from ..errors import DerivationError, shown
 from .checks import At, expect_class, flag, key, layers, listed, one_of, read, same_for_all, size
 from .json_file import read_json
-from .lora import stamp
 from .models import ACCEPTED, UNet2DConditionConfig, block_count, check_unet, spread_depths
+from .safetensors import stamp
 
 CONFIG = "config.json"
 MAX_FILES = 8

@@ -1,19 +1,14 @@
-"""LoRA files: a safetensors file's header, and the layers that its keys name in kohya's and diffusers' formats."""
+"""LoRA files: the layers that its keys name in kohya's and diffusers' formats."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 from ..errors import DerivationError, shown
+from .safetensors import stamp, tensor_shapes
 
-# safetensors/src/tensor.rs: MAX_HEADER_LEN; the header's length is a little-endian u64 before it
-MAX_HEADER_BYTES = 100_000_000
-LENGTH_BYTES = 8
-DTYPES = ("F64", "F32", "F16", "BF16")
 MAX_FILES = 8
 # kohya's sd-scripts name the models so (networks/lora.py), diffusers as a pipeline's attributes
 KOHYA = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
@@ -51,16 +46,6 @@ def lora_files(option: str) -> tuple[str, ...]:
     return files
 
 
-def stamp(file: str) -> tuple[int, int]:
-    """Return when a file was written, in ns, and its bytes; raises DerivationError naming it."""
-    try:
-        state = Path(file).stat()
-    except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise DerivationError(f"{file}: cannot be read ({said})") from None
-    return state.st_mtime_ns, state.st_size
-
-
 def read_lora(file: str) -> tuple[Factor, ...]:
     """Return the matrices of a LoRA file by its header alone; raises DerivationError naming the file and the key."""
     return _read(file, *stamp(file))
@@ -68,42 +53,15 @@ def read_lora(file: str) -> tuple[Factor, ...]:
 
 @lru_cache(maxsize=32)
 def _read(file: str, _: int, size: int) -> tuple[Factor, ...]:
-    header = _header(file, size)
-    header.pop("__metadata__", None)
-    found = [_factor(file, key, entry) for key, entry in header.items()]
+    found = [_factor(file, key, shape) for key, shape in tensor_shapes(file, size).items()]
     factors = tuple(factor for factor in found if factor is not None)
     if not factors:
         raise DerivationError(f"{file}: no LoRA in it (supported: {SUPPORTED})")
     return factors
 
 
-def _header(file: str, size: int) -> dict[str, object]:
-    """The header: entries by key."""
-    path = Path(file)
-    if not path.is_file():
-        raise DerivationError(f"{file}: not a file")
-    try:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
-                raise DerivationError(f"{file}: not a safetensors file (a header of {shown(length)} bytes)")
-            header = json.loads(stream.read(length).decode("utf-8"))
-    except OSError as error:
-        raise DerivationError(f"{file}: cannot be read ({error.strerror or error})") from None
-    except (UnicodeDecodeError, RecursionError):
-        raise DerivationError(f"{file}: not a safetensors file (its header is not JSON)") from None
-    except DerivationError:
-        raise
-    except ValueError as error:
-        raise DerivationError(f"{file}: not a safetensors file (its header is not JSON: {error})") from None
-    if not isinstance(header, dict):
-        raise DerivationError(f"{file}: not a safetensors file (its header is {shown(header)})")
-    return header
-
-
-def _factor(file: str, key: str, entry: object) -> Factor | None:
+def _factor(file: str, key: str, shape: tuple[int, ...]) -> Factor | None:
     """Return what a key stands for, None where diffusers leaves it out."""
-    shape = _shape(file, key, entry)
     if (match := KOHYA_KEY.fullmatch(key)) is not None:
         name, layer, kind = match.groups()
         return None if kind in UNREAD else Factor(key, KOHYA[name], layer, kind.startswith("lora_down"), shape)
@@ -121,13 +79,3 @@ def _unprocessed(layer: str, kind: str) -> str:
         if layer.endswith(f"_{old}"):
             return layer.removesuffix(old) + new
     return f"{layer}_lora"
-
-
-def _shape(file: str, key: str, entry: object) -> tuple[int, ...]:
-    if isinstance(entry, dict) and isinstance(shape := entry.get("shape"), list):
-        if entry.get("dtype") not in DTYPES:
-            supported = f"(supported: {', '.join(DTYPES)})"
-            raise DerivationError(f"{file}: {shown(key)} has dtype {shown(entry.get('dtype'))} {supported}")
-        if all(type(side) is int and 0 <= side < 1 << 40 for side in shape):
-            return tuple(shape)
-    raise DerivationError(f"{file}: {shown(key)} is no tensor of a safetensors file: {shown(entry)}")

@@ -34,7 +34,8 @@ class Options:
     LoRA files, separated by commas, whose headers alone are read. ``lora_rank`` is the
     rank of a LoRA on the UNet's attention projections, ``lora_fused`` whether ``fuse_lora`` merged it;
     ``controlnets`` counts ControlNets made from the UNet, ``controlnet`` names folders of others, or their config
-    files, separated by commas; ``ip_adapter_tokens`` is how many image tokens an IP-Adapter adds.
+    files, separated by commas; ``ip_adapter`` names IP-Adapter files likewise, each given ``ip_adapter_images``
+    images, ``ip_adapter_tokens`` is how many image tokens one of the plain kind adds.
     ``strength`` None is the default of the pipeline's class; ``scheduler`` replaces the checkpoint's, as
     ``Class.from_config(pipe.scheduler.config)`` does; ``negative_prompt`` says whether one is given.
     """
@@ -273,6 +274,22 @@ class Options:
         assumed="each ControlNet has one control image a prompt",
         absent="ControlNet",
     )
+    ip_adapter: str | None = row(
+        None,
+        "IP-Adapter files in safetensors format, separated by commas; their headers say what they are.",
+        "pipeline",
+        drawn={"pipeline": ("1", "2")},
+        assumed="one ip_adapter_image an IP-Adapter, which the image encoder beside its file, else ViT-H/14, encodes",
+        absent="IP-Adapter",
+    )
+    ip_adapter_images: int = row(
+        1,
+        "Images that each IP-Adapter is given.",
+        "call",
+        most=choices.MAX_ADAPTER_IMAGES,
+        drawn={"unet": (2, 3)},
+        matrix=({"ip_adapter_tokens": 4, "ip_adapter_images": 2},),
+    )
     ip_adapter_tokens: int | None = row(
         None,
         "Image tokens that an IP-Adapter adds to the cross-attention.",
@@ -280,7 +297,7 @@ class Options:
         most=MAX_SIZE,
         drawn={"unet": (4, 16)},
         matrix=({"ip_adapter_tokens": 4},),
-        assumed="one image for the IP-Adapter, encoded by OpenCLIP ViT-H/14",
+        assumed="the IP-Adapter's images are encoded by OpenCLIP ViT-H/14",
         absent="IP-Adapter",
     )
 
@@ -296,6 +313,11 @@ class Options:
     def libraries(self) -> Libraries:
         """The verified versions whose allocations count."""
         return libraries(self.torch, self.diffusers, self.transformers)
+
+    @property
+    def image_prompted(self) -> bool:
+        """Whether there are IP-Adapters."""
+        return self.ip_adapter_tokens is not None or self.ip_adapter is not None
 
     @property
     def controlled(self) -> bool:
@@ -317,7 +339,7 @@ class Options:
     def told(self) -> dict[str, object]:
         """Return the options by name, without those of choices.UNTOLD that are not chosen."""
         return {
-            name: value for name, value in self.as_dict().items() if name not in choices.UNTOLD or value is not None
+            name: value for name, value in self.as_dict().items() if name not in choices.UNTOLD or self.chosen(name)
         }
 
 

@@ -16,11 +16,16 @@ def check_values(options: Mapping[str, Any]) -> None:
         raise DerivationError(f"strength = {strength} is not in (0, 1]")
     if not 0 <= overlap <= 0.5:
         raise DerivationError(f"tile_overlap_factor = {overlap} is not in [0, 0.5]")
-    if tokens is not None and options["attention_slicing"] is not None:
-        raise DerivationError(
-            f"ip_adapter_tokens = {tokens} is not supported with attention_slicing: "
-            "its processor replaces the IP-Adapter's"
-        )
+    if options["attention_slicing"] is not None:
+        for name, value in (("ip_adapter", options["ip_adapter"]), ("ip_adapter_tokens", tokens)):
+            if value is not None:
+                said = f"{name} = {value} is not supported with attention_slicing"
+                raise DerivationError(f"{said}: its processor replaces the IP-Adapter's")
+    if options["ip_adapter"] is not None and tokens is not None:
+        raise DerivationError(f"ip_adapter_tokens = {tokens} is not supported with ip_adapter, whose files say it")
+    if options["ip_adapter_images"] > 1 and options["ip_adapter"] is None and tokens is None:
+        said = f"ip_adapter_images = {options['ip_adapter_images']} is not supported"
+        raise DerivationError(f"{said} without an ip_adapter or ip_adapter_tokens")
     if options["lora_fused"] and rank is None and lora is None:
         raise DerivationError("lora_fused = True is not supported without a lora or a lora_rank")
     if lora is not None and rank is not None:

@@ -18,10 +18,11 @@ OFFLOADS = ("model", "sequential")
 DEFAULT_STEPS = 50
 MAX_STEPS = 1000
 MAX_CONTROLNETS = 8
+MAX_ADAPTER_IMAGES = 64
 
 SLICINGS = ("auto", "max")
-# options that headers leave out where they are None
-UNTOLD = ("vae_dtype", "alloc_conf", "lora", "controlnet")
+# options that headers leave out where they are not chosen
+UNTOLD = ("vae_dtype", "alloc_conf", "lora", "controlnet", "ip_adapter", "ip_adapter_images")
 
 # A line of Python for diffusers 0.42.1.
 FUSED = "pipe.unet.set_attn_processor(AttnProcessor2_0()); pipe.vae.set_attn_processor(AttnProcessor2_0())"

@@ -40,7 +40,7 @@ def arguments(
         "guidance_scale": guidance_scale,
         **{name: value for name in CALL_OPTIONS if (value := options[name]) is not None},
         **_control(pipe, options["pipeline"], shape),
-        **_ip_adapter_image(pipe),
+        **_ip_adapter_image(pipe, options["ip_adapter_images"]),
     }
     accepted = signature(pipe.__call__).parameters
     return {name: value for name, value in given.items() if name in accepted}
@@ -58,12 +58,13 @@ def embeddings(pipe: Any, rows: int, prompt_length: int, guidance: bool, dtype: 
     return {s + name: torch.empty(shape, dtype=kind, device="meta") for s in signs for name, shape in shapes.items()}
 
 
-def _ip_adapter_image(pipe: Any) -> dict[str, torch.Tensor]:
-    """Return one image as the feature extractor gives it, where the pipeline has an image encoder."""
+def _ip_adapter_image(pipe: Any, images: int) -> dict[str, list[torch.Tensor]]:
+    """Return each IP-Adapter's images as the feature extractor gives them, where there is an image encoder."""
     if pipe.image_encoder is None:
         return {}
     side = pipe.image_encoder.config.image_size
-    return {"ip_adapter_image": torch.zeros(1, 3, side, side, device="cpu")}
+    count = len(pipe.unet.encoder_hid_proj.image_projection_layers)
+    return {"ip_adapter_image": [torch.zeros(images, 3, side, side, device="cpu") for _ in range(count)]}
 
 
 def _control(pipe: Any, pipeline: str, shape: tuple[int, ...]) -> dict[str, Any]:

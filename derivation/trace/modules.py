@@ -19,7 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from derivation.call import DEFAULT_PROMPT_LENGTH
 from derivation.config import controlnet_files
-from derivation.config.checkpoint import IMAGE_ENCODER
+from derivation.config.ip_adapter import image_encoder_file
 from derivation.options import Options
 from derivation.trace.offload import offload_pipeline
 from derivation.trace.switches import switch_on, switches
@@ -129,8 +129,9 @@ def build_pipeline(
         "unet": build_unet(_required(folder, "unet"), dtype, attention, switches),
         "scheduler": build_scheduler(scheduler_config | ({"_class_name": scheduler} if scheduler else {})),
     }
-    if "ip_adapter_tokens" in dict(switches):
-        parts["image_encoder"] = build_image_encoder(json.loads(IMAGE_ENCODER.read_text()), dtype)
+    if {"ip_adapter", "ip_adapter_tokens"} & {name for name, _ in switches}:
+        encoder = image_encoder_file(dict(switches).get("ip_adapter"))
+        parts["image_encoder"] = build_image_encoder(json.loads(encoder.read_text()), dtype)
     index = json.loads((folder / "model_index.json").read_text())
     kind = ""
     if {"controlnets", "controlnet"} & {name for name, _ in switches}:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import ImageProjection
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 
 from derivation.call import DEFAULT_PROMPT_LENGTH
 from derivation.call import Call as PipelineCall
+from derivation.config import read_image_encoder
 from derivation.options import Options
 from derivation.tape.tape import Tape
 from derivation.trace.inputs import arguments, embeddings
@@ -37,6 +39,8 @@ from derivation.trace.tracer import Onto, Tracer, marked
 Call = tuple[torch.nn.Module, dict[str, torch.Tensor], Callable[..., object]]
 # The pipelines' default guidance_scale, and the largest without guidance.
 GUIDED, UNGUIDED = 7.5, 1.0
+# the inputs of IP-Adapters by name, numbered
+IMAGE_EMBEDS = "image_embeds_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +183,8 @@ def _unet(config: Config, attention: str, sizes: Sizes) -> Call:
 def _image_encoder(config: Config, attention: str, sizes: Sizes) -> Call:
     module = build_image_encoder(config, sizes.dtype)
     side = module.config.image_size
-    return module, {"pixel_values": sizes.empty(1, module.config.num_channels, side, side)}, module
+    images = dict(sizes.switches).get("ip_adapter_images", 1)
+    return module, {"pixel_values": sizes.empty(images, module.config.num_channels, side, side)}, module
 
 
 def _controlnet(config: Config, attention: str, sizes: Sizes) -> Call:
@@ -215,8 +220,8 @@ def _latent_inputs(config: Any, sizes: Sizes) -> dict[str, torch.Tensor]:
 def _grouped(inputs: dict[str, torch.Tensor], added: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Return ``inputs`` with those of ``added`` as added_cond_kwargs."""
     named: dict[str, Any] = {name: inputs.pop(name) for name in list(inputs) if name in added}
-    if "image_embeds" in named:
-        named["image_embeds"] = [named["image_embeds"]]
+    if images := [named.pop(name) for name in list(named) if name.startswith(IMAGE_EMBEDS)]:
+        named["image_embeds"] = images
     return {**inputs, **({"added_cond_kwargs": named} if named else {})}
 
 
@@ -257,11 +262,17 @@ def _added_conditions(config: Any, sizes: Sizes) -> dict[str, torch.Tensor]:
 
 
 def _image_embeds(unet: Any, sizes: Sizes) -> dict[str, torch.Tensor]:
-    """Return what an IP-Adapter projects: image embeddings [rows, 1, P]."""
+    """Return what IP-Adapters project: [rows, images, P], or an encoder's hidden states [rows, images, S, C]."""
     if unet.config.encoder_hid_dim_type != "ip_image_proj":
         return {}
-    (layer,) = unet.encoder_hid_proj.image_projection_layers
-    return {"image_embeds": sizes.empty(sizes.unet_batch, 1, layer.image_embeds.in_features)}
+    given, found = dict(sizes.switches), dict[str, torch.Tensor]()
+    encoder = read_image_encoder(given.get("ip_adapter"))
+    rows = (sizes.unet_batch, given.get("ip_adapter_images", 1))
+    for i, layer in enumerate(unet.encoder_hid_proj.image_projection_layers):
+        plain = isinstance(layer, ImageProjection)
+        shape = (encoder.projection_dim,) if plain else (encoder.tokens, encoder.hidden_size)
+        found[f"{IMAGE_EMBEDS}{i}"] = sizes.empty(*rows, *shape)
+    return found
 
 
 @contextmanager

@@ -14,8 +14,10 @@ from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProj
 from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 
-from derivation.config import image_encoder
+from derivation.config import read_image_encoder
+from derivation.config.ip_adapter import ip_adapter_files
 from derivation.config.lora import lora_files
 from derivation.options import Options
 from derivation.registry import Registry
@@ -25,7 +27,7 @@ Switch = Callable[[Any, Any], None]
 SWITCHES: Registry[Switch] = Registry("option switch")
 TEXT_ENCODERS = (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
 # read by build_pipeline itself
-PIPELINE_SWITCHES = ("vae_dtype", "offload", "controlnets", "controlnet")
+PIPELINE_SWITCHES = ("vae_dtype", "offload", "controlnets", "controlnet", "ip_adapter_images")
 
 
 def switch(*classes: type) -> Callable[[Switch], Switch]:
@@ -131,16 +133,43 @@ def lora_fused(model: Any, value: bool) -> None:
 
 
 @switch(diffusers.UNet2DConditionModel)
+def ip_adapter(unet: Any, value: str) -> None:
+    """``unet._load_ip_adapter_weights`` of the files as ``load_ip_adapter`` reads them, the values left out."""
+    _with_image_prompts(unet, [_state_dict(file) for file in ip_adapter_files(value)])
+
+
+@switch(diffusers.UNet2DConditionModel)
 def ip_adapter_tokens(unet: Any, value: int) -> None:
-    """``unet._load_ip_adapter_weights``, and what it does not choose itself: other than 4 tokens, eager processors."""
-    width, cross_dim = image_encoder().projection_dim, unet.config.cross_attention_dim
-    cross = [m for name, m in unet.named_modules() if isinstance(m, Attention) and name.endswith("attn2")]
-    eager = isinstance(cross[0].processor, AttnProcessor)
-    unet._load_ip_adapter_weights([_ip_adapter(unet, width)], low_cpu_mem_usage=False)
+    """``unet._load_ip_adapter_weights``, and what it does not choose itself: other than 4 tokens."""
+    width, cross_dim = read_image_encoder().projection_dim, unet.config.cross_attention_dim
+    _with_image_prompts(unet, [_ip_adapter(unet, width)])
     if value != 4:
         unet.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(width, cross_dim, value)])
-    for attention in cross if eager else []:
-        attention.set_processor(IPAdapterAttnProcessor(attention.inner_dim, cross_dim, value))
+
+
+def _with_image_prompts(unet: Any, states: list[dict[str, dict[str, torch.Tensor]]]) -> None:
+    """Load IP-Adapters; eager processors stay eager, which diffusers does not choose itself."""
+    cross = [m for name, m in unet.named_modules() if isinstance(m, Attention) and name.endswith("attn2")]
+    eager = isinstance(cross[0].processor, AttnProcessor)
+    unet._load_ip_adapter_weights(states, low_cpu_mem_usage=False)
+    if not eager:
+        return
+    for attention in cross:
+        width, tokens = unet.config.cross_attention_dim, attention.processor.num_tokens
+        attention.set_processor(IPAdapterAttnProcessor(attention.inner_dim, width, tokens))
+    for module in unet.encoder_hid_proj.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
+
+
+def _state_dict(file: str) -> dict[str, dict[str, torch.Tensor]]:
+    """loaders/ip_adapter.py (load_ip_adapter), on ``meta``."""
+    found: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    with safe_open(file, framework="pt", device="cpu") as opened:
+        for key in opened.keys():  # noqa: SIM118 (it is no mapping)
+            part, _, name = key.partition(".")
+            found[part][name] = torch.empty(opened.get_slice(key).get_shape())
+    return found
 
 
 def _ip_adapter(unet: Any, width: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from derivation.api import Derivation
 from derivation.call import Call, takes_call
-from derivation.config.checkpoint import BUNDLED, IMAGE_ENCODER
+from derivation.config.checkpoint import BUNDLED
+from derivation.config.ip_adapter import image_encoder_file
 from derivation.errors import DerivationError
 from derivation.tape.evaluate import stages
 from derivation.trace.runs import trace_component, trace_pipeline
@@ -146,7 +147,7 @@ def read_config(derivation: Derivation, name: str) -> dict[str, Any]:
     """Return the config dict of a component of a derivation's checkpoint."""
     checkpoint = derivation.checkpoint
     if name == "image_encoder":
-        path = IMAGE_ENCODER
+        path = image_encoder_file(derivation.options.ip_adapter)
     elif checkpoint.whole:
         path = checkpoint_folder(derivation) / CONFIG_FILES[name]
     else:

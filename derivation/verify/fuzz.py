@@ -19,8 +19,9 @@ from derivation.tape.symbols import TILE_AXES
 from derivation.tape.tiles import Tiling, cuts
 from derivation.verify import random_configs
 from derivation.verify.compare import Verified, compare_component, compare_pipeline, compared
+from derivation.verify.random_ip_adapter import write_ip_adapters
 from derivation.verify.random_lora import random_lora, write_safetensors
-from derivation.walk.components import lora_layers
+from derivation.walk.components import cross_attentions, lora_layers
 from derivation.walk.subject import WalkedSubject
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -116,13 +117,15 @@ def _impossible(drawn: Mapping[str, Any], unet: Mapping[str, Any]) -> Iterator[s
     """Yield the drawn options that the others, or the UNet, rule out."""
     types = (*unet.get("down_block_types", ()), *unet.get("up_block_types", ()), unet.get("mid_block_type"))
     if not any("CrossAttn" in (name or "") for name in types):
-        yield from ("lora_rank", "lora_fused", "ip_adapter_tokens")
+        yield from ("lora_rank", "lora_fused", "ip_adapter", "ip_adapter_tokens", "ip_adapter_images")
     if "lora" in drawn:
         yield "lora_rank"
     elif "lora_rank" not in drawn:
         yield "lora_fused"
-    if "ip_adapter_tokens" in drawn:
-        yield "attention_slicing"
+    prompts = {"ip_adapter", "ip_adapter_tokens"} & drawn.keys()
+    yield "attention_slicing" if prompts else "ip_adapter_images"
+    if "ip_adapter" in prompts:
+        yield "ip_adapter_tokens"
     if drawn.get("pipeline") == "inpaint" or {"controlnets", "controlnet"} & drawn.keys():
         # tiles may join to another size than the mask's or the control image's
         yield from TILE_OPTIONS
@@ -168,7 +171,7 @@ def _compare_pipeline(case: Case) -> list[Verified]:
 
 
 def _with_files(case: Case, checkpoint: Checkpoint, folder: str) -> Options:
-    """Return the case's options, random files of LoRAs and ControlNets in the place of their number."""
+    """Return the case's options, random files of LoRAs, ControlNets and IP-Adapters in the place of their number."""
     rng, named = random.Random(case.seed), dict[str, list[Path]]()
     for name, suffix in (("lora", "safetensors"), ("controlnet", "json")):
         if (count := getattr(case.options, name)) is not None:
@@ -179,6 +182,9 @@ def _with_files(case: Case, checkpoint: Checkpoint, folder: str) -> Options:
     unet, pools = case.config.get("unet/config.json", {}), rng.random() < 0.3
     for file in named.get("controlnet", ()):
         file.write_text(json.dumps(random_configs.random_controlnet(rng, unet, pools)))
+    if (count := case.options.ip_adapter) is not None:
+        shapes = cross_attentions(checkpoint, case.options)
+        named["ip_adapter"] = write_ip_adapters(Path(folder), int(count), rng, shapes)
     joined: dict[str, Any] = {name: ",".join(map(str, files)) for name, files in named.items()}
     return replace(case.options, **joined)
 

@@ -83,4 +83,6 @@ def write_safetensors(path: Path, tensors: Shapes, dtype: str = "F32") -> None:
         header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end := end + count * BYTES[dtype]]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from derivation.config import Checkpoint, UNet2DConditionConfig, controlnet_files
-from derivation.config.lora import Factor, lora_files, read_lora, stamp
+from derivation.config.ip_adapter import ip_adapter_files
+from derivation.config.lora import Factor, lora_files, read_lora
+from derivation.config.safetensors import stamp
 from derivation.errors import DerivationError
 from derivation.options import Options
 from derivation.tape.adapters import Adapters, Ranks
@@ -49,7 +51,8 @@ def stamps(options: Options) -> Stamps:
     """Return what tells the options' files from earlier ones of their names; raises DerivationError for one missing."""
     loras = () if options.lora is None else lora_files(options.lora)
     nets = () if options.controlnet is None else controlnet_files(options.controlnet)
-    return tuple(stamp(file) for file in (*loras, *nets))
+    images = () if options.ip_adapter is None else ip_adapter_files(options.ip_adapter)
+    return tuple(stamp(file) for file in (*loras, *nets, *images))
 
 
 def adapters(layers: Layers, checkpoint: Checkpoint, options: Options) -> Adapters:

@@ -15,12 +15,15 @@ from derivation.config import (
     CLIPTextConfig,
     CLIPVisionConfig,
     ControlNetConfig,
+    ImageProjectionConfig,
     UNet2DConditionConfig,
     VAEConfig,
     controlnet_files,
-    image_encoder,
     read_controlnet,
+    read_image_encoder,
 )
+from derivation.config.ip_adapter import PLAIN, image_encoder_file, ip_adapter_files, read_ip_adapter
+from derivation.errors import DerivationError, shown
 from derivation.options import Options
 from derivation.tape.adapters import NO_ADAPTERS, Adapters
 from derivation.tape.symbols import Size
@@ -34,6 +37,8 @@ from derivation.walk.ops import given
 TIME_IDS = 6
 # The models that load_lora_weights loads into.
 LORA_MODELS = ("unet", "text_encoder", "text_encoder_2")
+# UNet2DConditionModel's children in their order, by which load_ip_adapter counts the layers
+PROCESSOR_ORDER = {"down_blocks": 0, "up_blocks": 1, "mid_block": 2}
 # The calls that take two rows an image under guidance.
 GUIDED = ("controlnet", "unet")
 
@@ -54,8 +59,9 @@ def components(checkpoint: Checkpoint, options: Options) -> dict[str, Component]
         found.append(Component("text_encoder", "text_encoder", lambda o, g: _text(text, "text_encoder")))
     if (text_2 := checkpoint.text_encoder_2) is not None:
         found.append(Component("text_encoder_2", "text_encoder_2", lambda o, g: _text(text_2, "text_encoder_2")))
-    if options.ip_adapter_tokens is not None:
-        found.append(Component("image_encoder", "image_encoder", lambda o, g: _encode_image(image_encoder())))
+    if options.image_prompted:
+        vision = read_image_encoder(options.ip_adapter)
+        found.append(Component("image_encoder", "image_encoder", lambda o, g: _encode_image(vision, o)))
     if (vae := checkpoint.vae) is not None:
         found.append(Component("vae_encode", "vae", lambda o, g: _encode(vae)))
     if (unet := checkpoint.unet) is not None:
@@ -63,7 +69,8 @@ def components(checkpoint: Checkpoint, options: Options) -> dict[str, Component]
         if options.controlled:
             nets = controls(checkpoint, options)
             found.append(Component("controlnet", "controlnet", lambda o, g: _controlnet(unet, nets, o, g, pooled)))
-        found.append(Component("unet", "unet", lambda o, g: _unet(unet, o, g, pooled)))
+        images = projections(checkpoint, options)
+        found.append(Component("unet", "unet", lambda o, g: _unet(unet, images, o, g, pooled)))
     if vae is not None:
         found.append(Component("vae_decode", "vae", lambda o, g: _decode(vae, o)))
     if checkpoint.safety_checker is not None and options.safety_checker:
@@ -88,9 +95,9 @@ def _text(config: CLIPTextConfig, name: str) -> object:
     return model(name, input_ids, config=config)
 
 
-def _encode_image(config: CLIPVisionConfig) -> object:
-    """``image_encoder(pixel_values)`` of one image."""
-    pixel_values = _input(1, config.num_channels, config.image_size, config.image_size)
+def _encode_image(config: CLIPVisionConfig, options: Options) -> object:
+    """``image_encoder(pixel_values)`` of one IP-Adapter's images."""
+    pixel_values = _input(options.ip_adapter_images, config.num_channels, config.image_size, config.image_size)
     return models.CLIPVisionModelWithProjection("image_encoder", pixel_values, config=config)
 
 
@@ -110,15 +117,24 @@ def _decode(config: VAEConfig, options: Options) -> object:
         return models.decode(z, config)
 
 
-def _unet(config: UNet2DConditionConfig, options: Options, guidance: bool, pooled: int | None) -> object:
+def _unet(
+    config: UNet2DConditionConfig,
+    images: tuple[ImageProjectionConfig, ...],
+    options: Options,
+    guidance: bool,
+    pooled: int | None,
+) -> object:
     """``unet(sample, timestep, encoder_hidden_states, return_dict=False)``: two rows an image with guidance.
 
     A UNet that takes the guidance scale as an embedding (``timestep_cond``) has one row an image.
     """
     sample, embeds, added = _latent_inputs(config, options, guidance, pooled)
-    image_embeds, timestep_cond, rows = None, None, sample.shape[0]
-    if options.ip_adapter_tokens is not None:
-        image_embeds = _input(rows, 1, image_encoder().projection_dim)
+    timestep_cond, rows = None, sample.shape[0]
+    tokens = (read_image_encoder(options.ip_adapter).tokens,) if images else ()
+    image_embeds = tuple(
+        _input(rows, options.ip_adapter_images, *(tokens if image.reads_hidden_states else ()), image.embed_dims)
+        for image in images
+    )
     if config.time_cond_proj_dim is not None:
         timestep_cond = _input(rows, config.time_cond_proj_dim)
     return models.UNet2DConditionModel(
@@ -128,6 +144,7 @@ def _unet(config: UNet2DConditionConfig, options: Options, guidance: bool, poole
         embeds,
         added,
         image_embeds=image_embeds,
+        projections=images,
         timestep_cond=timestep_cond,
         config=config,
     )
@@ -150,6 +167,47 @@ def controls(checkpoint: Checkpoint, options: Options) -> tuple[ControlNetConfig
     for file, config in named:
         config.require_fit(unet, file)
     return tuple(config for _, config in named)
+
+
+def projections(checkpoint: Checkpoint, options: Options) -> tuple[ImageProjectionConfig, ...]:
+    """Return the IP-Adapters' image projections: of the files named, else of the plain one that the tokens count.
+
+    Raises DerivationError for a file that does not fit the UNet or the image encoder.
+    """
+    unet = checkpoint.unet
+    if unet is None or not options.image_prompted:
+        return ()
+    encoder, width = read_image_encoder(options.ip_adapter), unet.cross_attention_dim[0]
+    if options.ip_adapter is None:
+        return (ImageProjectionConfig(PLAIN, encoder.projection_dim, width, options.ip_adapter_tokens or 0),)
+    return _projections(checkpoint, options, stamps(options))
+
+
+def cross_attentions(checkpoint: Checkpoint, options: Options) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes [C, K] of the UNet's to_k that read a prompt, in the order of its processors."""
+    layers = lora_layers(checkpoint, options)
+    ordered = sorted(layers, key=lambda path: PROCESSOR_ORDER.get(path.split(".")[1], 0))
+    return tuple(layers[path] for path in ordered if path.startswith("unet.") and path.endswith(".attn2.to_k"))
+
+
+@lru_cache(maxsize=64)
+def _projections(checkpoint: Checkpoint, options: Options, _: Stamps) -> tuple[ImageProjectionConfig, ...]:
+    named = options.ip_adapter or ""
+    encoder, expected, found = read_image_encoder(named), cross_attentions(checkpoint, options), []
+    for file in ip_adapter_files(named):
+        adapter = read_ip_adapter(file)
+        if adapter.attention != expected:
+            said = f"to_k_ip of {shown(adapter.attention)}"
+            raise DerivationError(f"{file}: {said} does not fit the UNet's to_k of {shown(expected)}")
+        image = adapter.projection
+        given = encoder.hidden_size if image.reads_hidden_states else encoder.projection_dim
+        if image.embed_dims != given:
+            raise DerivationError(
+                f"{file}: it takes {image.embed_dims} channels, the image encoder of {image_encoder_file(named)} gives "
+                f"{given} (supported: that encoder's folder, image_encoder, beside the file)"
+            )
+        found.append(image)
+    return tuple(found)
 
 
 def _controlnet(
@@ -211,8 +269,8 @@ def _lora(checkpoint: Checkpoint, options: Options, _: Stamps) -> Adapters:
 
 def lora_layers(checkpoint: Checkpoint, options: Options) -> dict[str, tuple[int, ...]]:
     """Return the layers that a LoRA may be on: path -> shape of the weight."""
-    plain = replace(options, lora=None, lora_rank=None, lora_fused=False, ip_adapter_tokens=None)
-    plain = replace(plain, controlnets=0, controlnet=None)
+    plain = replace(options, lora=None, lora_rank=None, lora_fused=False, controlnets=0, controlnet=None)
+    plain = replace(plain, ip_adapter=None, ip_adapter_images=1, ip_adapter_tokens=None)
     without = parameters(checkpoint, plain)
     entries = [entry for model in LORA_MODELS for entry in without.get(model, {}).items()]
     many = {path: shape for path, (shape, _) in entries if path.endswith(".weight") and len(shape) > 1}

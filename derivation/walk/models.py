@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from derivation.config import AutoencoderKLConfig, ControlNetConfig, UNet2DConditionConfig, VAEConfig
+from derivation.config import (
+    AutoencoderKLConfig,
+    ControlNetConfig,
+    ImageProjectionConfig,
+    UNet2DConditionConfig,
+    VAEConfig,
+)
 from derivation.tape.block import block
 from derivation.tape.symbols import Size
 from derivation.tape.tape import tape
@@ -14,11 +20,11 @@ from derivation.walk.blocks.activations import activation
 from derivation.walk.blocks.attention_processor import Conditions
 from derivation.walk.blocks.controlnet import ControlNetModel, MultiControlNetModel, Residuals
 from derivation.walk.blocks.embeddings import (
-    MultiIPAdapterImageProjection,
     TimestepEmbedding,
     get_timestep_embedding,
     one_timestep,
 )
+from derivation.walk.blocks.ip_adapter import MultiIPAdapterImageProjection
 from derivation.walk.blocks.modeling_clip import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -65,7 +71,8 @@ def UNet2DConditionModel(
     added_cond: tuple[SymTensor, SymTensor] | None = None,
     residuals: Residuals | None = None,
     *,
-    image_embeds: SymTensor | None = None,
+    image_embeds: tuple[SymTensor, ...] = (),
+    projections: tuple[ImageProjectionConfig, ...] = (),
     timestep_cond: SymTensor | None = None,
     config: UNet2DConditionConfig,
 ) -> SymTensor:
@@ -73,7 +80,8 @@ def UNet2DConditionModel(
 
     ``timestep`` [1], or a scalar on the CPU, which is copied inside; ``added_cond`` = text_embeds [N, P]
     and time_ids [N, T] where addition_embed_type is text_time; ``residuals`` = down_block_additional_residuals
-    and mid_block_additional_residual of a ControlNet; ``image_embeds`` [N, 1, P] goes to an IP-Adapter;
+    and mid_block_additional_residual of a ControlNet; ``image_embeds`` are those of each IP-Adapter,
+    [N, images, P] or [N, images, S, P], which ``projections`` take;
     ``timestep_cond`` [N, time_cond_proj_dim] is a guidance scale embedding.
     """
     t_emb = _time_embed(sample, timestep, config)
@@ -83,7 +91,7 @@ def UNet2DConditionModel(
     if added_cond is not None:
         aug_emb = _aug_embed(emb, added_cond, config)
     emb = add(emb, aug_emb) if aug_emb is not None else emb
-    conditions = _process_encoder_hidden_states(encoder_hidden_states, image_embeds, config)
+    conditions = _process_encoder_hidden_states(encoder_hidden_states, image_embeds, projections)
 
     sample = Conv2d(
         "conv_in",
@@ -155,13 +163,12 @@ def controlnet(
 
     What is set on the UNet alone does not reach it; set_attention_slice, which MultiControlNetModel lacks, reaches one.
     """
-    off = {"channels_last": False, "ip_adapter_tokens": None}
     if len(controlnet_cond) == 1:
-        with tape().choosing(**off):
+        with tape().choosing(channels_last=False):
             return ControlNetModel(
                 "controlnet", sample, timestep, encoder_hidden_states, controlnet_cond[0], added_cond, config=configs[0]
             )
-    with tape().choosing(**off, attention_slicing=None):
+    with tape().choosing(channels_last=False, attention_slicing=None):
         return MultiControlNetModel(
             "controlnet", sample, timestep, encoder_hidden_states, tuple(controlnet_cond), added_cond, configs=configs
         )
@@ -205,16 +212,12 @@ def _aug_embed(emb: SymTensor, added_cond: tuple[SymTensor, SymTensor], config: 
 
 
 def _process_encoder_hidden_states(
-    encoder_hidden_states: SymTensor, image_embeds: SymTensor | None, config: UNet2DConditionConfig
+    encoder_hidden_states: SymTensor,
+    image_embeds: tuple[SymTensor, ...],
+    projections: tuple[ImageProjectionConfig, ...],
 ) -> Conditions:
-    """``process_encoder_hidden_states``: with an IP-Adapter, a tuple with its tokens [N, 1, tokens, K]."""
-    tokens = tape().options.ip_adapter_tokens
-    if image_embeds is None or tokens is None:
+    """``process_encoder_hidden_states``: with IP-Adapters, a tuple with each one's tokens [N, images, T, K]."""
+    if not projections:
         return encoder_hidden_states
-    image_embeds = MultiIPAdapterImageProjection(
-        "encoder_hid_proj",
-        image_embeds,
-        cross_attention_dim=config.cross_attention_dim[0],
-        num_image_text_embeds=tokens,
-    )
-    return encoder_hidden_states, image_embeds
+    tokens = MultiIPAdapterImageProjection("encoder_hid_proj", image_embeds, configs=projections)
+    return encoder_hidden_states, tokens

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from derivation.config import clip_vision_config, image_encoder
-from derivation.config.checkpoint import IMAGE_ENCODER
+from derivation.config import clip_vision_config, read_image_encoder
+from derivation.config.ip_adapter import IMAGE_ENCODER
 from derivation.options.live.modules import Models, inner, option, tuners, unsupported
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -75,6 +75,11 @@ def controlnet(pipe: Any, models: Models) -> None:
 
 
 @option
+def ip_adapter(pipe: Any, models: Models) -> None:
+    """No file: what one left in the models is read off their layers."""
+
+
+@option
 def ip_adapter_tokens(pipe: Any, models: Models) -> int | None:
     """How many tokens the one ImageProjection of ``load_ip_adapter`` makes."""
     projection = getattr(models.get("unet"), "encoder_hid_proj", None)
@@ -92,6 +97,6 @@ def _check_encoder(encoder: Any) -> None:
     name = type(encoder).__name__
     if name != "CLIPVisionModelWithProjection":
         raise unsupported("image_encoder", name, "CLIPVisionModelWithProjection, with an IP-Adapter")
-    if clip_vision_config(encoder.config.to_dict(), "image_encoder.config") != image_encoder():
+    if clip_vision_config(encoder.config.to_dict(), "image_encoder.config") != read_image_encoder():
         said = f"of {encoder.config.num_hidden_layers} layers, {encoder.config.hidden_size} wide"
         raise unsupported("image_encoder", said, f"that of h94/IP-Adapter's {'/'.join(IMAGE_ENCODER.parts[-3:-1])}")

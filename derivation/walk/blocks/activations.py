@@ -18,6 +18,12 @@ def quick_gelu(x: SymTensor) -> SymTensor:
 
 
 @block
+def GELU(hidden_states: SymTensor, *, dim_out: int, bias: bool) -> SymTensor:
+    """[*, C] -> [*, dim_out]: a linear projection and the activation of its result."""
+    return activation(Linear("proj", hidden_states, dim_out, bias=bias), "gelu")
+
+
+@block
 def GEGLU(hidden_states: SymTensor, *, dim_out: int) -> SymTensor:
     """[*, C] -> [*, dim_out]: a linear projection to 2 dim_out, one half gating the other."""
     hidden_states = Linear("proj", hidden_states, 2 * dim_out)

@@ -12,8 +12,8 @@ from derivation.tape.tensor import SymTensor
 from derivation.walk.attention import attention_scores, scaled_dot_product_attention
 from derivation.walk.ops import GroupNorm, Linear, add, bmm, div, empty, mul, reshape
 
-# What cross-attention reads: text [N, L, K], and with an IP-Adapter the image's tokens too, [N, 1, T, K]
-Conditions = SymTensor | tuple[SymTensor, SymTensor]
+# What cross-attention reads: text [N, L, K], and each IP-Adapter's image tokens too, [N, images, T, K]
+Conditions = SymTensor | tuple[SymTensor, tuple[SymTensor, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class AttentionSpec:
     norm_num_groups: int | None = None
     slice_size: int | None = None
     residual_connection: bool = False
+    out_bias: bool = True
 
     @property
     def inner_dim(self) -> int:
@@ -46,7 +47,7 @@ def Attention(
     is eager, else AttnProcessor2_0; with image tokens IPAdapterAttnProcessor or IPAdapterAttnProcessor2_0.
     """
     residual = hidden_states
-    ip_hidden_states = None
+    ip_hidden_states: tuple[SymTensor, ...] = ()
     if isinstance(encoder_hidden_states, tuple):
         encoder_hidden_states, ip_hidden_states = encoder_hidden_states
     input_shape = hidden_states.shape
@@ -87,11 +88,13 @@ def Attention(
         hidden_states = hidden_states.transpose(1, 2)
         hidden_states = reshape(hidden_states, *hidden_states.shape[:2], spec.inner_dim)
 
-    if ip_hidden_states is not None:
-        image_attention = attend_to_image(query, ip_hidden_states, spec)
-        hidden_states = add(hidden_states, mul(image_attention[0]))
+    kept: dict[str, SymTensor] = {}
+    for i, ip_tokens in enumerate(ip_hidden_states):
+        kept.pop("current", None)
+        kept["current"] = attend_to_image(i, query, ip_tokens, spec, kept)
+        hidden_states = add(hidden_states, mul(kept["current"]))
 
-    hidden_states = Linear("to_out.0", hidden_states, spec.query_dim)
+    hidden_states = Linear("to_out.0", hidden_states, spec.query_dim, bias=spec.out_bias)
     if len(input_shape) == 4:
         hidden_states = reshape(hidden_states.transpose(1, 2), *input_shape)
     if spec.residual_connection:
@@ -107,26 +110,28 @@ def slices(rows: Size, slice_size: int) -> tuple[Size, ...]:
     return (slice_size, slice_size)
 
 
-def attend_to_image(query: SymTensor, ip_hidden_states: SymTensor, spec: AttentionSpec) -> tuple[SymTensor, ...]:
-    """Attention of the split query to image tokens [N, 1, T, K]: [N, S, C] first, then what the processor keeps."""
-    batch, _, tokens, _ = ip_hidden_states.shape
-    ip_key = Linear("processor.to_k_ip.0", ip_hidden_states, spec.inner_dim, bias=False)
-    ip_value = Linear("processor.to_v_ip.0", ip_hidden_states, spec.inner_dim, bias=False)
-    ip_key, ip_value = (x.view(batch, tokens, spec.inner_dim) for x in (ip_key, ip_value))
+def attend_to_image(
+    i: int, query: SymTensor, ip_hidden_states: SymTensor, spec: AttentionSpec, kept: dict[str, SymTensor]
+) -> SymTensor:
+    """Attention of the split query to the tokens [N, images, T, K] of IP-Adapter ``i``: [N, S, C].
+
+    ``kept`` are the processor's variables, of which an adapter's replace those of the one before.
+    """
+    batch, images, tokens, _ = ip_hidden_states.shape
+    kept["key"] = Linear(f"processor.to_k_ip.{i}", ip_hidden_states, spec.inner_dim, bias=False)
+    kept["value"] = Linear(f"processor.to_v_ip.{i}", ip_hidden_states, spec.inner_dim, bias=False)
     if tape().options.attention == EAGER:
-        ip_key = head_to_batch_dim(ip_key, spec)
-        ip_value = head_to_batch_dim(ip_value, spec)
-        ip_attention_probs = attention_scores(
-            query, ip_key, upcast=spec.upcast_attention, upcast_softmax=spec.upcast_softmax
+        for name in ("key", "value"):
+            kept[name] = head_to_batch_dim(kept[name].view(batch, images * tokens, spec.inner_dim), spec)
+        kept["probs"] = attention_scores(
+            query, kept["key"], upcast=spec.upcast_attention, upcast_softmax=spec.upcast_softmax
         )
-        current_ip_hidden_states = bmm(ip_attention_probs, ip_value)
-        current_ip_hidden_states = batch_to_head_dim(current_ip_hidden_states, spec)
-        return current_ip_hidden_states, ip_key, ip_value, ip_attention_probs
-    ip_key, ip_value = split_heads(ip_key, spec), split_heads(ip_value, spec)
-    current_ip_hidden_states = scaled_dot_product_attention(query, ip_key, ip_value)
+        return batch_to_head_dim(bmm(kept["probs"], kept["value"]), spec)
+    for name in ("key", "value"):
+        kept[name] = split_heads(kept[name].view(batch, images * tokens, spec.inner_dim), spec)
+    current_ip_hidden_states = scaled_dot_product_attention(query, kept["key"], kept["value"])
     current_ip_hidden_states = current_ip_hidden_states.transpose(1, 2)
-    current_ip_hidden_states = reshape(current_ip_hidden_states, *current_ip_hidden_states.shape[:2], spec.inner_dim)
-    return current_ip_hidden_states, ip_key, ip_value
+    return reshape(current_ip_hidden_states, *current_ip_hidden_states.shape[:2], spec.inner_dim)
 
 
 def split_heads(x: SymTensor, spec: AttentionSpec) -> SymTensor:

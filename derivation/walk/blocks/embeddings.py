@@ -6,7 +6,7 @@ from derivation.tape.block import block
 from derivation.tape.events import Category
 from derivation.tape.tensor import SymTensor
 from derivation.walk.blocks.activations import activation
-from derivation.walk.ops import LayerNorm, Linear, add, cat, div, elementwise, empty, mul, to
+from derivation.walk.ops import Linear, add, cat, div, elementwise, empty, mul, to
 
 
 def one_timestep(timestep: SymTensor) -> SymTensor:
@@ -52,29 +52,3 @@ def TimestepEmbedding(
     sample = activation(sample, act_fn)
     sample = Linear("linear_2", sample, time_embed_dim)
     return sample
-
-
-@block
-def ImageProjection(image_embeds: SymTensor, *, cross_attention_dim: int, num_image_text_embeds: int) -> SymTensor:
-    """[N, P] -> [N, num_image_text_embeds, cross_attention_dim]."""
-    batch = image_embeds.shape[0]
-    image_embeds = Linear("image_embeds", image_embeds, num_image_text_embeds * cross_attention_dim)
-    image_embeds = image_embeds.view(batch, num_image_text_embeds, cross_attention_dim)
-    image_embeds = LayerNorm("norm", image_embeds)
-    return image_embeds
-
-
-@block
-def MultiIPAdapterImageProjection(
-    image_embeds: SymTensor, *, cross_attention_dim: int, num_image_text_embeds: int
-) -> SymTensor:
-    """One ImageProjection: image_embeds [N, 1, P] -> [N, 1, num_image_text_embeds, cross_attention_dim]."""
-    batch, _, width = image_embeds.shape
-    image_embed = image_embeds.view(batch, width)
-    image_embed = ImageProjection(
-        "image_projection_layers.0",
-        image_embed,
-        cross_attention_dim=cross_attention_dim,
-        num_image_text_embeds=num_image_text_embeds,
-    )
-    return image_embed.unsqueeze(1)

@@ -36,6 +36,22 @@ class TextOutput(NamedTuple):
     hidden_states: tuple[SymTensor, ...]
 
 
+class VisionOutput(NamedTuple):
+    """[N, T, C], [N, C] and, where asked for, the first layer's input and every layer's output [N, T, C]."""
+
+    last_hidden_state: SymTensor
+    pooler_output: SymTensor
+    hidden_states: tuple[SymTensor, ...]
+
+
+class VisionProjectionOutput(NamedTuple):
+    """[N, P], [N, T, C] and, where asked for, the first layer's input and every layer's output [N, T, C]."""
+
+    image_embeds: SymTensor
+    last_hidden_state: SymTensor
+    hidden_states: tuple[SymTensor, ...]
+
+
 class TextProjectionOutput(NamedTuple):
     """[N, P], [N, L, C] and, where asked for, the embeddings and every layer's output [N, L, C]."""
 
@@ -209,19 +225,26 @@ def CLIPVisionEmbeddings(pixel_values: SymTensor, *, config: CLIPVisionConfig) -
 
 
 @block
-def CLIPVisionModel(pixel_values: SymTensor, *, config: CLIPVisionConfig) -> tuple[SymTensor, SymTensor]:
-    """[N, 3, S, S] -> last hidden state [N, T, C] and pooled output [N, C]."""
+def CLIPVisionModel(
+    pixel_values: SymTensor, *, config: CLIPVisionConfig, output_hidden_states: bool = False
+) -> VisionOutput:
+    """[N, 3, S, S] -> last hidden state, pooled output and, with ``output_hidden_states``, all hidden states."""
+    collected: list[SymTensor] | None = [] if output_hidden_states else None
     hidden_states = CLIPVisionEmbeddings("embeddings", pixel_values, config=config)
     hidden_states = LayerNorm("pre_layrnorm", hidden_states)
-    last_hidden_state = CLIPEncoder("encoder", hidden_states, config=config, is_causal=False)
+    last_hidden_state = CLIPEncoder("encoder", hidden_states, config=config, is_causal=False, collected=collected)
     pooled_output = last_hidden_state.select(1)
     pooled_output = LayerNorm("post_layernorm", pooled_output)
-    return last_hidden_state, pooled_output
+    return VisionOutput(last_hidden_state, pooled_output, tuple(collected or ()))
 
 
 @block
-def CLIPVisionModelWithProjection(pixel_values: SymTensor, *, config: CLIPVisionConfig) -> SymTensor:
-    """[N, 3, S, S] -> image_embeds [N, projection_dim]."""
-    vision_outputs = CLIPVisionModel("vision_model", pixel_values, config=config)
-    image_embeds = Linear("visual_projection", vision_outputs[1], config.projection_dim, bias=False)
-    return image_embeds
+def CLIPVisionModelWithProjection(
+    pixel_values: SymTensor, *, config: CLIPVisionConfig, output_hidden_states: bool = False
+) -> VisionProjectionOutput:
+    """[N, 3, S, S] -> CLIPVisionModel's outputs, the pooled one projected to [N, projection_dim]."""
+    vision_outputs = CLIPVisionModel(
+        "vision_model", pixel_values, config=config, output_hidden_states=output_hidden_states
+    )
+    image_embeds = Linear("visual_projection", vision_outputs.pooler_output, config.projection_dim, bias=False)
+    return VisionProjectionOutput(image_embeds, vision_outputs.last_hidden_state, vision_outputs.hidden_states)

@@ -8,6 +8,7 @@ from derivation.tape.events import Category
 from derivation.tape.symbols import Size
 from derivation.tape.tape import tape
 from derivation.tape.tensor import SymTensor
+from derivation.walk.components import projections
 from derivation.walk.models import Residuals, UNet2DConditionModel
 from derivation.walk.ops import add, cat, empty, given, mul, sub
 from derivation.walk.pipelines.base import Pipeline
@@ -33,7 +34,7 @@ class Denoising:
         self.inpainting = inpainting
         self.control = control
         self.moments: tuple[SymTensor, SymTensor] | None = None
-        self.image_embeds: SymTensor | None = None
+        self.image_embeds: tuple[SymTensor, ...] = ()
         self.timestep_cond: SymTensor | None = None
         self.timesteps: SymTensor | None = None
         if tape().hardware is not None:
@@ -81,6 +82,7 @@ class Denoising:
             added_cond,
             residuals,
             image_embeds=self.image_embeds,
+            projections=projections(self.pipeline.checkpoint, self.pipeline.options),
             timestep_cond=self.timestep_cond,
             config=config,
         )

@@ -87,6 +87,6 @@ def check_options(pipeline: Pipeline) -> None:
         raise DerivationError(f"pipeline = inpaint is not supported for {NAME} (supported: txt2img, img2img)")
     if pipeline.unet.time_cond_proj_dim is None:
         raise DerivationError(f"{NAME} needs a UNet with a time_cond_proj_dim")
-    for name in ("negative_prompt", "controlnets", "controlnet", "ip_adapter_tokens"):
+    for name in ("negative_prompt", "controlnets", "controlnet", "ip_adapter", "ip_adapter_tokens"):
         if (value := getattr(options, name)) != (unset := getattr(Options(), name)):
             raise DerivationError(f"{name} = {value} is not supported for {NAME} (supported: {unset})")

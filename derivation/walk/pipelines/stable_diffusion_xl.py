@@ -53,7 +53,7 @@ def stable_diffusion_xl(pipeline: Pipeline) -> None:
     prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = encode_prompt(pipeline)
 
     # the pipelines with ControlNets embed the IP-Adapter's image early, the others late
-    image_embeds = prepare_ip_adapter_image_embeds(pipeline) if pipeline.options.controlled else None
+    image_embeds = prepare_ip_adapter_image_embeds(pipeline) if pipeline.options.controlled else ()
 
     tape().mark(PREPARE_LATENTS if task == "txt2img" else VAE_ENCODE)
     control = prepare_control(pipeline)

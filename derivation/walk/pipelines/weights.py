@@ -13,17 +13,17 @@ REGISTRATION = (
     *("vision_model", "text_model", "embeddings", "pre_layrnorm", "encoder", "decoder", "post_layernorm"),
     *("final_layer_norm", "quant_conv", "post_quant_conv", "text_projection", "visual_projection"),
     *("concept_embeds", "special_care_embeds", "concept_embeds_weights", "special_care_embeds_weights"),
-    *("token_embedding", "patch_embedding", "position_embedding", "class_embedding", "position_ids", "layers"),
+    *("token_embedding", "patch_embedding", "position_embedding", "class_embedding", "position_ids"),
     *("self_attn", "k_proj", "v_proj", "q_proj", "out_proj", "layer_norm1", "mlp", "fc1", "fc2", "layer_norm2"),
     *("nets", "conv_in", "time_embedding", "add_embedding", "linear_1", "cond_proj", "linear_2", "blocks"),
     *("controlnet_cond_embedding", "down_blocks", "controlnet_down_blocks", "controlnet_mid_block"),
-    *("up_blocks", "mid_block", "image_projection_layers", "image_embeds"),
-    *("attentions", "resnets", "downsamplers", "upsamplers", "norm", "proj_in", "transformer_blocks", "group_norm"),
-    *("norm1", "conv1", "attn1", "time_emb_proj", "norm2", "conv2", "attn2", "conv_shortcut", "norm3", "ff", "net"),
-    *("proj", "proj_out", "to_q", "to_k", "to_v", "to_out", "processor", "to_k_ip", "to_v_ip"),
+    *("up_blocks", "mid_block", "image_projection_layers", "image_embeds", "ln0", "ln1", "attn"),
+    *("attentions", "resnets", "downsamplers", "upsamplers", "norm1", "conv1", "attn1", "time_emb_proj", "norm2"),
+    *("conv2", "attn2", "conv_shortcut", "norm3", "ff", "net", "norm", "proj_in", "transformer_blocks", "group_norm"),
+    *("proj", "proj_out", "norm_out", "layers", "to_q", "to_k", "to_v", "to_out", "processor", "to_k_ip", "to_v_ip"),
     *("conv_norm_out", "conv_out", "encoder_hid_proj", "conv", "base_layer", "lora_A", "lora_B", "default"),
     *(f"default_{number}" for number in range(MAX_FILES)),
-    *("weight", "bias"),
+    *("weight", "bias", "latents"),
 )
 PLACES = {name: i for i, name in enumerate(REGISTRATION)}
 
