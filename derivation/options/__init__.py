@@ -14,10 +14,10 @@ from derivation.errors import DerivationError, meant, typed
 from derivation.gpu.cards import with_memory
 from derivation.gpu.profile import SCRATCH
 from derivation.libraries import Libraries, libraries
-from derivation.options import choices
+from derivation.options import choices, remedies
 from derivation.options.checks import check_values
 from derivation.options.choices import EAGER, each
-from derivation.options.row import Remedy, Row, row
+from derivation.options.row import Row, row
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,7 @@ class Options:
         choices=lambda: choices.DTYPES,
         aliases=choices.DTYPE_ALIASES,
         matrix=each("dtype", "bfloat16", "float32"),
-        remedies=(
-            Remedy("float16", {"dtype": "float16"}, "none that is visible; faster", "pipe.to(torch.float16)", 2),
-        ),
+        remedies=remedies.DTYPE,
     )
     vae_dtype: str | None = row(
         None,
@@ -69,9 +67,7 @@ class Options:
         choices=lambda: (*choices.ATTENTION, *choices.ATTENTION_ALIASES),
         aliases=choices.ATTENTION_ALIASES,
         matrix=each("attention", EAGER, "math", "flash"),
-        remedies=(
-            Remedy("fused attention", {"attention": "efficient"}, "none: the same result, faster", choices.FUSED, 1),
-        ),
+        remedies=remedies.ATTENTION,
     )
     gpu: str | None = row(
         None,
@@ -98,9 +94,7 @@ class Options:
         "pipeline",
         drawn={"pipeline": (False,)},
         matrix=({"safety_checker": False},),
-        remedies=(
-            Remedy("no safety checker", {"safety_checker": False}, "no filter", "pipe.safety_checker = None", 8),
-        ),
+        remedies=remedies.SAFETY_CHECKER,
     )
     num_images_per_prompt: int = row(
         1,
@@ -109,11 +103,7 @@ class Options:
         most=MAX_SIZE,
         drawn={"pipeline": (2, 3)},
         matrix=({"num_images_per_prompt": 2},),
-        remedies=(
-            Remedy(
-                "one image a prompt", {"num_images_per_prompt": 1}, "one call an image", "num_images_per_prompt=1", 4
-            ),
-        ),
+        remedies=remedies.NUM_IMAGES_PER_PROMPT,
     )
     num_inference_steps: int = row(choices.DEFAULT_STEPS, "Denoising steps.", "call", most=choices.MAX_STEPS)
     strength: float | None = row(
@@ -151,15 +141,7 @@ class Options:
         "pipeline",
         drawn={"vae": (True,)},
         matrix=({"vae_slicing": True},),
-        remedies=(
-            Remedy(
-                "VAE slicing",
-                {"vae_slicing": True},
-                "none at batch 1; slightly slower",
-                "pipe.vae.enable_slicing()",
-                3,
-            ),
-        ),
+        remedies=remedies.VAE_SLICING,
     )
     vae_tiling: bool = row(
         False,
@@ -167,11 +149,7 @@ class Options:
         "pipeline",
         drawn={"vae": (True,)},
         matrix=({"vae_tiling": True}, {"vae_tiling": True, "vae_slicing": True}),
-        remedies=(
-            Remedy(
-                "VAE tiling", {"vae_tiling": True}, "slower; tones may differ at seams", "pipe.vae.enable_tiling()", 5
-            ),
-        ),
+        remedies=remedies.VAE_TILING,
     )
     tile_sample_min_size: int | None = row(
         None,
@@ -194,9 +172,7 @@ class Options:
         most=MAX_SIZE,
         drawn={"unet": ("max", 1)},
         matrix=each("attention_slicing", "auto", "max", 2),
-        remedies=(
-            Remedy("sliced attention", {"attention_slicing": "auto"}, "slower", "pipe.enable_attention_slicing()", 6),
-        ),
+        remedies=remedies.ATTENTION_SLICING,
     )
     channels_last: bool = row(
         False,
@@ -212,22 +188,7 @@ class Options:
         choices=lambda: choices.OFFLOADS,
         drawn={"unet": ("sequential",), "vae": ("sequential",), "pipeline": choices.OFFLOADS},
         matrix=each("offload", *choices.OFFLOADS),
-        remedies=(
-            Remedy(
-                "model offload",
-                {"offload": "model"},
-                "weights cross the bus once a call",
-                "pipe.enable_model_cpu_offload()",
-                7,
-            ),
-            Remedy(
-                "sequential offload",
-                {"offload": "sequential"},
-                "many times slower",
-                "pipe.enable_sequential_cpu_offload()",
-                9,
-            ),
-        ),
+        remedies=remedies.OFFLOAD,
         absent="CPU offload",
     )
     lora: str | None = row(
