@@ -6,7 +6,7 @@ from derivation.errors import DerivationError
 from derivation.tape.block import block
 from derivation.tape.tape import tape
 from derivation.tape.tensor import SymTensor
-from derivation.walk.blocks.activations import GEGLU
+from derivation.walk.blocks.activations import GEGLU, GELU
 from derivation.walk.blocks.attention_processor import Attention, AttentionSpec, Conditions
 from derivation.walk.ops import LayerNorm, Linear, add
 
@@ -15,12 +15,15 @@ FEED_FORWARD_MULT = 4
 
 
 @block
-def FeedForward(hidden_states: SymTensor) -> SymTensor:
-    """[N, S, C] -> [N, S, C] through a GEGLU of width 4 C."""
-    dim = hidden_states.shape[-1]
-    assert isinstance(dim, int)
-    hidden_states = GEGLU("net.0", hidden_states, dim_out=FEED_FORWARD_MULT * dim)
-    hidden_states = Linear("net.2", hidden_states, dim)
+def FeedForward(
+    hidden_states: SymTensor, *, dim_out: int, inner_dim: int, geglu: bool = True, bias: bool = True
+) -> SymTensor:
+    """[N, S, C] -> [N, S, dim_out] through a GEGLU or GELU of width ``inner_dim``."""
+    if geglu:
+        hidden_states = GEGLU("net.0", hidden_states, dim_out=inner_dim)
+    else:
+        hidden_states = GELU("net.0", hidden_states, dim_out=inner_dim, bias=bias)
+    hidden_states = Linear("net.2", hidden_states, dim_out, bias=bias)
     return hidden_states
 
 
@@ -63,6 +66,6 @@ def BasicTransformerBlock(
     hidden_states = add(attn_output, hidden_states)
 
     norm_hidden_states = LayerNorm("norm3", hidden_states)
-    ff_output = FeedForward("ff", norm_hidden_states)
+    ff_output = FeedForward("ff", norm_hidden_states, dim_out=dim, inner_dim=FEED_FORWARD_MULT * dim)
     hidden_states = add(ff_output, hidden_states)
     return hidden_states

@@ -6,7 +6,7 @@ from derivation.config import ImageProjectionConfig
 from derivation.config.ip_adapter import DEPTH, DIM_HEAD, FFN_RATIO, FULL, PLAIN
 from derivation.tape.block import block
 from derivation.tape.tensor import SymTensor
-from derivation.walk.blocks.activations import GELU
+from derivation.walk.blocks.attention import FeedForward
 from derivation.walk.blocks.attention_processor import Attention, AttentionSpec
 from derivation.walk.ops import LayerNorm, Linear, add, cat, parameter, repeat
 
@@ -22,18 +22,10 @@ def ImageProjection(image_embeds: SymTensor, *, config: ImageProjectionConfig) -
 
 
 @block
-def FeedForward(hidden_states: SymTensor, *, inner_dim: int, dim_out: int, bias: bool = True) -> SymTensor:
-    """attention.py's, of activation gelu: [N, S, C] -> [N, S, dim_out]."""
-    hidden_states = GELU("net.0", hidden_states, dim_out=inner_dim, bias=bias)
-    hidden_states = Linear("net.2", hidden_states, dim_out, bias=bias)
-    return hidden_states
-
-
-@block
 def IPAdapterFullImageProjection(image_embeds: SymTensor, *, config: ImageProjectionConfig) -> SymTensor:
     """[N, S, C] -> [N, S, K]."""
-    hidden = FeedForward("ff", image_embeds, inner_dim=config.embed_dims, dim_out=config.output_dims)
-    return LayerNorm("norm", hidden)
+    width = config.embed_dims
+    return LayerNorm("norm", FeedForward("ff", image_embeds, dim_out=config.output_dims, inner_dim=width, geglu=False))
 
 
 @block
@@ -47,8 +39,8 @@ def IPAdapterPlusImageProjectionBlock(
     encoder_hidden_states = cat([encoder_hidden_states, latents], 1)
     spec = AttentionSpec(dim, config.heads, DIM_HEAD, out_bias=False)
     latents = add(Attention("attn", latents, encoder_hidden_states, spec=spec), residual)
-    ff_output = FeedForward("ff.1", LayerNorm("ff.0", latents), inner_dim=FFN_RATIO * dim, dim_out=dim, bias=False)
-    return add(ff_output, latents)
+    made = {"dim_out": dim, "inner_dim": FFN_RATIO * dim}
+    return add(FeedForward("ff.1", LayerNorm("ff.0", latents), **made, geglu=False, bias=False), latents)
 
 
 @block
