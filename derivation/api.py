@@ -20,7 +20,7 @@ from derivation.errors import DerivationError, one_of, unsupported
 from derivation.export import compiled
 from derivation.export.latex import latex
 from derivation.gpu.cards import tell_variants
-from derivation.options import Options, options_of
+from derivation.options import Options, named
 from derivation.peak.record import Record
 from derivation.peak.witness import witness_at
 from derivation.tape.grid import Grid
@@ -330,21 +330,21 @@ def derive(
     is not supported.
     """
     one_of("method", method or METHODS[0], METHODS)
-    named = {"pipeline": pipeline, "dtype": dtype, "attention": attention, "gpu": gpu}.items()
-    given = {**{name: value for name, value in named if value is not None}, **options}
+    own = {"pipeline": pipeline, "dtype": dtype, "attention": attention, "gpu": gpu}.items()
+    given = {**{name: value for name, value in own if value is not None}, **options}
     tell_variants(gpu, options.get("memory"))
     if method != "walk" and (folder := traced_folder(model, revision, method == "trace")) is not None:
         return Derivation(*store.recorded(folder, given, progress))
     if method == "trace":
-        return Derivation(store.transformer(model, options_of(given)))
+        return Derivation(store.transformer(model, named.options_of(given)))
     if is_live_traced(model):
         return Derivation(*store.live(model, given, progress))
     if is_live(model):
         return Derivation(WalkedSubject.live(model, **given))
     try:
-        checkpoint = load(model, revision, local_files_only, options_of(given).scheduler)
+        checkpoint = load(model, revision, local_files_only, named.options_of(given).scheduler)
     except OtherPipeline:
         if method == "walk" or os.path.exists(str(model)):
             raise
         return Derivation(*store.recorded(hub_folder(model, revision, local_files_only), given, progress))
-    return Derivation(WalkedSubject(checkpoint, options_of({"pipeline": checkpoint.task, **given})))
+    return Derivation(WalkedSubject(checkpoint, named.options_of({"pipeline": checkpoint.task, **given})))

@@ -14,7 +14,8 @@ from conftest import SD15, SDXL
 from derivation import Derivation, DerivationError, derive
 from derivation.call import Call
 from derivation.config import bundled
-from derivation.options import Options, options_of
+from derivation.options import Options
+from derivation.options.named import options_of
 
 
 def test_a_gpu_that_nobody_knows_is_refused_at_once():

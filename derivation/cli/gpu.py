@@ -17,7 +17,8 @@ from derivation.cli.parameters import Json, Model, Revision, expanded, typed
 from derivation.config import load
 from derivation.errors import unsupported
 from derivation.files import check_file
-from derivation.options import Options, options_of
+from derivation.options import Options
+from derivation.options.named import options_of
 from derivation.text import MIB, human
 from derivation.walk.subject import WalkedSubject
 

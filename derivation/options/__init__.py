@@ -7,17 +7,15 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, get_type_hints
 
-from derivation.call import NAMES
 from derivation.config.checks import MAX_SIZE
 from derivation.config.schedulers import DEFAULTS
-from derivation.errors import DerivationError, meant, typed
-from derivation.gpu.cards import with_memory
+from derivation.errors import typed
 from derivation.gpu.profile import SCRATCH
 from derivation.libraries import Libraries, libraries
-from derivation.options import choices, remedies
+from derivation.options import choices
 from derivation.options.checks import check_values
 from derivation.options.choices import EAGER, each
-from derivation.options.row import Row, row
+from derivation.options.row import Remedy, Row, row
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +28,11 @@ class Options:
     ``vae_tiling``, ``attention_slicing`` ("auto", "max" or a number) and ``offload`` ("model", "sequential") are what
     the pipeline's ``enable_...`` methods set; ``tile_sample_min_size`` (None: the VAE's sample_size) and
     ``tile_overlap_factor`` are the VAE's attributes. ``channels_last`` is the memory format of the weights of UNet
-    and VAE. ``lora`` names
-    LoRA files, separated by commas, whose headers alone are read. ``lora_rank`` is the
-    rank of a LoRA on the UNet's attention projections, ``lora_fused`` whether ``fuse_lora`` merged it;
-    ``controlnets`` counts ControlNets made from the UNet, ``controlnet`` names folders of others, or their config
-    files, separated by commas; ``ip_adapter`` names IP-Adapter files likewise, each given ``ip_adapter_images``
-    images, ``ip_adapter_tokens`` is how many image tokens one of the plain kind adds.
+    and VAE. ``lora`` names LoRA files, separated by commas, whose headers alone are read. ``lora_rank`` is the rank of
+    a LoRA on the UNet's attention projections, ``lora_fused`` whether ``fuse_lora`` merged it; ``controlnets`` counts
+    ControlNets made from the UNet, ``controlnet`` names folders of others, or their config files, separated by commas;
+    ``ip_adapter`` names IP-Adapter files likewise, each given ``ip_adapter_images`` images, ``ip_adapter_tokens`` is
+    how many image tokens one of the plain kind adds.
     ``strength`` None is the default of the pipeline's class; ``scheduler`` replaces the checkpoint's, as
     ``Class.from_config(pipe.scheduler.config)`` does; ``negative_prompt`` says whether one is given.
     """
@@ -48,7 +45,9 @@ class Options:
         choices=lambda: choices.DTYPES,
         aliases=choices.DTYPE_ALIASES,
         matrix=each("dtype", "bfloat16", "float32"),
-        remedies=remedies.DTYPE,
+        remedies=(
+            Remedy("float16", {"dtype": "float16"}, "none that is visible; faster", "pipe.to(torch.float16)", 2),
+        ),
     )
     vae_dtype: str | None = row(
         None,
@@ -67,7 +66,9 @@ class Options:
         choices=lambda: (*choices.ATTENTION, *choices.ATTENTION_ALIASES),
         aliases=choices.ATTENTION_ALIASES,
         matrix=each("attention", EAGER, "math", "flash"),
-        remedies=remedies.ATTENTION,
+        remedies=(
+            Remedy("fused attention", {"attention": "efficient"}, "none: the same result, faster", choices.FUSED, 1),
+        ),
     )
     gpu: str | None = row(
         None,
@@ -94,7 +95,9 @@ class Options:
         "pipeline",
         drawn={"pipeline": (False,)},
         matrix=({"safety_checker": False},),
-        remedies=remedies.SAFETY_CHECKER,
+        remedies=(
+            Remedy("no safety checker", {"safety_checker": False}, "no filter", "pipe.safety_checker = None", 8),
+        ),
     )
     num_images_per_prompt: int = row(
         1,
@@ -103,7 +106,11 @@ class Options:
         most=MAX_SIZE,
         drawn={"pipeline": (2, 3)},
         matrix=({"num_images_per_prompt": 2},),
-        remedies=remedies.NUM_IMAGES_PER_PROMPT,
+        remedies=(
+            Remedy(
+                "one image a prompt", {"num_images_per_prompt": 1}, "one call an image", "num_images_per_prompt=1", 4
+            ),
+        ),
     )
     num_inference_steps: int = row(choices.DEFAULT_STEPS, "Denoising steps.", "call", most=choices.MAX_STEPS)
     strength: float | None = row(
@@ -141,7 +148,15 @@ class Options:
         "pipeline",
         drawn={"vae": (True,)},
         matrix=({"vae_slicing": True},),
-        remedies=remedies.VAE_SLICING,
+        remedies=(
+            Remedy(
+                "VAE slicing",
+                {"vae_slicing": True},
+                "none at batch 1; slightly slower",
+                "pipe.vae.enable_slicing()",
+                3,
+            ),
+        ),
     )
     vae_tiling: bool = row(
         False,
@@ -149,7 +164,11 @@ class Options:
         "pipeline",
         drawn={"vae": (True,)},
         matrix=({"vae_tiling": True}, {"vae_tiling": True, "vae_slicing": True}),
-        remedies=remedies.VAE_TILING,
+        remedies=(
+            Remedy(
+                "VAE tiling", {"vae_tiling": True}, "slower; tones may differ at seams", "pipe.vae.enable_tiling()", 5
+            ),
+        ),
     )
     tile_sample_min_size: int | None = row(
         None,
@@ -172,7 +191,9 @@ class Options:
         most=MAX_SIZE,
         drawn={"unet": ("max", 1)},
         matrix=each("attention_slicing", "auto", "max", 2),
-        remedies=remedies.ATTENTION_SLICING,
+        remedies=(
+            Remedy("sliced attention", {"attention_slicing": "auto"}, "slower", "pipe.enable_attention_slicing()", 6),
+        ),
     )
     channels_last: bool = row(
         False,
@@ -188,7 +209,22 @@ class Options:
         choices=lambda: choices.OFFLOADS,
         drawn={"unet": ("sequential",), "vae": ("sequential",), "pipeline": choices.OFFLOADS},
         matrix=each("offload", *choices.OFFLOADS),
-        remedies=remedies.OFFLOAD,
+        remedies=(
+            Remedy(
+                "model offload",
+                {"offload": "model"},
+                "weights cross the bus once a call",
+                "pipe.enable_model_cpu_offload()",
+                7,
+            ),
+            Remedy(
+                "sequential offload",
+                {"offload": "sequential"},
+                "many times slower",
+                "pipe.enable_sequential_cpu_offload()",
+                9,
+            ),
+        ),
         absent="CPU offload",
     )
     lora: str | None = row(
@@ -307,21 +343,6 @@ class Options:
 _DEFAULTS = {field.name: field.default for field in fields(Options)}
 # Every option by name.
 TABLE: Mapping[str, Row] = {field.name: field.metadata["row"] for field in fields(Options)}
-
-
-def options_of(given: Mapping[str, Any]) -> Options:
-    """Return the options called ``given``; raises DerivationError for a name that is none.
-
-    ``memory`` beside them is another capacity of the ``gpu``, such as "12GiB".
-    """
-    own = {name: value for name, value in given.items() if name != "memory"}
-    if (memory := given.get("memory")) is not None:
-        own["gpu"] = with_memory(given.get("gpu"), memory)
-    for name in own.keys() - TABLE.keys():
-        if name in (*NAMES, "guidance_scale"):
-            raise DerivationError(f"{name} is an argument of a call: derive(...).at(batch_size=2), .estimate(512, 768)")
-        raise DerivationError(f"{name} is no option (supported: {', '.join(TABLE)}{meant(name, TABLE)})")
-    return Options(**own)
 
 
 @cache

@@ -9,7 +9,8 @@ from typing import Any
 
 from derivation.call import DEFAULT_SIDE, Call
 from derivation.errors import DerivationError, unsupported
-from derivation.options import Options, options_of
+from derivation.options import Options
+from derivation.options.named import options_of
 from derivation.tape.grid import Frames, Grid, Range, Sides
 from derivation.tape.program import Variant
 from derivation.tape.regime import Regime, regime_document, regime_of, specialised

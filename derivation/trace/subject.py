@@ -17,7 +17,8 @@ import torch
 
 from derivation.call import DEFAULT_PROMPT_LENGTH, DEFAULT_SIDE, MAX_SIDE_PIXELS, Call
 from derivation.errors import DerivationError, one_of, unsupported
-from derivation.options import Options, options_of
+from derivation.options import Options
+from derivation.options.named import options_of
 from derivation.tape.grid import Grid, Range, Sides
 from derivation.tape.program import Program
 from derivation.tape.subject import Parameters

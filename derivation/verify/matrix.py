@@ -9,8 +9,9 @@ from typing import Any
 from derivation.api import derive
 from derivation.call import Call
 from derivation.config import bundled, load
-from derivation.options import TABLE, options_of
+from derivation.options import TABLE
 from derivation.options.choices import PIPELINES
+from derivation.options.named import options_of
 from derivation.options.row import flag
 from derivation.verify.compare import Verified, compare_pipeline, compared
 from derivation.walk.pipelines import Pipeline

@@ -14,9 +14,10 @@ from derivation.config.document import from_document, to_document
 from derivation.errors import DerivationError, unsupported
 from derivation.gpu.profile import Hardware, UnfusedAttention, hardware, lacks_fused_attention
 from derivation.libraries import LIBRARIES, tell_unverified
-from derivation.options import Options, options_of
+from derivation.options import Options
 from derivation.options.choices import EAGER
 from derivation.options.live import live_options, refuse_other_weights
+from derivation.options.named import options_of
 from derivation.tape.adapters import Adapters
 from derivation.tape.grid import Grid, Range, Sides
 from derivation.tape.program import Program

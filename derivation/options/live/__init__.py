@@ -10,10 +10,11 @@ from typing import Any
 from derivation.config import LAYERWISE, is_live_traced
 from derivation.errors import shown
 from derivation.libraries import LIBRARIES
-from derivation.options import Options, options_of
+from derivation.options import Options
 from derivation.options.live import adapters, readers, traced
 from derivation.options.live.foreign import refuse_foreign, refuse_other_weights
 from derivation.options.live.modules import MODELS, READERS, Models, called, models_of, unsupported, up_blocks
+from derivation.options.named import options_of
 
 __all__ = ["FREEU", "MODELS", "adapters", "live_options", "live_traced_options", "readers", "refuse_other_weights"]
 
