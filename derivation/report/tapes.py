@@ -58,6 +58,7 @@ class Tapes:
         self._thin: dict[tuple[int, str], int] = {}
         self._numbers: dict[int, int] = {}
         self._seen: list[Allocation] = []
+        self._copies: dict[int, tuple[Sequence[Allocation], Integers]] = {}
         self._listed: dict[tuple[tuple[str, int], ...], tuple[Parameters, int]] = {}
         self._owned: dict[str, NDArray[np.bool_]] = {}
 
@@ -179,7 +180,7 @@ class Tapes:
         """Yield the events of each chunk as numbers."""
         events = np.array(tape.events, dtype=np.int64)
         index, born = np.abs(events) - 1, events > 0
-        kinds = self._kinds(tape.allocations)
+        kinds = self._kinds(tape)
         order = np.full(len(kinds), -1, dtype=np.int64)  # of what was there before the call
         order[index[born]] = np.arange(int(born.sum()))
         dead = ~born & (order[index] >= 0)
@@ -195,14 +196,22 @@ class Tapes:
             here = emptied[(emptied > start) & (emptied <= end)] if start else emptied[emptied <= end]
             yield np.insert(tokens[start:end], here - start, EMPTY_CACHE) if len(here) else tokens[start:end]
 
-    def _kinds(self, allocations: Sequence[Allocation]) -> Integers:
-        """Return the number of each allocation's kind."""
-        identities = list(map(id, allocations))
-        if new := set(identities) - self._numbers.keys():
-            for identity, a in zip(identities, allocations, strict=True):
-                if identity in new and identity not in self._numbers:
-                    self._kind(a)
-        return np.fromiter(map(self._numbers.__getitem__, identities), np.int64, len(identities))
+    def _kinds(self, tape: Tape) -> Integers:
+        """Return the number of each allocation's kind; of what tapes copy, looked up once."""
+        found, last = [], 0
+        for first, copied in tape.copies:
+            found.append(self._kinds_of(tape.allocations[last:first]))
+            if id(copied) not in self._copies:
+                self._copies[id(copied)] = copied, self._kinds_of(copied)
+            found.append(self._copies[id(copied)][1])
+            last = first + len(copied)
+        return np.concatenate([*found, self._kinds_of(tape.allocations[last:])])
+
+    def _kinds_of(self, allocations: Sequence[Allocation]) -> Integers:
+        for a in allocations:
+            if id(a) not in self._numbers:
+                self._kind(a)
+        return np.array([self._numbers[id(a)] for a in allocations], dtype=np.int64)
 
 
 def _zigzag(steps: Integers) -> Integers:

@@ -170,7 +170,9 @@ class Recording:
         path = ".".join([*here.path, name])
         here.ask(self.asked)
         here.emptied += [done + len(here.events) for done in self.emptied]
-        here.allocations += self.allocations if path == self.path else self._moved(path)
+        allocations = self.allocations if path == self.path else self._moved(path)
+        here.copies.append((first, allocations))
+        here.allocations += allocations
         here.events += [e + first if e > 0 else e - first for e in self.events]
         here.alive.update(index + first for index in self.left)
         here.kept |= {op: None if index is None else index + first for op, index in self.kept.items()}

@@ -6,7 +6,7 @@ that keeps its local variables as diffusers' ``forward()`` does has diffusers' m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -79,7 +79,8 @@ class Tape:
     weight by the output's allocation; ``asked`` holds the answers that decide what a module does, in order,
     ``answers`` the GPU's, ``adapters`` the LoRAs on the models' layers, and ``memory`` what modules have recorded, on
     this tape or others (``derivation.tape.block``), None for no memory.
-    ``longest`` holds the largest prompt length at which a stage occurs, of those that have one.
+    ``longest`` holds the largest prompt length at which a stage occurs, of those that have one; ``copies`` the
+    allocations that modules have copied, by the first one's place.
     """
 
     options: Options
@@ -110,6 +111,7 @@ class Tape:
     answers: dict[tuple[Callable[..., object], tuple[object, ...]], object] = field(default_factory=dict)
     adapters: Adapters = NO_ADAPTERS
     memory: Memory | None = None
+    copies: list[tuple[int, Sequence[Allocation]]] = field(default_factory=list)
 
     def weights_dtype(self) -> str:
         """Return the dtype of the current module's parameters."""
