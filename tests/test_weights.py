@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+gguf = pytest.importorskip("gguf")
 
+from derivation import derive
+from derivation.config.gguf_file import gguf_tensors
+from derivation.config.traced import GGUF_FILE, traced_folder, with_gguf
 from derivation.errors import DerivationError
-from derivation.trace.quantized import LinearTorchAo, quantize
+from derivation.trace.build import Description
+from derivation.trace.build import model as built
+from derivation.trace.quantized import LinearTorchAo, parameter_count, quantize
+from derivation.trace.regimes import entries
 from derivation.trace.tracer import Tracer
 
 ROWS, IN, OUT = 5, 64, 32
@@ -108,3 +119,149 @@ def test_modules_that_torchao_leaves_alone() -> None:
 def test_other_kinds_of_torchao_are_told(given: dict[str, Any]) -> None:
     with pytest.raises(DerivationError, match=r"config.json: quantization_config = .* Float8WeightOnlyConfig"):
         quantize(model(), given)
+
+
+# GGUF, from a file's header alone
+
+FLUX = "black-forest-labs/FLUX.1-dev"
+Shapes = dict[str, tuple[int, ...]]
+
+
+def linear(name: str, rows: int, columns: int) -> Shapes:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def original_flux() -> Shapes:
+    """The tensors of flux1-dev.safetensors: black-forest-labs/flux, src/flux/model.py and modules/layers.py."""
+    width, mlp = 3072, 4 * 3072
+    found = linear("img_in", width, 64) | linear("txt_in", width, 4096)
+    for name, size in (("time_in", 256), ("vector_in", 768), ("guidance_in", 256)):
+        found |= linear(f"{name}.in_layer", width, size) | linear(f"{name}.out_layer", width, width)
+    for block in (f"double_blocks.{i}.{part}" for i in range(19) for part in ("img", "txt")):
+        found |= linear(f"{block}_mod.lin", 6 * width, width) | linear(f"{block}_attn.qkv", 3 * width, width)
+        found |= linear(f"{block}_attn.proj", width, width)
+        found |= {f"{block}_attn.norm.{each}_norm.scale": (128,) for each in ("query", "key")}
+        found |= linear(f"{block}_mlp.0", mlp, width) | linear(f"{block}_mlp.2", width, mlp)
+    for block in (f"single_blocks.{i}" for i in range(38)):
+        found |= linear(f"{block}.linear1", 3 * width + mlp, width) | linear(f"{block}.linear2", width, width + mlp)
+        found |= {f"{block}.norm.{each}_norm.scale": (128,) for each in ("query", "key")}
+        found |= linear(f"{block}.modulation.lin", 3 * width, width)
+    last = linear("final_layer.adaLN_modulation.1", 2 * width, width) | linear("final_layer.linear", 64, width)
+    return found | last
+
+
+def header(tensors: Mapping[str, tuple[int, tuple[int, ...]]], metadata: bytes = b"", entries: int = 0) -> bytes:
+    """ggml/docs/gguf.md: magic, version, counts, metadata, then name, dimensions, type and offset of each tensor."""
+
+    def parts() -> Iterator[bytes]:
+        yield b"GGUF" + struct.pack("<IQQ", 3, len(tensors), entries) + metadata
+        for name, (kind, shape) in tensors.items():
+            yield struct.pack("<Q", len(name)) + name.encode()
+            yield struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], kind, 0)
+
+    return b"".join(parts())
+
+
+def test_a_header_is_read_as_the_package_gguf_reads_the_file(tmp_path: Path) -> None:
+    import numpy as np
+
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "flux")
+    writer.add_array("words", ["a", "bc"])
+    writer.add_array("numbers", [1, 2, 3])
+    writer.add_float32("number", 1.5)
+    writer.add_tensor("plain", np.zeros((3, 5), np.float32))
+    kind = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor("packed", gguf.quants.quantize(np.zeros((4, 64), np.float32), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    read = {t.name: (int(t.tensor_type), tuple(map(int, t.shape[::-1]))) for t in gguf.GGUFReader(path).tensors}
+    assert gguf_tensors(path) == read == {"plain": (0, (3, 5)), "packed": (8, (4, 64))}
+
+
+def test_a_file_of_flux_is_put_into_diffusers_names(tmp_path: Path) -> None:
+    """What city96/FLUX.1-dev-gguf's Q8_0 holds: matrices in blocks of 34 bytes for 32 weights, vectors in float32."""
+    path = tmp_path / "flux1-dev-Q8_0.gguf"
+    path.write_bytes(header({n: (8 if len(shape) == 2 else 0, shape) for n, shape in original_flux().items()}))
+    configs = with_gguf(traced_folder(FLUX), path, "bfloat16")
+    made = built(diffusers.FluxTransformer2DModel, configs.components["transformer"][2], "bfloat16")
+    assert parameter_count(made) == 11_901_408_320
+    plain = built(
+        diffusers.FluxTransformer2DModel,
+        Description.of(traced_folder(FLUX).path).parts["transformer"].config,
+        "bfloat16",
+    )
+    ours = entries("", made)
+    assert ours.keys() == entries("", plain).keys()
+    for name, (shape, dtype) in entries("", plain).items():
+        packed = len(shape) == 2
+        assert ours[name] == ((*shape[:-1], shape[-1] // 32 * 34), "uint8") if packed else (shape, dtype)
+
+
+def tiny_flux(folder: Path) -> Any:
+    """A tiny Flux transformer, saved as a GGUF file in diffusers' names with its config beside it."""
+    made = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=32,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+    made.save_config(folder)
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "flux")
+    kinds = [gguf.GGMLQuantizationType[name] for name in ("Q8_0", "Q4_0", "F16")]
+    for i, (name, weight) in enumerate(made.state_dict().items()):
+        kind = kinds[i % 3] if weight.dim() == 2 and weight.shape[1] % 32 == 0 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(weight.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return made
+
+
+def test_weights_of_a_file_are_those_that_from_single_file_loads(tmp_path: Path) -> None:
+    tiny_flux(tmp_path)
+    quantization = diffusers.GGUFQuantizationConfig(compute_dtype=torch.bfloat16)
+    path = tmp_path / "tiny.gguf"
+    loaded = diffusers.FluxTransformer2DModel.from_single_file(
+        str(path), config=str(tmp_path), quantization_config=quantization, torch_dtype=torch.bfloat16
+    )
+    said = {"quantization_config": {"quant_method": "gguf", "compute_dtype": "bfloat16"}}
+    config = {**loaded.config, **said, GGUF_FILE: [gguf_tensors(path), path.name]}
+    made = built(diffusers.FluxTransformer2DModel, config, "bfloat16")
+    assert entries("", made) == entries("", loaded)
+    assert {dtype for _, dtype in entries("", made).values()} == {"uint8", "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "does not begin with GGUF"),
+        (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "GGUF version 1"),
+        (header({"img_in.weight": (8, (64, 64))})[:-9], "its header ends early"),
+        (header({}, struct.pack("<Q1sI", 1, b"a", 77), 1), "metadata of type 77"),
+        (header({"img_in.weight": (8, (64, 64))}), r"tensors = \['img_in.weight'\] .* those of FluxTran"),
+        (header({"img_in.weight": (99, (64, 64))}), r"img_in.weight = 99 is not supported"),
+    ],
+    ids=["nothing", "version", "short", "metadata", "another model", "another type"],
+)
+def test_a_broken_or_other_file_is_one_line(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "other.gguf"
+    path.write_bytes(content)
+    with pytest.raises(DerivationError, match=said) as error:
+        configs = with_gguf(traced_folder(FLUX), path, "bfloat16")
+        built(diffusers.FluxTransformer2DModel, configs.components["transformer"][2], "bfloat16")
+    assert "\n" not in str(error.value) and "other.gguf" in str(error.value)
+
+
+def test_what_has_no_transformer_takes_no_file(tmp_path: Path) -> None:
+    for model in ("stable-diffusion-v1-5/stable-diffusion-v1-5", "guoyww/animatediff-motion-adapter-v1-5-2"):
+        with pytest.raises(DerivationError, match="transformer"):
+            derive(model, transformer=tmp_path / "x.gguf")

@@ -16,6 +16,7 @@ from derivation.errors import DerivationError
 from . import hub
 from .checkpoint import BUNDLED, PIPELINE_CLASSES, task_of
 from .checks import INDEX
+from .gguf_file import gguf_tensors
 from .json_file import read_json
 
 TRACED = Path(__file__).resolve().parent / "traced"
@@ -28,6 +29,8 @@ PARTS = {"vae": ("AsymmetricAutoencoderKL",)}
 LAYERWISE = "layerwise_casting"
 # What a component's config says of weights read from a GGUF file: path -> the type's name, or a dtype of torch.
 GGUF = "gguf"
+# The tensors of a GGUF file that a component's weights are read from, and the file's name.
+GGUF_FILE = "gguf_file"
 # The files of a component that a pipeline is built from.
 FILES = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -61,7 +64,10 @@ class TracedFolder:
 
 @dataclass(frozen=True)
 class LiveConfigs:
-    """What a live pipeline is made of: its components' (library, class, config) by name, None where it has none."""
+    """What a live pipeline, or one with weights of a file, is made of.
+
+    ``components`` are (library, class, config) by name, None where it has none.
+    """
 
     class_name: str
     name: str
@@ -88,6 +94,31 @@ class LiveConfigs:
         """A digest of all configs."""
         content = json.dumps([self.class_name, self.components, self.arguments], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()
+
+
+def with_gguf(folder: TracedFolder, file: str | os.PathLike[str], dtype: str) -> LiveConfigs:
+    """Return a folder's pipeline, its transformer's weights those of a GGUF file, computed in ``dtype``.
+
+    As ``from_single_file`` with ``GGUFQuantizationConfig(compute_dtype)`` and ``torch_dtype`` leaves them. Raises
+    DerivationError for another file, and for a pipeline without a transformer.
+    """
+    entries: Any = read_json(folder.path / INDEX)
+    parts = {name: _part_of(folder.path / name, *entry) for name, entry in entries.items() if isinstance(entry, list)}
+    if (transformer := parts.get("transformer")) is None:
+        raise DerivationError(f"{folder.name}: transformer = {file}: {folder.class_name} has no transformer")
+    library, class_name, config = transformer
+    said = {"quantization_config": {"quant_method": GGUF, "compute_dtype": dtype}}
+    given = {**config, **said, GGUF_FILE: [gguf_tensors(Path(file)), Path(file).name]}
+    arguments = {n: value for n, value in entries.items() if not isinstance(value, list) and not n.startswith("_")}
+    name = f"{folder.name} with {Path(file).name}"
+    return LiveConfigs(folder.class_name, name, {**parts, "transformer": (library, class_name, given)}, arguments)
+
+
+def _part_of(folder: Path, library: str | None, class_name: str | None) -> tuple[str, str, Mapping[str, Any]] | None:
+    if library is None or class_name is None:
+        return None
+    config = next((read_json(folder / name) for name in FILES if (folder / name).is_file()), {})
+    return library, class_name, config if isinstance(config, dict) else {}
 
 
 def is_live_traced(source: object) -> bool:

@@ -20,7 +20,7 @@ from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
 from diffusers.utils.import_utils import DummyObject
 from transformers.initialization import no_init_weights
 
-from derivation.config.traced import GGUF, LAYERWISE, LiveConfigs
+from derivation.config.traced import GGUF, GGUF_FILE, LAYERWISE, LiveConfigs
 from derivation.errors import DerivationError, UnsupportedConfig, shown
 from derivation.trace.modules import modules_of, quiet
 from derivation.trace.quantized import quantize
@@ -33,6 +33,8 @@ REJECTIONS = (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeErr
 CLIP_TOKENS, OTHER_TOKENS = 77, 512
 # VAEs that decode in tiles alone.
 TILED = ("AutoencoderKLAllegro",)
+# What a config says of its weights beside the class's own arguments.
+SAID = (LAYERWISE, GGUF, GGUF_FILE)
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
@@ -182,7 +184,7 @@ def _class(name: str, part: Part, pipeline: type) -> Any:
 
 def model(cls: Any, config: Mapping[str, Any], dtype: str) -> Any:
     """Return a model of diffusers or transformers on ``meta``, evaluated, quantised or cast, without gradients."""
-    given, config = config, {key: value for key, value in config.items() if key not in (LAYERWISE, GGUF)}
+    given, config = config, {key: value for key, value in config.items() if key not in SAID}
     try:
         with no_init_weights(), torch.device("meta"):
             made = _constructed(cls, config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from math import prod
 from typing import Any, NamedTuple
 
@@ -18,9 +19,8 @@ import transformers
 from torch.nn import functional as F
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from derivation.config.traced import GGUF
+from derivation.config.traced import GGUF, GGUF_FILE
 from derivation.errors import UnsupportedConfig
-from derivation.options.choices import DTYPES
 
 KEY = "quantization_config"
 BLOCK, SCALES = 64, 256
@@ -136,36 +136,6 @@ class LinearTorchAo(torch.nn.Module):
         return scaled.to(self.kept_dtype)
 
 
-def read_gguf(model: Any, types: Mapping[str, str], compute_dtype: torch.dtype, file: str = "config.json") -> None:
-    """Give a model the weights of a GGUF file, of which ``types`` says each one's: diffusers' layers hold and run them.
-
-    diffusers/quantizers/gguf: a block's type says its bytes; what computes with them dequantises the weight, whole.
-    Raises UnsupportedConfig for a quantised weight of a layer that is not linear.
-    """
-    for path, kind in types.items():
-        owner, _, name = path.rpartition(".")
-        module, weight = model.get_submodule(owner), model.get_parameter(path)
-        if kind in DTYPES:
-            weight.data = weight.data.to(getattr(torch, kind))
-        elif isinstance(module, torch.nn.Linear) and name == "weight":
-            parent, _, attribute = owner.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, _gguf_linear(module, kind, compute_dtype))
-        else:
-            raise UnsupportedConfig(file, path, kind, "GGUF's types for weights of linear layers")
-
-
-def _gguf_linear(linear: torch.nn.Linear, kind: str, compute_dtype: torch.dtype) -> torch.nn.Module:
-    from diffusers.quantizers.gguf import utils
-
-    block, size = utils.GGML_QUANT_SIZES[utils.gguf.GGMLQuantizationType[kind]]
-    rows, columns = linear.weight.shape
-    made = utils.GGUFLinear(columns, rows, linear.bias is not None, compute_dtype=compute_dtype, device="meta")
-    data = _empty(rows, columns // block * size, dtype=torch.uint8)
-    made.weight = utils.GGUFParameter(data, quant_type=utils.gguf.GGMLQuantizationType[kind])
-    made.bias = linear.bias
-    return made.eval()
-
-
 def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -175,8 +145,11 @@ def quantize(model: Any, config: Mapping[str, Any], file: str = "config.json") -
     given = config.get(KEY)
     if not given:
         return
-    if isinstance(given, Mapping) and given.get("quant_method") == GGUF and GGUF in config:
-        read_gguf(model, config[GGUF], _dtype(given["compute_dtype"]), file)
+    if isinstance(given, Mapping) and given.get("quant_method") == GGUF and (GGUF in config or GGUF_FILE in config):
+        # of diffusers' GGUF layers, which need the package gguf
+        gguf = import_module("derivation.trace.gguf")
+        types = config[GGUF] if GGUF in config else gguf.types_of(model, *config[GGUF_FILE])
+        gguf.read_gguf(model, types, _dtype(given["compute_dtype"]), file)
         return
     if not isinstance(given, Mapping) or (method := _METHODS.get(str(given.get("quant_method")))) is None:
         raise UnsupportedConfig(file, KEY, given, f"quant_method {', '.join(_METHODS)}")

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from derivation.config import traced
 from derivation.config.checkpoint import PIPELINE_CLASSES
 from derivation.config.traced import LAYERWISE, LiveConfigs, TracedFolder, live_configs
 from derivation.errors import DerivationError, one_of
@@ -93,6 +94,13 @@ def recorded(
     """Return the recorded pipeline of a folder, and the symbols that have one value in it."""
     found = subject(folder, given, progress)
     return found, found.fixed
+
+
+def with_gguf(
+    folder: TracedFolder, file: str | os.PathLike[str], given: Mapping[str, Any], progress: Progress = lambda _: None
+) -> tuple[RecordedSubject, dict[str, int]]:
+    """Return the recorded pipeline of a folder with the transformer of a GGUF file; raises DerivationError."""
+    return recorded(traced.with_gguf(folder, file, str(given.get("dtype", DEFAULTS["dtype"]))), given, progress)
 
 
 def live(
