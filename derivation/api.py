@@ -314,7 +314,6 @@ def derive(
     revision: str | None = None,
     local_files_only: bool = False,
     progress: Callable[[str], None] = lambda _: None,
-    transformer: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Derivation:
     """Derive the peak memory of ``model``: a bundled id, a folder, a config file, a Hub id or a live pipeline.
@@ -327,20 +326,15 @@ def derive(
     ``method`` "walk" interprets diffusers' blocks, for the classes that are walked the default; "trace" runs the real
     code: a pipeline of any other class, called on ``meta`` at a few sizes and interpolated (shipped for the bundled
     ones, else with the extra ``verify``, when ``progress`` is called with a line before each size), or a transformer's
-    config, folder or dict, with symbolic shapes. ``transformer`` is a GGUF file from which a traced pipeline's is
-    loaded, of which the header alone is read. Raises DerivationError, with one line, for a config or an option that is
-    not supported.
+    config, folder or dict, with symbolic shapes. ``transformer=`` a GGUF file gives a traced pipeline its weights.
+    Raises DerivationError, with one line, for a config or an option that is not supported.
     """
     one_of("method", method or METHODS[0], METHODS)
     own = {"pipeline": pipeline, "dtype": dtype, "attention": attention, "gpu": gpu}.items()
     given = {**{name: value for name, value in own if value is not None}, **options}
     tell_variants(gpu, options.get("memory"))
     if method != "walk" and (folder := traced_folder(model, revision, method == "trace")) is not None:
-        if transformer is not None:
-            return Derivation(*store.with_gguf(folder, transformer, given, progress))
         return Derivation(*store.recorded(folder, given, progress))
-    if transformer is not None:
-        raise unsupported("transformer", transformer, "a GGUF file of a bundled or local pipeline that is traced")
     if method == "trace":
         return Derivation(store.transformer(model, named.options_of(given)))
     if is_live_traced(model):

@@ -262,6 +262,11 @@ def test_a_broken_or_other_file_is_one_line(tmp_path: Path, content: bytes, said
 
 
 def test_what_has_no_transformer_takes_no_file(tmp_path: Path) -> None:
-    for model in ("stable-diffusion-v1-5/stable-diffusion-v1-5", "guoyww/animatediff-motion-adapter-v1-5-2"):
-        with pytest.raises(DerivationError, match="transformer"):
-            derive(model, transformer=tmp_path / "x.gguf")
+    for model, file in (
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", tmp_path / "x.gguf"),
+        ("guoyww/animatediff-motion-adapter-v1-5-2", tmp_path / "x.gguf"),
+        (FLUX, 7),
+        (FLUX, tmp_path / "x.gguf"),
+    ):
+        with pytest.raises(DerivationError, match=r"transformer|x.gguf: cannot be read"):
+            derive(model, transformer=file)

@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from derivation.errors import DerivationError
+from derivation.errors import DerivationError, unsupported
 
 from . import hub
 from .checkpoint import BUNDLED, PIPELINE_CLASSES, task_of
@@ -96,12 +96,14 @@ class LiveConfigs:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def with_gguf(folder: TracedFolder, file: str | os.PathLike[str], dtype: str) -> LiveConfigs:
+def with_gguf(folder: TracedFolder, file: object, dtype: str) -> LiveConfigs:
     """Return a folder's pipeline, its transformer's weights those of a GGUF file, computed in ``dtype``.
 
     As ``from_single_file`` with ``GGUFQuantizationConfig(compute_dtype)`` and ``torch_dtype`` leaves them. Raises
     DerivationError for another file, and for a pipeline without a transformer.
     """
+    if not isinstance(file, str | os.PathLike):
+        raise unsupported("transformer", file, "a GGUF file")
     entries: Any = read_json(folder.path / INDEX)
     parts = {name: _part_of(folder.path / name, *entry) for name, entry in entries.items() if isinstance(entry, list)}
     if (transformer := parts.get("transformer")) is None:

@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from derivation.config import traced
 from derivation.config.checkpoint import PIPELINE_CLASSES
 from derivation.config.traced import LAYERWISE, LiveConfigs, TracedFolder, live_configs
 from derivation.errors import DerivationError, one_of
@@ -91,16 +90,18 @@ def subject(
 def recorded(
     folder: Configs, given: Mapping[str, Any], progress: Progress = lambda _: None
 ) -> tuple[RecordedSubject, dict[str, int]]:
-    """Return the recorded pipeline of a folder, and the symbols that have one value in it."""
-    found = subject(folder, given, progress)
+    """Return the recorded pipeline of a folder, and the symbols that have one value in it.
+
+    ``given`` are options, and ``transformer`` where its weights are a GGUF file's; raises DerivationError.
+    """
+    options = dict(given)
+    file = options.pop("transformer", None)
+    if file is not None:
+        if not isinstance(folder, TracedFolder):
+            raise DerivationError("transformer: a live pipeline has its own")
+        folder = with_gguf(folder, file, str(options.get("dtype", DEFAULTS["dtype"])))
+    found = subject(folder, options, progress)
     return found, found.fixed
-
-
-def with_gguf(
-    folder: TracedFolder, file: str | os.PathLike[str], given: Mapping[str, Any], progress: Progress = lambda _: None
-) -> tuple[RecordedSubject, dict[str, int]]:
-    """Return the recorded pipeline of a folder with the transformer of a GGUF file; raises DerivationError."""
-    return recorded(traced.with_gguf(folder, file, str(given.get("dtype", DEFAULTS["dtype"]))), given, progress)
 
 
 def live(
