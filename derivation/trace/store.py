@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from derivation.config.checkpoint import PIPELINE_CLASSES
-from derivation.config.traced import LAYERWISE, LiveConfigs, TracedFolder, live_configs
+from derivation.config.traced import LAYERWISE, LiveConfigs, TracedFolder, live_configs, with_gguf
 from derivation.errors import DerivationError, one_of
 from derivation.files import write_files
 from derivation.gpu.profile import hardware
