@@ -12,7 +12,7 @@ pytest.importorskip("diffusers")
 
 from conftest import SD15, SDXL, small_folders
 
-from derivation import derive
+from derivation import DerivationError, derive
 from derivation.config import ImageProjectionConfig, load
 from derivation.config.checkpoint import BUNDLED
 from derivation.config.ip_adapter import FULL, PLAIN, PLUS
@@ -89,3 +89,59 @@ def test_a_published_plus_adapter_has_the_real_parameters(tmp_path, model):
     expected = {f"unet.{path}": tuple(p.shape) for path, p in pipe.unet.named_parameters()}
     assert {path: shape for path, (shape, _) in derivation.parameters["unet"].items()} == expected
     assert all(each.match for each in compare_components(derivation, 64, 72))
+
+
+def changed_tensors(change):
+    projection = ImageProjectionConfig(PLUS, 1280, 768, 16, 768, 12)
+    tensors = ip_adapter_tensors(projection, cross_attentions(load(SD15), Options()))
+    for key, shape in change.items():
+        tensors.pop(key, None)
+        if shape is not None:
+            tensors[key] = shape
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_proj.latents": None}, "no image_proj that is supported in it"),
+        ({"image_proj.latents": (16, 768)}, "its image_proj lacks"),
+        ({"image_proj.latents": (1, 0, 768)}, "its image_proj has no elements"),
+        ({"image_proj.layers.0.0.to_q.weight": None}, "its image_proj lacks 'layers.0.0.to_q.weight'"),
+        ({"image_proj.layers.4.1.0.weight": (768,)}, r"image_proj.layers.4.1.0.weight is \(768,\), .* has None"),
+        ({"image_proj.layers.3.1.3.weight": None}, "image_proj.layers.3.1.3.weight is None"),
+        ({"image_proj.proj_in.weight": (768, 1664)}, "it takes 1664 channels, the image encoder of .* gives 1280"),
+        ({"ip_adapter.1.to_k_ip.weight": None}, "ip_adapter.1.to_k_ip and to_v_ip are None"),
+        ({"ip_adapter.1.to_k_ip.weight": (640, 768)}, r"ip_adapter.1.to_k_ip and to_v_ip are \(640, 768\)"),
+        ({"ip_adapter.2.to_k_ip.weight": (320, 768)}, "not 1, 3, 5"),
+        ({"ip_adapter.0.to_q_lora.down.weight": (4, 320)}, "'ip_adapter.0.to_q_lora.down.weight' is not supported"),
+        ({"lora.unet": (1,)}, "'lora.unet' is not supported"),
+        (
+            {f"ip_adapter.1.to_{name}_ip.weight": (640, 768) for name in "kv"},
+            r"to_k_ip of \(\(640, 768\), .* does not fit the UNet's to_k of \(\(320, 768\)",
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named(tmp_path, change, message):
+    file = tmp_path / "odd.safetensors"
+    write_safetensors(file, changed_tensors(change))
+    with pytest.raises(DerivationError, match=rf"^{file}: .*{message}") as raised:
+        _ = derive(SD15, ip_adapter=str(file)).weights
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ip_adapter": ""}, "ip_adapter = .*: expected 1 to 8 files"),
+        ({"ip_adapter": "a,b,,c"}, "ip_adapter = .*: expected 1 to 8 files"),
+        ({"ip_adapter": "no/such.safetensors"}, "no/such.safetensors: cannot be read"),
+        ({"ip_adapter": "a", "ip_adapter_tokens": 4}, "ip_adapter_tokens = 4 is not supported with ip_adapter"),
+        ({"ip_adapter": "a", "attention_slicing": "max"}, "ip_adapter = a is not supported with attention_slicing"),
+        ({"ip_adapter_images": 2}, "ip_adapter_images = 2 is not supported without"),
+        ({"ip_adapter_tokens": 4, "ip_adapter_images": 65}, "ip_adapter_images = 65"),
+    ],
+)
+def test_what_is_no_file_is_told_in_a_line(options, message):
+    with pytest.raises(DerivationError, match=message):
+        _ = derive(SD15, **options).weights
