@@ -14,10 +14,12 @@ from conftest import SD15, SDXL, small_folders
 
 from derivation import derive
 from derivation.api import Derivation
+from derivation.call import Call
 from derivation.config import controlnet_config
 from derivation.config.checkpoint import BUNDLED
 from derivation.errors import DerivationError
 from derivation.trace.modules import pipeline_of
+from derivation.trace.runs import trace_pipeline
 from derivation.verify.compare import compare_components, compare_pipeline
 from derivation.verify.random_configs import random_controlnet
 
@@ -68,6 +70,21 @@ def test_controlnets_of_their_own_configs_equal_diffusers(folders, tmp_path, fam
     if "offload" not in options:
         compared += compare_components(derivation, 200, 64)
     assert [each for each in compared if not each.match] == []
+
+
+@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("task", ["txt2img", "img2img", "inpaint"])
+def test_pooled_and_other_controlnets_are_mixed_as_diffusers_mixes_them(folders, tmp_path, family, task):
+    folder = folders[family]
+    files = [written(folder, tmp_path, 20 + i, global_pool_conditions=pools) for i, pools in enumerate((False, True))]
+    derivation = derive(str(folder), controlnet=",".join(map(str, files)), pipeline=task, num_inference_steps=4)
+    assert [each for each in compare_pipeline(derivation, 72, 136) if not each.match] == []
+    backwards = ",".join(map(str, reversed(files)))
+    derivation = derive(str(folder), controlnet=backwards, pipeline=task, num_inference_steps=4)
+    with pytest.raises(DerivationError, match="without global_pool_conditions after a first one with"):
+        _ = derivation.program(True).generic
+    with pytest.raises(RuntimeError, match="broadcast shape"):
+        trace_pipeline(folder, derivation.options, Call(72, 136))
 
 
 def test_a_live_controlnet_of_another_architecture_is_that_of_its_config(folders, tmp_path):

@@ -27,11 +27,13 @@ class Control:
                     f"controlnets = {len(self.configs)} with a VAE of scale factor {pipeline.vae_scale_factor} "
                     f"is not supported (supported: {config.conditioning_factor})"
                 )
+        pools = [config.global_pool_conditions for config in self.configs]
+        if pools[0] and not all(pools):
+            said = "a ControlNet without global_pool_conditions after a first one with is not supported"
+            raise DerivationError(f"{said}: diffusers adds its residuals in place to [N, C, 1, 1], which torch refuses")
         # pipeline_controlnet_inpaint_sd_xl.py does not read global_pool_conditions
         unread = pipeline.family == "StableDiffusionXL" and pipeline.options.pipeline == "inpaint"
-        guess_mode = self.configs[0].global_pool_conditions and not unread
-        if guess_mode and not all(config.global_pool_conditions for config in self.configs):
-            raise DerivationError("a ControlNet without global_pool_conditions after one with is not supported")
+        guess_mode = pools[0] and not unread
         self.txt2img = pipeline.options.pipeline == "txt2img"
         self.conditional_alone = guess_mode and pipeline.guidance
         doubled = pipeline.guidance and not guess_mode
