@@ -24,7 +24,7 @@ from derivation.peak.headline import Grid
 from derivation.peak.liveness import alive_at
 from derivation.tape.evaluate import Evaluator
 from derivation.tape.events import Allocation, Category
-from derivation.tape.symbols import evaluate
+from derivation.tape.symbols import Size, evaluate, symbol
 from derivation.tape.tape import Tape, tape
 from derivation.tape.tensor import SymTensor
 from derivation.trace.scratch import buffers
@@ -39,6 +39,7 @@ CHECKPOINT = load(SD15)
 WARM = "cublas workspace"
 UPSAMPLER = "decoder.up_blocks.2.upsamplers.0.conv"
 LAST_RESNET = "decoder.up_blocks.3.resnets.0.conv1"
+BATCH = symbol("B")
 # Rows that the profile does not explain, each with its reading in the evidence or the memory model.
 RESIDUALS = {"t4-img2img-1800x1200"}
 
@@ -246,6 +247,19 @@ def test_bfloat16_before_ampere_convolves_in_columns(scratch: str) -> None:
     inside = buffers(out, ((2, 64, 32, 24), (16, 64, 3, 3)), card).inside
     assert [(a.op, a.nbytes) for a in inside] == found
     assert buffers(out, ((2, 64, 16, 12), (16, 64, 1, 1)), card).inside == ()
+
+
+@pytest.mark.parametrize(("batch", "planes"), [(1, 2), (2, 1), (BATCH, 2), (2 * BATCH, 1)])
+def test_volta_transposes_the_output_of_one_image_alone(batch: Size, planes: int) -> None:
+    """256 to 256 channels: a batch whose size is not known counts as one image, which asks for more."""
+
+    def run() -> object:
+        return Conv2d("conv", empty((batch, 256, 64, 64), "float16", "input"), 256, 3, padding=1)
+
+    tape = record(run, hardware("v100"), {}, "float16")
+    [nbytes] = [a.nbytes for a in tape.allocations if a.op == "convolution workspace"]
+    rest = 256 * 256 * 9 * 2 + (16 if planes == 2 else 6 * 64 * 64 + 144)
+    assert nbytes == batch * 256 * 64 * 64 * 2 * planes + rest
 
 
 def test_norms_hold_a_row_major_copy_and_their_coefficients():

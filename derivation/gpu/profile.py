@@ -23,8 +23,8 @@ PROFILES = Path(__file__).with_name("profiles.json")
 SCRATCH = ("expected", "upper", "none")
 # sizes are integers, or polynomials
 Shape = tuple[Any, ...]
-# dtype, whether in channels_last, kind, output channels (0: any)
-WorkspaceKey = tuple[str, bool, str, int]
+# dtype, whether in channels_last, kind, output channels (0: any), whether of two images or more alone
+WorkspaceKey = tuple[str, bool, str, int, bool]
 
 
 class NearestProfile(UserWarning):
@@ -88,14 +88,15 @@ class Hardware:
         in_channels: int = CHANNEL_ALIGNMENT,
         out_channels: int = 0,
         strided: bool = False,
+        batched: bool = False,
     ) -> Workspace:
         """Return the workspace of a convolution; raises DerivationError where the profile has none."""
         if self.scratch != "expected":
             return UPPER_WORKSPACE if self.scratch == "upper" else NO_WORKSPACE
         kind = convolution_kind(kernel, in_channels, strided)
         found = dict(self.workspaces)
-        for wanted, channels in product(dict.fromkeys((kind, SPATIAL)), (out_channels, 0)):
-            if (key := (dtype, channels_last, wanted, channels)) in found:
+        for wanted, channels, alone in product(dict.fromkeys((kind, SPATIAL)), (out_channels, 0), (batched, False)):
+            if (key := (dtype, channels_last, wanted, channels, alone)) in found:
                 return found[key]
         sm = "sm{}{}".format(*self.compute_capability)
         raise DerivationError(f"{PROFILES.name}: no convolution workspace for {sm} {dtype}; use scratch upper or none")
@@ -255,11 +256,8 @@ def _workspaces(card: Gpu) -> tuple[tuple[WorkspaceKey, Workspace], ...]:
         documented = card.architecture in entry["architectures"]
         if not documented and nearest["architecture"] not in entry["architectures"]:
             continue
-        kinds = {(kind, 0): entry.get(kind, entry["coefficients"]) for kind in (SPATIAL, POINTWISE, UNALIGNED)}
-        kinds |= {(STRIDED, 0): entry[STRIDED]} if STRIDED in entry else {}
-        kinds |= {(SPATIAL, int(k)): only for k, only in entry.get("out_channels", {}).items()}
-        for dtype, ((kind, channels), coefficients) in product(entry["dtypes"], kinds.items()):
-            found[dtype, entry["memory_format"] == "channels_last", kind, channels] = Workspace(**coefficients)
+        for dtype, (kind, coefficients) in product(entry["dtypes"], _kinds(entry).items()):
+            found[dtype, entry["memory_format"] == "channels_last", *kind] = Workspace(**coefficients)
     if nearest["architecture"] != card.architecture:
         warnings.warn(
             f"{card.name}: convolution workspace as measured on {nearest['architecture']} ({nearest['reason']})",
@@ -267,6 +265,16 @@ def _workspaces(card: Gpu) -> tuple[tuple[WorkspaceKey, Workspace], ...]:
             stacklevel=3,
         )
     return tuple(found.items())
+
+
+def _kinds(entry: Mapping[str, Any]) -> dict[tuple[str, int, bool], Mapping[str, int]]:
+    """Return an entry's coefficients by kind, output channels, and whether they are those of two images or more."""
+    kinds = {kind: entry.get(kind, entry["coefficients"]) for kind in (SPATIAL, POINTWISE, UNALIGNED)}
+    kinds |= {STRIDED: entry[STRIDED]} if STRIDED in entry else {}
+    found = {(kind, 0, False): coefficients for kind, coefficients in kinds.items()}
+    for name, batched in (("out_channels", False), ("batched_out_channels", True)):
+        found |= {(SPATIAL, int(k), batched): coefficients for k, coefficients in entry.get(name, {}).items()}
+    return found
 
 
 def documented(card: Gpu) -> bool:

@@ -203,7 +203,7 @@ def _large(shape: Convolution) -> bool:
 
 def _expected(card: Hardware, shape: Convolution) -> int:
     strided = shape.output[2:] != shape.input[2:]
-    kind = (shape.weight[2], shape.weight[1], shape.weight[0], strided)
+    kind = (shape.weight[2], shape.weight[1], shape.weight[0], strided, shape.input[0] > 1)
     workspace = card.convolution_workspace(shape.dtype, shape.channels_last, *kind)
     return int(workspace.nbytes(shape.input, shape.output, shape.weight, DTYPE_BYTES[shape.dtype]))
 

@@ -13,7 +13,7 @@ from operator import mul
 
 from derivation.gpu.profile import Hardware
 from derivation.tape.events import Allocation, Category, Mark
-from derivation.tape.symbols import DTYPE_BYTES, Size
+from derivation.tape.symbols import DTYPE_BYTES, Size, nonnegative_from_one
 from derivation.tape.tape import Shapes, Tape
 
 MATRICES = ("addmm", "mm", "bmm", "baddbmm")
@@ -112,7 +112,7 @@ def _convolution(out: Allocation, shapes: Shapes, hardware: Hardware) -> Iterato
             columns = reduce(mul, (*weight[1:], *out.shape[2:]), DTYPE_BYTES[out.dtype])
             yield _buffer(out, columns, "convolution columns")
         return
-    kind = (kernel, channels, filters, out.shape[2:] != given[2:])
+    kind = (kernel, channels, filters, out.shape[2:] != given[2:], nonnegative_from_one(given[0] - 2))
     workspace = hardware.convolution_workspace(out.dtype, False, *kind)
     nbytes = workspace.nbytes(given, out.shape, weight, DTYPE_BYTES[out.dtype])
     yield _buffer(out, nbytes, "convolution workspace")

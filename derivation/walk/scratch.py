@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 
 from derivation.gpu.profile import Hardware
 from derivation.tape.events import Category
-from derivation.tape.symbols import DTYPE_BYTES, Size
+from derivation.tape.symbols import DTYPE_BYTES, Size, nonnegative_from_one
 from derivation.tape.tape import Storage, tape
 from derivation.tape.tensor import SymTensor
 
@@ -51,7 +51,13 @@ def convolution_buffers(x: SymTensor, out: SymTensor, weight: SymTensor, channel
         return
     copied = channels_last and not weight.is_channels_last() and kernel_height != 1 and kernel_width != 1
     weight_copy = _buffer(weight.shape, weight.dtype, "convolution weight") if copied else None
-    kind = (kernel_height, in_channels, weight.shape[0], out.shape[2:] != x.shape[2:])
+    kind = (
+        kernel_height,
+        in_channels,
+        weight.shape[0],
+        out.shape[2:] != x.shape[2:],
+        nonnegative_from_one(x.shape[0] - 2),
+    )
     workspace = tape().gpu(Hardware.convolution_workspace, x.dtype, channels_last, *kind)
     nbytes = workspace.nbytes(x.shape, out.shape, weight.shape, DTYPE_BYTES[x.dtype])
     _buffer((nbytes,), "uint8", "convolution workspace")
