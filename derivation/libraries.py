@@ -129,6 +129,13 @@ RULES: Mapping[str, Rule] = {
     "flash_state_on_gpu": Rule(
         "torch", (2, 7), None, "flash attention's random state and its unused twin are CUDA tensors", "flash_api.cpp"
     ),
+    "conv3d_columns": Rule(
+        "torch",
+        (2, 9),
+        (2, 10),
+        "conv3d in half precision leaves cuDNN 9.8 to 9.14 and takes columns, but for kernels of 1",
+        "Convolution.cpp: use_cudnn (PR 163581, PR 166480); cuDNN 9.10.2 in the wheels",
+    ),
     "fused_on_blackwell": Rule("torch", (2, 7), None, "fused attention runs up to sm121", "PR 145602"),
     "wide_split_head_dim": Rule(
         "torch", (2, 7), None, "flash's split accumulator rounds head dims above 128 to 64", "flash_api.cpp"

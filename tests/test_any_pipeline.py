@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ from derivation.gpu.profile import hardware
 from derivation.guard import will_fit
 from derivation.options import Options
 from derivation.options.live import live_traced_options
+from derivation.tape.events import Allocation, Category
 from derivation.tape.grid import Range, Sides
 from derivation.tape.loop import normalised
 from derivation.tape.recorded import RecordedSubject
-from derivation.tape.symbols import as_poly, ceil512, symbol
+from derivation.tape.symbols import as_poly, ceil512, evaluate, symbol
 from derivation.tape.tape import Tape
 from derivation.trace import store
 from derivation.trace.arguments import Arguments
@@ -46,7 +48,7 @@ from derivation.trace.offloaded import with_model_offload
 from derivation.trace.pipeline import TracedPipeline, same
 from derivation.trace.quantized import Linear4bit, Linear8bit, parameter_count
 from derivation.trace.regimes import entries, lengths, record, regimes
-from derivation.trace.scratch import with_scratch
+from derivation.trace.scratch import buffers, with_scratch
 from derivation.trace.shadows import ShadowTracer
 from derivation.trace.standins import word_tokenizer
 from derivation.verify.pipelines import SIDES, arguments, checked, description, read
@@ -500,6 +502,49 @@ def test_another_quantisation_is_one_line() -> None:
     tiny = quantised(description(DOCUMENTS["FluxPipeline"]), ("transformer",), quant_method="quanto")
     with pytest.raises(DerivationError, match=r"quantization_config = .* quant_method bitsandbytes, torchao"):
         build(tiny, "bfloat16")
+
+
+# pytorch issue 132300: conv3d of bfloat16 [1, 3, 24, 740, 1316] by 128 x 3 x 3 x 3 x 3 peaks at 9.26 GiB; it leaves
+# cuDNN, as it did before 9.3 for outputs of over 2**31 elements
+def test_conv3d_outside_cudnn_takes_columns() -> None:
+    volume, filters = (24, 740, 1316), (128, 3, 3, 3, 3)
+    given, made = (1, 3, *volume), (1, 128, *volume)
+    nbytes = 2 * prod(made)
+    out = Allocation("", "convolution", made, "bfloat16", nbytes, Category.ACTIVATION)
+    found = buffers(out, (given, filters), hardware("h100", torch="2.9.1"))
+    inside = [2 * 3 * 27 * prod(volume)]
+    assert [a.nbytes for a in found.inside] == inside and [a.nbytes for a in found.kept] == [32 << 20]
+    whole = sum(ceil512(2 * prod(shape)) for shape in (given, filters, made)) + inside[0] + (32 << 20)
+    assert f"{whole / 2**30:.2f}" == "9.26"
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "dtype", "kernel", "counted"),
+    [
+        ("2.8", "bfloat16", 3, False),
+        ("2.9.1", "float32", 3, False),
+        ("2.9.1", "float16", 1, False),
+        ("2.9.1", "float16", 3, True),
+        ("2.10", "float16", 3, False),
+    ],
+)
+def test_when_conv3d_leaves_cudnn(torch_version: str, dtype: str, kernel: int, counted: bool) -> None:
+    """Convolution.cpp: use_cudnn, of torch 2.9."""
+    out = Allocation("", "convolution", (1, 8, 4, 16, 16), dtype, 8, Category.ACTIVATION)
+    shapes = ((1, 8, 4, 16, 16), (8, 8, kernel, kernel, kernel))
+    assert bool(buffers(out, shapes, hardware("h100", torch=torch_version)).inside) == counted
+    grouped = ((1, 16, 4, 16, 16), (8, 8, kernel, kernel, kernel))
+    assert not buffers(out, grouped, hardware("h100", torch=torch_version)).inside
+
+
+def test_qwens_vae_asks_for_what_torch_could_not_allocate() -> None:
+    """pytorch issue 177406: "Tried to allocate 5.06 GiB", torch 2.9.1, Qwen-Image's VAE in bfloat16."""
+    d = derive("Qwen/Qwen-Image", gpu="h100", torch="2.9.1")
+    values = d.sizes(1024, 1024)
+    tape = d.program(True).at(values).tape
+    columns = {evaluate(a.nbytes, values) for a in tape.allocations if a.op == "convolution columns"}
+    assert f"{max(columns) / 2**30:.2f}" == "5.06"
+    assert any("takes columns" in line for line in d.subject.remarks)
 
 
 # shadows

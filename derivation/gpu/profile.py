@@ -105,6 +105,10 @@ class Hardware:
         """Return whether cuDNN convolves a type (CUDAHooks.cpp: supportsBFloat16ConvolutionWithCuDNNv8)."""
         return dtype != "bfloat16" or self.compute_capability >= (8, 0)
 
+    def runs_cudnn_on_videos(self, dtype: str) -> bool:
+        """Return whether cuDNN convolves videos of a type with kernels above 1; those of 1 are as ``runs_cudnn``."""
+        return self.runs_cudnn(dtype) and (dtype == "float32" or not self.libraries.follows("conv3d_columns"))
+
     def cublas_workspace_bytes(self) -> int:
         """Bytes that the first use of a cuBLAS handle allocates for good: ``:4096:2:16:8``, or 32 MiB.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from derivation.call import DEFAULT_SIDE, Call
 from derivation.errors import DerivationError, unsupported
+from derivation.libraries import libraries
 from derivation.options import Options
 from derivation.options.named import options_of
 from derivation.tape.grid import Frames, Grid, Range, Sides
@@ -19,7 +20,8 @@ from derivation.tape.tape import Tape
 
 FORMAT = "derivation-recorded-1"
 # Said with a card (derivation.trace.scratch), where a convolution's output is [N, C, F, H, W].
-UNCOUNTED, VIDEO_RANK = "workspaces of conv3d are not counted on a card: no profile has them", 5
+UNCOUNTED = "cuDNN's workspaces of conv3d are not counted on a card: no profile has them"
+COLUMNS, VIDEO_RANK = f"conv3d takes columns, as torch 2.9 in half precision; of kernels of 1, {UNCOUNTED}", 5
 # The arguments of a call that give each symbol.
 ARGUMENTS = {"h": "height", "w": "width", "B": "batch_size", "L": "prompt_length", "F": "num_frames"}
 
@@ -114,8 +116,14 @@ class RecordedSubject:
             f"{self.passes} passes of the denoising loop stand for any number; use_resolution_binning is off",
             *(() if frames is None else (f"num_frames = {frames}",)),
             *(f"unknown when it was traced: {line}" for line in lines),
-            *((UNCOUNTED,) if self.options.gpu is not None and self._convolves_videos else ()),
+            *((self._conv3d,) if self.options.gpu is not None and self._convolves_videos else ()),
         )
+
+    @property
+    def _conv3d(self) -> str:
+        """What is counted of convolutions of videos."""
+        half = self.options.dtype != "float32"
+        return COLUMNS if half and libraries(self.options.torch).follows("conv3d_columns") else UNCOUNTED
 
     @property
     def _convolves_videos(self) -> bool:

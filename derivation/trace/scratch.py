@@ -1,7 +1,7 @@
 """What CUDA operators allocate inside themselves, put onto a traced tape: operators and shapes tell (no torch needed).
 
-As ``derivation.walk.scratch`` does for walked ones, with the same profile. Not modelled: workspaces of conv3d, of which
-no profile has coefficients, and the copies of a pipeline that is switched to another memory format.
+As ``derivation.walk.scratch`` does for walked ones, with the same profile. Not modelled: cuDNN's workspaces of conv3d,
+of which no profile has coefficients, and the copies of a pipeline that is switched to another memory format.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ def buffers(out: Allocation, shapes: Shapes | None, hardware: Hardware) -> Buffe
         return _matrix(out, hardware)
     if shapes is not None and len(shapes[1]) == 4:
         return Buffers(tuple(_convolution(out, shapes, hardware)))
+    if shapes is not None and len(shapes[1]) == 5:
+        return _video(out, shapes, hardware)
     if out.op == EFFICIENT:
         return Buffers(tuple(_accumulator(out)))
     return Buffers()
@@ -116,6 +118,18 @@ def _convolution(out: Allocation, shapes: Shapes, hardware: Hardware) -> Iterato
     workspace = hardware.convolution_workspace(out.dtype, False, *kind)
     nbytes = workspace.nbytes(given, out.shape, weight, DTYPE_BYTES[out.dtype])
     yield _buffer(out, nbytes, "convolution workspace")
+
+
+def _video(out: Allocation, shapes: Shapes, hardware: Hardware) -> Buffers:
+    """Columns [C T R S, F P Q] of one video where cuDNN is left (cuda/NaiveDilatedConvolution.cu); none elsewhere."""
+    given, weight = shapes
+    pointwise = all(side == 1 for side in weight[2:])
+    runs = hardware.runs_cudnn(out.dtype) if pointwise else hardware.runs_cudnn_on_videos(out.dtype)
+    if runs or given[1] != weight[1]:  # groups have kernels of their own
+        return Buffers()
+    columns = reduce(mul, (*weight[1:], *out.shape[2:]), DTYPE_BYTES[out.dtype])
+    cublas = _buffer(out, hardware.cublas_workspace_bytes(), CUBLAS)
+    return Buffers((_buffer(out, columns, "convolution columns"),), (cublas,))
 
 
 def _accumulator(out: Allocation) -> Iterator[Allocation]:
