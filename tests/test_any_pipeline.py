@@ -701,8 +701,32 @@ def test_a_model_kept_in_eight_bits_is_traced_with_its_casts(live, monkeypatch: 
     dtypes = Counter(dtype for _, dtype in entries("", live.transformer).values())
     assert dtypes["float8_e4m3fn"] > dtypes["float32"] > 0
     assert live_traced_options(live)["dtype"] == "float32"
-    with pytest.raises(DerivationError, match="layerwise_casting with offload = 'model'"):
-        derive(live, offload="model")
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_a_cast_model_is_offloaded_through_the_real_hooks(live, monkeypatch: pytest.MonkeyPatch, offload: str) -> None:
+    """Model offload holds the component's own weights, in eight bits, beside what a call of it on the GPU allocates."""
+    live.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    document, call = DOCUMENTS["FluxPipeline"], Call(128, 192, 1, 64)
+    read = Description.live(live_configs(live))
+    on_gpu, moved = (
+        TracedPipeline(read, replace(OPTIONS, offload=each), arguments(document), SIDES) for each in (None, offload)
+    )
+    peaks, alone = naive_peaks(moved.trace(call)), naive_peaks(on_gpu.trace(call))
+    weights = [t for part in (live.transformer.parameters(), live.transformer.buffers()) for t in part]
+    assert {t.dtype for t in weights} >= {torch.float8_e4m3fn}
+    resident = sum(ceil512(t.nbytes) for t in weights) if offload == "model" else 0
+    assert peaks["transformer"] == alone["transformer"] + resident
+    asked: list[Options] = []
+
+    def traced(_: object, options: Options, __: object) -> Any:
+        asked.append(options)
+        raise DerivationError("traced with these")
+
+    monkeypatch.setattr(store, "_recorded", traced)
+    with pytest.raises(DerivationError, match="traced with these"):
+        derive(live, offload=offload)
+    assert asked[0].offload == offload
 
 
 def from_gguf(pipe: Any) -> Any:

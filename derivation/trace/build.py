@@ -193,12 +193,19 @@ def model(cls: Any, config: Mapping[str, Any], dtype: str) -> Any:
     made.requires_grad_(False).eval()
     made = _cast(made, getattr(torch, dtype))
     quantize(made, given)
-    for storage, compute, paths in given.get(LAYERWISE, ()):
+    for storage, _, paths in given.get(LAYERWISE, ()):
         for path in paths:
-            apply_layerwise_casting_hook(
-                made.get_submodule(path), *(getattr(torch, d) for d in (storage, compute)), False
-            )
+            made.get_submodule(path).to(getattr(torch, storage))
     return made
+
+
+def cast_layerwise(pipe: Any, description: Description) -> None:
+    """Put layerwise casting's hooks onto the models that have it, whose weights are in its storage dtype."""
+    for name, part in description.parts.items():
+        for storage, compute, paths in () if part is None else part.config.get(LAYERWISE, ()):
+            dtypes = getattr(torch, storage), getattr(torch, compute)
+            for path in paths:
+                apply_layerwise_casting_hook(getattr(pipe, name).get_submodule(path), *dtypes, False)
 
 
 def _constructed(cls: Any, config: Mapping[str, Any]) -> Any:

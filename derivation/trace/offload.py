@@ -25,11 +25,15 @@ def on_cpu(model: torch.nn.Module) -> torch.nn.Module:
     return deepcopy(model).to_empty(device="cpu")
 
 
-def offload_pipeline(pipe: Any, offload: str) -> None:
-    """Call the pipeline's ``enable_..._cpu_offload``; its models are replaced by copies that start on the CPU."""
+def offload_pipeline(pipe: Any, offload: str, hooked: Callable[[], None] = lambda: None) -> None:
+    """Call the pipeline's ``enable_..._cpu_offload``; its models are replaced by copies that start on the CPU.
+
+    ``hooked`` puts other hooks onto them first, of which a copy would call the first models.
+    """
     for name, model in pipe.components.items():
         if isinstance(model, torch.nn.Module):
             setattr(pipe, name, on_cpu(model))
+    hooked()
     with meta_as_gpu():
         getattr(pipe, ENABLE[offload])(device=DEVICE)
     _without_index(pipe)

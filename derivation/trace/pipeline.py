@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -18,7 +19,7 @@ from derivation.tape.grid import Grid
 from derivation.tape.loop import normalised
 from derivation.tape.tape import Tape
 from derivation.trace.arguments import Arguments
-from derivation.trace.build import REJECTIONS, Description, State, build
+from derivation.trace.build import REJECTIONS, Description, State, build, cast_layerwise
 from derivation.trace.interpolate import Values
 from derivation.trace.modules import modules_of, quiet
 from derivation.trace.offload import offload_pipeline
@@ -45,8 +46,11 @@ class TracedPipeline:
     ) -> None:
         self.description, self.options = description, options
         self.pipe = build(description, options.dtype)
-        if options.offload is not None:
-            offload_pipeline(self.pipe, options.offload)
+        hooked = partial(cast_layerwise, self.pipe, description)
+        if options.offload is None:
+            hooked()
+        else:
+            offload_pipeline(self.pipe, options.offload, hooked)
         self.arguments = Arguments(self.pipe, {"output_type": "pt", **(given or {})})
         self.grid: Grid = self.arguments.grid
         self.sides: tuple[int, int] | None = sides or (SIDES if self.grid.frames is None else VIDEO_SIDES)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from derivation.config.checkpoint import PIPELINE_CLASSES
-from derivation.config.traced import LAYERWISE, LiveConfigs, TracedFolder, live_configs, with_gguf
+from derivation.config.traced import LiveConfigs, TracedFolder, live_configs, with_gguf
 from derivation.errors import DerivationError, one_of
 from derivation.files import write_files
 from derivation.gpu.profile import hardware
@@ -62,7 +62,8 @@ def subject(
 ) -> RecordedSubject:
     """Return the recorded pipeline of a folder: shipped, cached, or traced now and cached.
 
-    Sequential offload, of which no record is shipped, is traced where the caller names it, not as one option of many.
+    Sequential offload, of which no record is shipped, is traced where the caller names it, not as one option of many;
+    so is offload of models that are cast layer by layer.
     Raises DerivationError for an option that tracing does not obey, and without torch where nothing is recorded.
     """
     usual = {} if folder.class_name in PIPELINE_CLASSES else DEFAULTS
@@ -71,13 +72,14 @@ def subject(
     for name, value in wanted.as_dict().items():
         if name not in APPLICABLE and value != getattr(Options(), name):
             raise DerivationError(f"{name} = {value!r} is not supported for {folder.class_name}, which is traced")
-    moved = wanted.offload if wanted.offload == "sequential" else None
+    casts = isinstance(folder, LiveConfigs) and folder.casts
+    moved = wanted.offload if wanted.offload == "sequential" or casts else None
     plain = Options(dtype=wanted.dtype, attention=wanted.attention, pipeline=wanted.pipeline, offload=moved)
     if moved and not anew and not cache_path(folder, plain).is_file():
         raise DerivationError(f"offload = {moved!r} of {folder.class_name} is not recorded: derive with it traces it")
     found = _recorded(folder, plain, progress)
     found = replace(found, under=lambda options: subject(folder, options.as_dict(), progress, anew=False))
-    if wanted.offload == "model":
+    if wanted.offload == "model" and moved is None:
         parameters, order = found.parameters, found.offload_order
         found = found.on(wanted, lambda tape: with_model_offload(tape, parameters, order))
     if wanted.gpu is None:
@@ -109,8 +111,6 @@ def live(
 ) -> tuple[RecordedSubject, dict[str, int]]:
     """Return the recorded pipeline of a live one; raises DerivationError for what is not read off it."""
     configs, options = live_configs(pipe), live_traced_options(pipe, **given)
-    if configs.casts and options["offload"] is not None:
-        raise DerivationError(f"{LAYERWISE} with offload = {options['offload']!r} is not supported (supported: either)")
     found, fixed = recorded(configs, options, progress)
     refuse_other_weights(pipe, found.parameters)
     return found, fixed
