@@ -297,6 +297,7 @@ def _advice(derivation: Derivation, budget: int | None, call: Call) -> tuple[str
         largest = fit(derivation, budget, shape, *rest).image
         where = f"{largest.width}x{largest.height}" if largest else "none"
         lines.append(f"not enough even so; the largest image of this shape that fits as it is: {where}")
+    lines += [f"with quantised weights it fits: {name}" for name in found.quantized]
     return tuple(lines)
 
 

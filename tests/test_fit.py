@@ -261,6 +261,15 @@ def test_what_a_needed_remedy_adds_is_the_step_from_the_peak_before_it() -> None
         before = after
 
 
+@pytest.mark.parametrize(("gpu", "fits"), [("rtx-4090", True), ("rtx-3060", False), ("h100", False)])
+def test_a_quantised_checkpoint_is_named_where_it_alone_fits(gpu: str, fits: bool) -> None:
+    flux, small, call = "black-forest-labs/FLUX.1-dev", "diffusers/FLUX.1-dev-bnb-4bit", Call(1024, 1024)
+    found = recommend(derive(flux, gpu=gpu), None, call)
+    # at h100 the model itself fits: nothing is looked for
+    assert found.as_asked.verdict.fits == (gpu == "h100")
+    assert dict(found.quantized) == ({small: derive(small, gpu=gpu).verdict(call)} if fits else {})
+
+
 def test_on_a_gpu_a_recommendation_is_served_by_the_allocator() -> None:
     derivation = derived(gpu="rtx-3060", attention="eager")
     found = recommend(derivation, 10 * GIB, Call(2048, 2048))

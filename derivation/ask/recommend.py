@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from derivation.api import Derivation
+from derivation.api import Derivation, derive
 from derivation.ask.fit import Image, Request, peak_tensor_bytes
 from derivation.ask.nearby import Nearby, cheaper_sizes
 from derivation.call import Call
+from derivation.config.traced import quantized
 from derivation.errors import DerivationError
 from derivation.gpu.profile import lacks_fused_attention
 from derivation.options import TABLE, Options
@@ -51,7 +52,8 @@ class Saving:
 class Recommendation:
     """The verdict as asked, which remedies are needed, the verdict with them, and larger images that need less.
 
-    ``expandable`` is the verdict as asked where the allocator's segments are expandable, if that is a better one.
+    ``expandable`` is the verdict as asked where the allocator's segments are expandable, if that is a better one;
+    ``quantized`` are the verdicts of bundled checkpoints of the model with quantised weights, of those that fit.
     """
 
     budget_bytes: int
@@ -60,6 +62,7 @@ class Recommendation:
     steps: tuple[Saving, ...]
     cheaper_sizes: tuple[Nearby, ...] = ()
     expandable: Verdict | None = None
+    quantized: Mapping[str, Verdict] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -127,7 +130,19 @@ def recommend(derivation: Derivation, budget_bytes: int | None, call: Call) -> R
     steps = (_step(peaks, remedy, saves, chosen) for remedy, saves in alone.items())
     kept = tuple(step for step in steps if step.needed or step.saves_bytes > 0)
     expandable, cheaper = _expandable(peaks, derivation.options), cheaper_sizes(derivation, call)
-    return Recommendation(budget, peaks.image(()), peaks.image(chosen), kept, cheaper, expandable)
+    smaller = {} if peaks.fits(()) else _quantized(derivation, budget_bytes, call)
+    return Recommendation(budget, peaks.image(()), peaks.image(chosen), kept, cheaper, expandable, smaller)
+
+
+def _quantized(derivation: Derivation, budget_bytes: int | None, call: Call) -> dict[str, Verdict]:
+    options, own = derivation.options, ("pipeline", "dtype", "attention")
+    given = {name: getattr(options, name) for name in TABLE if name not in own and options.chosen(name)}
+    found: dict[str, Verdict] = {}
+    for name in quantized(derivation.name):
+        with suppress(DerivationError):  # an option that quantised weights do not take
+            verdict = Request(derive(name, **given), budget_bytes).verdict(call)
+            found |= {name: verdict} if verdict.fits else {}
+    return found
 
 
 def _expandable(peaks: _Peaks, options: Options) -> Verdict | None:

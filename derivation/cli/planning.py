@@ -129,6 +129,8 @@ def _show_recommendation(result: Mapping[str, Any]) -> None:
         output.line(f"{step['name']}: {step['call']}")
     if final != asked:
         output.line(f"with what is needed: {final}", style="bold")
+    for name, verdict in result["quantized"].items():
+        output.line(f"with quantised weights, {name}: {Verdict.read(verdict)}")
     for size in result["cheaper_sizes"]:
         less = f"the allocator reserves {human(size['saves_bytes'])} less, {human(size['reserved_bytes'])}"
         output.line(f"{size['height']} x {size['width']} is larger and needs less: {less}")

@@ -189,6 +189,22 @@ def bundled_traced() -> tuple[str, ...]:
     return tuple(sorted(f"{path.parts[-3]}/{path.parts[-2]}" for path in TRACED.glob(f"*/*/{INDEX}")))
 
 
+def quantized(name: str) -> tuple[str, ...]:
+    """Return the bundled checkpoints of a model, by its id, whose weights are quantised: their names begin as its own.
+
+    >>> quantized("black-forest-labs/FLUX.1-dev")
+    ('diffusers/FLUX.1-dev-bnb-4bit',)
+    """
+    own = f"{name.rpartition('/')[2]}-"
+    named = (each for each in bundled_traced() if each.rpartition("/")[2].startswith(own))
+    return tuple(each for each in named if any(map(_is_quantized, (TRACED / each).glob("*/config.json"))))
+
+
+def _is_quantized(config: Path) -> bool:
+    content = read_json(config)
+    return isinstance(content, dict) and "quantization_config" in content
+
+
 def traced_folder(model: object, revision: str | None = None, any_class: bool = False) -> TracedFolder | None:
     """Return the folder here of a pipeline whose class is not walked, or of ``any_class``; None for none."""
     if not isinstance(model, str | os.PathLike) or not isinstance(given := os.fspath(model), str):
