@@ -1,4 +1,4 @@
-"""The README's measured tables are the ones that the evidence files give now."""
+"""The README's equation and the measured tables are the ones that the records give now; its commands work."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import SD15
 
+from derivation import derive
 from derivation.cli import run
 from derivation.evidence import public, survey
 from derivation.evidence.table import Prediction, measured_vs_predicted
 from derivation.measure.validate import Row, reasons, recorded, summary
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README, EVIDENCE = ROOT / "README.md", ROOT / ".github" / "EVIDENCE.md"
 START, END = "<!-- measured: start -->\n", "<!-- measured: end -->"
 MIB = 1 << 20
 HEAD = """| GPU, what (height x width) | metric | measured MiB | predicted MiB | error | within | rules of thumb |
@@ -24,6 +27,9 @@ COUNTERS = """| peak | calls | predicted to the byte | within 1 KiB | mean error
 |---|--:|--:|--:|--:|--:|
 """
 SAID = ("gpu", "model", "height", "width", "batch_size", "guidance_scale", "num_inference_steps", "strength")
+SHORT = """| H x W | nvidia-smi, MiB | predicted, MiB | error |
+|---|--:|--:|--:|
+"""
 SMI = """| GPU, call (img2img, float16, efficient unless said) | H x W | nvidia-smi MiB | predicted MiB | error |
 |---|---|--:|--:|--:|
 """
@@ -64,6 +70,43 @@ def read_off_nvidia_smi() -> str:
     return SMI + "".join(shown)
 
 
+def on_the_h200() -> list[Row]:
+    """Return the calls of the README's equation that were measured: its defaults, by size."""
+    own = {"gpu": "NVIDIA H200", "model": SD15, "batch_size": 1, "guidance_scale": 7.5, "attention": "sdpa"}
+    rows = [row for row in recorded()[1] if "device" in row.measured and row.call.items() >= own.items()]
+    plain = [row for row in rows if set(row.call) <= {*SAID, "attention"}]
+    return sorted(plain, key=lambda row: (row.call["height"] * row.call["width"], row.call["height"]))
+
+
+def in_short() -> str:
+    rows = {(row.call["height"], row.call["width"]): row for row in on_the_h200()}
+    return SHORT + "".join(
+        f"| {height} x {width} | {row.measured['device'] / MIB:,.1f} | {row.predicted['device'] / MIB:,.1f} "
+        f"| {row.predicted['device'] / row.measured['device'] - 1:+.3%} |\n"
+        for (height, width), row in rows.items()
+    )
+
+
+def test_the_equation_is_what_was_measured() -> None:
+    equation = README.read_text().split("$$")[1].replace(r"\,", "")
+    context, weights, pixel, rest = map(int, re.findall(r"(?<![\d^_])\d{4,}", equation))
+    rows = on_the_h200()
+    assert len(rows) > 4
+    for row in rows:
+        left = row.measured["device"] - context - weights - pixel * row.call["height"] * row.call["width"]
+        assert 0 <= left <= rest, row
+    form = derive(SD15, pipeline="img2img", attention="sdpa", gpu="h200").equation.device
+    for (height, width), point in form.index.items():
+        left = int(form.reserved_bytes[point]) - weights - pixel * height * width
+        is_less = height % 128 and width % 128
+        assert left < 0 if is_less else 0 <= left <= rest, (height, width)
+
+
+def test_the_readme_is_short_and_its_lines_too() -> None:
+    lines = README.read_text().splitlines()
+    assert len(lines) < 250 and max(map(len, lines)) <= 120
+
+
 def reported() -> str:
     return public.markdown(public.rows())
 
@@ -94,6 +137,7 @@ def smi(row: Row) -> str:
 @pytest.mark.parametrize(
     ("start", "end", "table"),
     [
+        ("<!-- nvidia-smi in short: start -->\n", "<!-- nvidia-smi in short: end -->", in_short),
         (START, END, table),
         ("<!-- gpu counters: start -->\n", "<!-- gpu counters: end -->", counters),
         ("<!-- gpu nvidia-smi: start -->\n", "<!-- gpu nvidia-smi: end -->", read_off_nvidia_smi),
@@ -103,11 +147,12 @@ def smi(row: Row) -> str:
     ],
 )
 def test_the_measured_tables_are_up_to_date(request, start, end, table):
-    before, rest = README.read_text().split(start)
+    file = README if table is in_short else EVIDENCE
+    before, rest = file.read_text().split(start)
     old, after = rest.split(end)
     new = table()
     if request.config.getoption("--update-formulas"):
-        README.write_text(before + start + new + end + after)
+        file.write_text(before + start + new + end + after)
         old = new
     assert old == new, "rewrite with: python -m pytest tests/test_readme.py --update-formulas"
 

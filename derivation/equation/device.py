@@ -25,7 +25,7 @@ from derivation.allocator.report import MIN_LARGE_BYTES, ROUND_LARGE_BYTES, segm
 from derivation.allocator.symbolic import Atom, Comparison, Points, Vector
 from derivation.call import Call
 from derivation.equation.derived import Derived
-from derivation.equation.device_regime import Part, Regime, piecewise, spread, telling
+from derivation.equation.device_regime import Beside, Part, Regime, piecewise, spread, telling
 from derivation.errors import DerivationError, unsupported
 from derivation.gpu.cards import lookup
 from derivation.tape.grid import H, W
@@ -315,17 +315,17 @@ class DeviceForm:
     @property
     def headline(self) -> str:
         """Context, weights and small blocks, bytes a pixel, and what that leaves out, for the regime of most sizes."""
-        least, most = self.beside_pixels
-        context = "context" if self.context_bytes is None else f"{self.context_bytes:,} context"
-        usual = f"{least:,} weights and small blocks + {self.per_pixel} H W"
-        return f"{context} + {usual}, and at most {most - least:,} more: {self.rounding}"
+        beside, context = self.beside_pixels, "" if self.context_bytes is None else f"{self.context_bytes:,} "
+        usual = f"{context}context + {beside.least:,} weights and small blocks + {self.per_pixel} H W"
+        where = f"at {beside.sizes} of {beside.all_sizes} sizes"
+        return f"{usual}, and at most {beside.most - beside.least:,} more: {self.rounding}; {where}"
 
     @property
-    def beside_pixels(self) -> tuple[int, int]:
-        """The least and the most bytes beside the context and ``per_pixel``'s, in the regime of most sizes."""
+    def beside_pixels(self) -> Beside:
+        """Bytes beside the context and ``per_pixel``'s, in the regime of most sizes."""
         growing = float(self.per_pixel) * np.prod([*self.index], axis=1)
-        beside = (self.reserved_bytes - growing)[self.reserved_regimes[-1].where]
-        return int(beside.min()), int(beside.max())
+        held = np.array([self.covers(*size) for size in self.index])
+        return Beside.of(self.reserved_bytes - growing, self.reserved_regimes[-1].where, held)
 
     @property
     def per_pixel(self) -> sympy.Expr:

@@ -44,6 +44,25 @@ class Regime:
         return sympy.Add(self.constant_bytes, *(len(part.tensors) * part.bytes for part in self.parts))
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Bytes beside those that grow with the pixels, ``least`` to ``most``.
+
+    They are those of a regime, at ``sizes`` of the ``all_sizes`` that a card has room for.
+    """
+
+    least: int
+    most: int
+    sizes: int
+    all_sizes: int
+
+    @classmethod
+    def of(cls, nbytes: Vector, where: Vector, held: Vector) -> Beside:
+        """Return those of ``nbytes`` where a regime holds and the card has room, where it holds if that is nowhere."""
+        found = nbytes[where & held] if (where & held).any() else nbytes[where]
+        return cls(int(found.min()), int(found.max()), len(found), int(held.sum()) or len(held))
+
+
 def piecewise(regimes: Sequence[Regime], more: sympy.Expr | int = 0) -> sympy.Expr:
     """Return the bytes of the first regime whose conditions hold, and ``more``."""
     if len(regimes) == 1:

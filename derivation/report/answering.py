@@ -52,8 +52,9 @@ PLACEMENTS = (
 COPIES = {"peak": "Copy LaTeX", "device": "Copy LaTeX of nvidia-smi"}
 DEVICE = (
     "Bytes that nvidia-smi shows on a {}, at sides that are multiples of 64 up to 2048 and *B* = 1: the CUDA context, "
-    "weights and small blocks, segments that grow with the image, and *r*, at most {}, which these leave out. The "
-    "LaTeX has every segment; `derivation estimate` and the page’s form replay any other call."
+    "weights and small blocks, segments that grow with the image, and *r*, which these leave out, from 0 to {} at {} "
+    "of {} such sizes. At the others tensors share segments otherwise: the LaTeX has every segment of each; "
+    "`derivation estimate` and the page’s form replay any other call."
 )
 SEGMENTS = "The sum that nvidia-smi shows, segment by segment"
 WHERE = "where the VAE works in overlapping tiles, their sides in pixels:"
@@ -68,7 +69,9 @@ def answer_section(c: Content) -> Section:
     ]
     if c.device:
         blocks.append(Formula(f"What nvidia-smi shows on {c.device.card}", c.device.equation, _copies(c, "device")))
-        blocks.append(Paragraph(prose(DEVICE, c.device.card, grouped(c.device.most_bytes))))
+        found = c.device.beside
+        numbers = grouped(found.most - found.least), str(found.sizes), str(found.all_sizes)
+        blocks.append(Paragraph(prose(DEVICE, c.device.card, *numbers)))
     blocks += [Details(SEGMENTS, (c.segments,), printed=True)] if c.segments else []
     if c.where:
         rows = tuple(Row((x.math, x.meaning)) for x in c.where)

@@ -12,6 +12,7 @@ from typing import Any
 
 from derivation.api import Derivation, derive
 from derivation.equation.crossover import Crossover
+from derivation.equation.device_regime import Beside
 from derivation.equation.record import Equation
 from derivation.errors import DerivationError
 from derivation.evidence.table import recorded as predictions
@@ -69,11 +70,11 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What nvidia-smi shows on a card: the equation, and the most that its last term is."""
+    """What nvidia-smi shows on a card: the equation, and where it holds with its last term's bounds."""
 
     card: str
     equation: Math
-    most_bytes: int
+    beside: Beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +215,7 @@ def _device(d: Derivation) -> Device | None:
         return None
     with suppress(DerivationError):
         form = d.equation.device
-        least, most = form.beside_pixels
-        return Device(form.card.name, usual_equation(form), most - least)
+        return Device(form.card.name, usual_equation(form), form.beside_pixels)
     return None
 
 

@@ -53,8 +53,8 @@ def segments_table(d: Derivation, sides: tuple[int, ...]) -> Table | None:
 
 def usual_equation(form: DeviceForm) -> Math:
     """Return context + weights and small blocks + what grows with the pixels + r, in the regime of most sizes."""
-    context, (least, _) = form.context_bytes or 0, form.beside_pixels
-    found = polynomial(as_pixel_terms(form.per_pixel * H * W + least))
+    context = form.context_bytes or 0
+    found = polynomial(as_pixel_terms(form.per_pixel * H * W + form.beside_pixels.least))
     beside = f"{number(context)}<mo>+</mo>", rf"{grouped(context, THIN)} + "
     mathml, latex = beside if context else ("", "")
     shown = "<msub><mi>M</mi><mtext>nvidia-smi</mtext></msub><mo>=</mo>", r"M_{\text{nvidia-smi}} = "
