@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,22 @@ diffusers = pytest.importorskip("diffusers")
 gguf = pytest.importorskip("gguf")
 
 from derivation import derive
+from derivation.call import Call
 from derivation.config.gguf_file import gguf_tensors
-from derivation.config.traced import GGUF_FILE, traced_folder, with_gguf
+from derivation.config.traced import GGUF_FILE, live_configs, traced_folder, with_gguf
 from derivation.errors import DerivationError
-from derivation.trace.build import Description
+from derivation.options import Options
+from derivation.options.live import live_traced_options
+from derivation.tape.recorded import RecordedSubject
+from derivation.tape.symbols import ceil512
+from derivation.trace.build import Description, build
 from derivation.trace.build import model as built
+from derivation.trace.pipeline import TracedPipeline
 from derivation.trace.quantized import LinearTorchAo, parameter_count, quantize
-from derivation.trace.regimes import entries
+from derivation.trace.regimes import entries, record
 from derivation.trace.tracer import Tracer
+from derivation.verify.pipelines import SIDES, arguments, description, read
+from derivation.verify.streams import naive_peaks
 
 ROWS, IN, OUT = 5, 64, 32
 PER_ROW, PER_TENSOR = ({"_type": name, "_version": 1, "_data": {}} for name in ("PerRow", "PerTensor"))
@@ -270,3 +279,67 @@ def test_what_has_no_transformer_takes_no_file(tmp_path: Path) -> None:
     ):
         with pytest.raises(DerivationError, match=r"transformer|x.gguf: cannot be read"):
             derive(model, transformer=file)
+
+
+# group offload
+
+DOCUMENTS = {d["class"]: d for d in read(Path(__file__).parent / "tiny_pipelines.jsonl")}
+DOCUMENT, OPTIONS = DOCUMENTS["FluxPipeline"], Options(pipeline="txt2img", dtype="float32")
+
+
+def weights_bytes(*modules: Any) -> int:
+    return sum(ceil512(t.nbytes) for m in modules for t in (*m.parameters(), *m.buffers()))
+
+
+def grouped(tiny: Description, name: str, **given: Any) -> Description:
+    part = tiny.parts[name]
+    return replace(tiny, parts={**tiny.parts, name: replace(part, config={**part.config, "group_offloading": given})})
+
+
+def test_groups_of_modules_come_and_go() -> None:
+    """Beside what a call allocates: the modules outside blocks and one block, or a leaf, of which attention is none."""
+    plain, call = TracedPipeline(description(DOCUMENT), OPTIONS, arguments(DOCUMENT), SIDES), Call(128, 192, 1, 64)
+    model = plain.pipe.transformer
+    blocks = {name: module for name, module in model.named_children() if isinstance(module, torch.nn.ModuleList)}
+    outside = weights_bytes(*(module for name, module in model.named_children() if name not in blocks))
+    without = naive_peaks(plain.trace(call))
+    found = {}
+    for level, given in (("block_level", {"num_blocks_per_group": 1}), ("leaf_level", {})):
+        for stream in (False, True):
+            offloaded = grouped(description(DOCUMENT), "transformer", offload_type=level, use_stream=stream, **given)
+            traced = TracedPipeline(offloaded, OPTIONS, arguments(DOCUMENT), SIDES)
+            tape = traced.trace(call)
+            found[level, stream] = max(naive_peaks(tape).values())
+            traced._tapes.clear()
+            assert traced.trace(call).events == tape.events
+    more = found["block_level", False] - without["transformer"]
+    assert more in {outside + weights_bytes(block) for each in blocks.values() for block in each}
+    assert found["leaf_level", False] == without["transformer"]
+    # the next group is loaded while one runs
+    assert (
+        found["leaf_level", True] > found["leaf_level", False]
+        and found["block_level", True] >= found["block_level", False]
+    )
+
+
+def test_group_offload_is_read_off_a_live_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = build(description(DOCUMENT), "float32")
+    for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
+        part.to_empty(device="cpu")
+    cpu = torch.device("cpu")
+    pipe.transformer.enable_group_offload(cpu, cpu, "block_level", num_blocks_per_group=2)
+    configs = live_configs(pipe)
+    said = {"offload_type": "block_level", "use_stream": False, "num_blocks_per_group": 2}
+    assert configs.components["transformer"][2]["group_offloading"] == said and configs.grouped == ("transformer",)
+    assert live_traced_options(pipe)["offload"] is None
+    with pytest.raises(DerivationError, match=r"offload = 'model' is not supported: transformer has group offload"):
+        derive(pipe, offload="model")
+
+
+def test_what_is_grouped_is_not_resident() -> None:
+    document = DOCUMENTS["DDIMPipeline"]
+    tiny = grouped(description(document), "unet", offload_type="leaf_level", use_stream=False)
+    found = record(tiny, OPTIONS, "tiny", "tiny", arguments(document), sides=SIDES)
+    read_back = RecordedSubject.from_document(found.document())
+    assert found.grouped == read_back.grouped == ("unet",)
+    assert read_back.parameters.keys() == {"unet"} and not read_back.resident

@@ -27,6 +27,9 @@ PARTS = {"vae": ("AsymmetricAutoencoderKL",)}
 # What diffusers' layerwise casting calls its hook (hooks/layerwise_casting.py), and a component's config says of it:
 # [storage dtype, compute dtype, paths of the modules].
 LAYERWISE = "layerwise_casting"
+# What diffusers' group offload calls its hook (hooks/group_offloading.py), and a component's config says of it: the
+# arguments of apply_group_offloading.
+GROUPS = "group_offloading"
 # What a component's config says of weights read from a GGUF file: path -> the type's name, or a dtype of torch.
 GGUF = "gguf"
 # The tensors of a GGUF file that a component's weights are read from, and the file's name.
@@ -88,6 +91,11 @@ class LiveConfigs:
     def casts(self) -> bool:
         """Whether layerwise casting is on some component."""
         return any(part is not None and LAYERWISE in part[2] for part in self.components.values())
+
+    @property
+    def grouped(self) -> tuple[str, ...]:
+        """The components that are offloaded in groups of modules."""
+        return tuple(name for name, part in self.components.items() if part is not None and GROUPS in part[2])
 
     @cached_property
     def contents(self) -> str:
@@ -154,17 +162,32 @@ def _live_part(where: str, part: Any) -> tuple[str, str, Mapping[str, Any]]:
     known = dict(config) if isinstance(config, Mapping) else {}
     if callable(to_dict := getattr(known.get("quantization_config"), "to_dict", None)):
         known["quantization_config"] = to_dict()
-    weights = {LAYERWISE: _layerwise(part), GGUF: _gguf(part)}
+    weights = {LAYERWISE: _layerwise(part), GGUF: _gguf(part), GROUPS: _groups(part)}
     said = {key: value for key, value in known.items() if not key.startswith("_")}
     return *own, said | {key: value for key, value in weights.items() if value}
 
 
 def layerwise_hooks(model: Any) -> Iterator[tuple[str, Any]]:
     """Yield the path and hook of each module of a live model that layerwise casting is on."""
+    return _hooks(model, LAYERWISE)
+
+
+def _hooks(model: Any, name: str) -> Iterator[tuple[str, Any]]:
     for path, module in model.named_modules() if hasattr(model, "named_modules") else ():
         hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        if LAYERWISE in hooks:
-            yield path, hooks[LAYERWISE]
+        if name in hooks:
+            yield path, hooks[name]
+
+
+def _groups(model: Any) -> dict[str, Any]:
+    """Return what group offload was asked for; empty without."""
+    config = next((hook.config for _, hook in _hooks(model, GROUPS)), None)
+    if config is None:
+        return {}
+    kind, blocks = str(config.offload_type.value), config.num_blocks_per_group
+    size = {"num_blocks_per_group": blocks} if kind == "block_level" else {}
+    modules = {"block_modules": list(config.block_modules)} if config.block_modules else {}
+    return {"offload_type": kind, "use_stream": config.stream is not None, **size, **modules}
 
 
 def _gguf(model: Any) -> dict[str, str]:

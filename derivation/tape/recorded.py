@@ -80,7 +80,7 @@ class RecordedSubject:
 
     ``retrace`` records a call at sizes that no regime covers, ``under`` returns the pipeline with other options;
     ``offload_order`` is the pipeline's ``model_cpu_offload_seq``, ``own_sides`` are the height and width of a call
-    that says none, which the regimes need not cover.
+    that says none, which the regimes need not cover. Components that are ``grouped`` come to the GPU group by group.
     """
 
     name: str
@@ -97,6 +97,7 @@ class RecordedSubject:
     offload_order: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     own_sides: tuple[int, int] = (DEFAULT_SIDE, DEFAULT_SIDE)
+    grouped: tuple[str, ...] = ()
     retrace: Retrace | None = field(default=None, compare=False)
     under: Callable[[Options], RecordedSubject] | None = field(default=None, compare=False)
 
@@ -221,7 +222,7 @@ class RecordedSubject:
     @property
     def resident(self) -> Parameters:
         """Parameters and buffers that are on the GPU throughout: all, or none under model offload."""
-        return {} if self.options.offload else self.parameters
+        return {} if self.options.offload else {n: p for n, p in self.parameters.items() if n not in self.grouped}
 
     def on(self, options: Options, changed: Callable[[Tape], Tape]) -> RecordedSubject:
         """Return the same pipeline under other ``options``, every tape ``changed``."""
@@ -252,6 +253,7 @@ class RecordedSubject:
             "frames": None if frames is None else [frames.factor, frames.default],
             "sides": [self.sides.least, self.sides.step, self.sides.most],
             "own_sides": list(self.own_sides),
+            "grouped": list(self.grouped),
             "prompt_length": self.prompt_length,
             "parameters": {m: [[n, list(s), d] for n, (s, d) in es.items()] for m, es in self.parameters.items()},
             "parameter_counts": dict(self.parameter_counts),
@@ -284,5 +286,6 @@ class RecordedSubject:
             tuple(document["offload_order"]),
             document["versions"],
             (height, width),
+            tuple(document.get("grouped", ())),
             retrace,
         )

@@ -20,7 +20,7 @@ from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
 from diffusers.utils.import_utils import DummyObject
 from transformers.initialization import no_init_weights
 
-from derivation.config.traced import GGUF, GGUF_FILE, LAYERWISE, LiveConfigs
+from derivation.config.traced import GGUF, GGUF_FILE, GROUPS, LAYERWISE, LiveConfigs
 from derivation.errors import DerivationError, UnsupportedConfig, shown
 from derivation.trace.modules import modules_of, quiet
 from derivation.trace.quantized import quantize
@@ -34,7 +34,7 @@ CLIP_TOKENS, OTHER_TOKENS = 77, 512
 # VAEs that decode in tiles alone.
 TILED = ("AutoencoderKLAllegro",)
 # What a config says of its weights beside the class's own arguments.
-SAID = (LAYERWISE, GGUF, GGUF_FILE)
+SAID = (LAYERWISE, GROUPS, GGUF, GGUF_FILE)
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from derivation.call import Call
+from derivation.config.traced import GROUPS
 from derivation.errors import DerivationError, shown
 from derivation.options import Options
 from derivation.tape.evaluate import Evaluator
@@ -20,6 +21,7 @@ from derivation.tape.loop import normalised
 from derivation.tape.tape import Tape
 from derivation.trace.arguments import Arguments
 from derivation.trace.build import REJECTIONS, Description, State, build, cast_layerwise
+from derivation.trace.groups import grouped
 from derivation.trace.interpolate import Values
 from derivation.trace.modules import modules_of, quiet
 from derivation.trace.offload import offload_pipeline
@@ -140,7 +142,13 @@ class TracedPipeline:
         tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
         tracer = ShadowTracer(modules_of(self.pipe), tensors, stage=MODEL)
         try:
-            with quiet(), meta_world(self._backend, tracer.tape.empty_cache), _stages(self.pipe, tracer), tracer:
+            with (
+                quiet(),
+                meta_world(self._backend, tracer.tape.empty_cache),
+                self._grouped(tracer),
+                _stages(self.pipe, tracer),
+                tracer,
+            ):
                 output = self.pipe(**given)
                 del output
         except DerivationError:
@@ -150,6 +158,21 @@ class TracedPipeline:
             raise DerivationError(f"{self.description.class_name}: {type(error).__name__}: {said}") from error
         self.unknown |= dict.fromkeys(tracer.unknown)
         return tracer.tape
+
+    @contextmanager
+    def _grouped(self, tracer: ShadowTracer) -> Iterator[None]:
+        """Put group offload onto the models that have it, as a first call finds it; stages are told inside, too.
+
+        With streams its hooks take off the outermost forward after the first call (LazyPrefetchGroupOffloadingHook).
+        """
+        parts = {
+            name: part.config[GROUPS] for name, part in self.description.parts.items() if part and GROUPS in part.config
+        }
+        if not parts:
+            yield
+            return
+        with _stages(self.pipe, tracer), grouped((getattr(self.pipe, name), given) for name, given in parts.items()):
+            yield
 
     @property
     def _backend(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from derivation.call import DEFAULT_SIDE
+from derivation.config.traced import GROUPS
 from derivation.errors import DerivationError
 from derivation.options import Options
 from derivation.tape.grid import Range, Sides
@@ -71,6 +72,7 @@ def record(
         tuple((traced.pipe.model_cpu_offload_seq or "").split("->")),
         {library: version(library) for library in ("torch", "diffusers", "transformers")},
         traced.arguments.default_sides or (DEFAULT_SIDE, DEFAULT_SIDE),
+        tuple(name for name, part in description.parts.items() if part is not None and GROUPS in part.config),
         traced.at,
     )
 

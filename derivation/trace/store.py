@@ -72,8 +72,10 @@ def subject(
     for name, value in wanted.as_dict().items():
         if name not in APPLICABLE and value != getattr(Options(), name):
             raise DerivationError(f"{name} = {value!r} is not supported for {folder.class_name}, which is traced")
-    casts = isinstance(folder, LiveConfigs) and folder.casts
-    moved = wanted.offload if wanted.offload == "sequential" or casts else None
+    live_casts, groups = (folder.casts, folder.grouped) if isinstance(folder, LiveConfigs) else (False, ())
+    if groups and wanted.offload is not None:
+        raise DerivationError(f"offload = {wanted.offload!r} is not supported: {groups[0]} has group offload")
+    moved = wanted.offload if wanted.offload == "sequential" or live_casts else None
     plain = Options(dtype=wanted.dtype, attention=wanted.attention, pipeline=wanted.pipeline, offload=moved)
     if moved and not anew and not cache_path(folder, plain).is_file():
         raise DerivationError(f"offload = {moved!r} of {folder.class_name} is not recorded: derive with it traces it")

@@ -22,6 +22,8 @@ __all__ = ["FREEU", "MODELS", "adapters", "live_options", "live_traced_options",
 FREEU = ("s1", "s2", "b1", "b2")
 # Whose layers a quantised model of a traced pipeline has, as its config says.
 QUANTISED = frozenset({"bitsandbytes"})
+# The hooks of group offload, with streams those of its first call too (hooks/group_offloading.py).
+GROUPED = ("group_offloading", "lazy_prefetch_group_offloading", "layer_execution_tracker")
 CLIP = ("text_encoder", "text_encoder_2", "image_encoder")
 
 
@@ -36,7 +38,7 @@ def live_options(pipe: Any, **given: Any) -> Options:
 def live_traced_options(pipe: Any, **given: Any) -> dict[str, Any]:
     """Return the options that a live pipeline of a traced class runs with; raises DerivationError for others."""
     models = models_of(pipe)
-    _refuse(pipe, models, {LAYERWISE}, QUANTISED)
+    _refuse(pipe, models, {LAYERWISE, *GROUPED}, QUANTISED)
     traced.refuse(models)
     readable: dict[str, Callable[[], Any]] = {
         "attention": readers.sdpa_backend,
