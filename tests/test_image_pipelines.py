@@ -18,10 +18,11 @@ from derivation.export import export
 from derivation.options import Options
 from derivation.trace.pipeline import TracedPipeline
 from derivation.trace.regimes import record
-from derivation.verify.pipelines import SIDES, description, read
+from derivation.verify.pipelines import SIDES, checked, description, read
 from derivation.verify.streams import naive_peak
 
-DOCUMENTS = {document["class"]: document for document in read(Path(__file__).parent / "tiny_pipelines.jsonl")}
+ALL = read(Path(__file__).parent / "tiny_pipelines.jsonl")
+DOCUMENTS = {document["class"]: document for document in ALL}
 OPTIONS = Options(pipeline="txt2img", dtype="float32")
 
 
@@ -66,3 +67,19 @@ def test_the_upscaler_has_a_closed_form() -> None:
         assert derivation.lambdify()(height, width, 77, 1) == peak
         assert derivation.at(height=height, width=width).lambdify()(height, width, 77, 1) == peak
     assert "def peak_vram" in export(derivation.equation, "python")
+
+
+def test_sdxl_t2i_adapter_is_exact_where_held_out() -> None:
+    document = next(d for d in ALL if d["class"] == "StableDiffusionXLAdapterPipeline" and d["parts"]["adapter"][2])
+    assert document["parts"]["adapter"][2]["adapter_type"] == "full_adapter_xl"
+    row = checked(document)
+    assert row.exact, row
+
+
+def test_kolors_is_exact_where_held_out() -> None:
+    """ChatGLM as wide as the tiny UNet's prompts: its pooled embedding and 6 time ids of 8 are 56."""
+    pytest.importorskip("sentencepiece")
+    document = json.loads(json.dumps(DOCUMENTS["KolorsPipeline"]))
+    document["parts"]["text_encoder"][2].update({"hidden_size": 8, "num_attention_heads": 4, "kv_channels": 2})
+    row = checked(document)
+    assert row.exact, row
