@@ -13,6 +13,7 @@ pytest.importorskip("diffusers")
 from conftest import SD15, SDXL, small_folders
 
 from derivation import DerivationError, derive
+from derivation.api import Derivation
 from derivation.config import ImageProjectionConfig, load
 from derivation.config.checkpoint import BUNDLED
 from derivation.config.ip_adapter import FULL, PLAIN, PLUS
@@ -145,3 +146,20 @@ def test_a_file_that_does_not_fit_is_named(tmp_path, change, message):
 def test_what_is_no_file_is_told_in_a_line(options, message):
     with pytest.raises(DerivationError, match=message):
         _ = derive(SD15, **options).weights
+
+
+@pytest.mark.parametrize("kind", [PLUS, FULL])
+def test_a_live_pipeline_has_the_adapters_of_its_layers(folders, tmp_path, kind):
+    shapes = cross_attentions(load(str(folders["SD"])), Options())
+    # the published encoder: 1280 channels
+    dims = (1280, shapes[0][1])
+    projection = ImageProjectionConfig(kind, *dims, *((4, 32, 1) if kind == PLUS else ()))
+    file = tmp_path / "adapter.safetensors"
+    write_safetensors(file, ip_adapter_tensors(projection, shapes))
+    named = derive(str(folders["SD"]), pipeline="txt2img", ip_adapter=str(file))
+    live = derive(pipeline_of(folders["SD"], named.options), pipeline="txt2img")
+    assert live.checkpoint.ip_adapters == (projection,)
+    again = Derivation.from_json(live.to_json())
+    for derivation in (live, again):
+        assert derivation.weights == named.weights
+        assert derivation.stage_peaks(128, 128) == named.stage_peaks(128, 128)

@@ -12,6 +12,7 @@ from ..errors import DerivationError, UnsupportedConfig
 from .checks import INDEX, At, Check, anything, flag_or_null, one_of, strict
 from .clip import TEXT_CLASSES, CLIPTextConfig, CLIPVisionConfig, clip_text_config, clip_vision_config
 from .controlnet import ControlNetConfig
+from .ip_adapter import ImageProjectionConfig
 from .models import VAE_SCALE_FACTOR, UNet2DConditionConfig, VAEConfig, unet_config, vae_config
 from .schedulers import DEFAULTS, UNWALKED, SchedulerConfig, scheduler_config
 
@@ -45,7 +46,8 @@ class Checkpoint:
     """The configs of one pipeline, or of one component alone; a component may be None.
 
     ``source`` is "bundled", the folder, the file of a component alone, or the class name of the live pipeline;
-    ``pipeline_class`` is "" for a component alone; ``controlnets`` are a live pipeline's.
+    ``pipeline_class`` is "" for a component alone; ``controlnets`` and ``ip_adapters`` are a live
+    pipeline's.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Checkpoint:
     requires_aesthetics_score: bool
     requires_safety_checker: bool
     controlnets: tuple[ControlNetConfig, ...] = ()
+    ip_adapters: tuple[ImageProjectionConfig, ...] = ()
 
     @property
     def whole(self) -> bool:

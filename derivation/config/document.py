@@ -11,6 +11,7 @@ from .checkpoint import PIPELINE_CLASSES, Checkpoint
 from .checks import At, Check, flag, one_of, text
 from .clip import clip_text_config, clip_vision_config
 from .controlnet import UNET_ALONE, ControlNetConfig, controlnet_config
+from .ip_adapter import projection_of
 from .models import unet_config, vae_config
 from .schedulers import SchedulerConfig, scheduler_config
 
@@ -24,6 +25,7 @@ def to_document(checkpoint: Checkpoint) -> dict[str, Any]:
             document[name] = {"class_name": part.class_name, **part.options}
         elif part is not None:
             document[name] = asdict(part)
+    document["ip_adapters"] = [asdict(part) for part in checkpoint.ip_adapters]
     document["controlnets"] = [_controlnet(part) for part in checkpoint.controlnets]
     return document
 
@@ -37,9 +39,11 @@ def _controlnet(part: ControlNetConfig) -> dict[str, Any]:
 def from_document(document: Mapping[str, Any]) -> Checkpoint:
     """Return the checkpoint of ``to_document``; raises DerivationError for anything else."""
     names = {field.name for field in fields(Checkpoint)}
-    if not isinstance(document, Mapping) or {*document, "controlnets"} != names:
+    if not isinstance(document, Mapping) or {*document, "controlnets", "ip_adapters"} != names:
         raise DerivationError(f"checkpoint: expected an object with the keys {', '.join(sorted(names))}")
-    values = {**document, "controlnets": tuple(map(controlnet_config, document.get("controlnets", ())))}
+    nets, images = (document.get(name, ()) for name in ("controlnets", "ip_adapters"))
+    values = {**document, "controlnets": tuple(map(controlnet_config, nets))}
+    values["ip_adapters"] = tuple(map(projection_of, images))
     for name, check in PLAIN.items():
         check(values[name], At("checkpoint", name))
     for name, read in READERS.items():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ..errors import DerivationError, shown
+from .checks import MAX_SIZE, At, one_of
 from .clip import CLIPVisionConfig, clip_vision_config
 from .json_file import read_json
 from .safetensors import stamp, tensor_shapes
@@ -68,12 +70,44 @@ class ImageProjectionConfig:
         return found
 
 
+def live_projection(layer: Any, file: str) -> ImageProjectionConfig:
+    """Return the config of a live image projection; raises UnsupportedConfig for another class or another depth."""
+    kind = one_of(PLAIN, FULL, PLUS)(type(layer).__name__, At(file, "image_projection_layers"))
+    if kind == PLAIN:
+        width = layer.norm.normalized_shape[0]
+        return ImageProjectionConfig(kind, layer.image_embeds.in_features, width, layer.num_image_text_embeds)
+    if kind == FULL:
+        return ImageProjectionConfig(kind, layer.ff.net[0].proj.in_features, layer.norm.normalized_shape[0])
+    if len(layer.layers) != DEPTH:
+        raise At(file, "layers").unsupported(len(layer.layers), f"{DEPTH}, as load_ip_adapter makes them")
+    _, tokens, hidden = layer.latents.shape
+    heads = layer.layers[0].attn.heads
+    return ImageProjectionConfig(kind, layer.proj_in.in_features, layer.proj_out.out_features, tokens, hidden, heads)
+
+
+def projection_of(values: object) -> ImageProjectionConfig:
+    """Return the config of its fields by name; raises DerivationError for anything else."""
+    names = [field.name for field in fields(ImageProjectionConfig)]
+    if not isinstance(values, Mapping) or sorted(values) != sorted(names):
+        raise DerivationError(f"ip_adapters: expected objects with the keys {', '.join(names)}")
+    one_of(PLAIN, FULL, PLUS)(values["kind"], At("ip_adapters", "kind"))
+    for name in names[1:]:
+        if type(values[name]) is not int or not 0 <= values[name] <= MAX_SIZE:
+            raise At("ip_adapters", name).unsupported(values[name], f"integers from 0 to {MAX_SIZE}")
+    return ImageProjectionConfig(**values)
+
+
 @dataclass(frozen=True, slots=True)
 class IPAdapter:
     """One file: its projection, and the shapes of to_k_ip and to_v_ip [C, K], layer by layer."""
 
     projection: ImageProjectionConfig
     attention: tuple[tuple[int, ...], ...]
+
+
+def tokens_of(projections: Iterable[ImageProjectionConfig], encoded: int) -> int:
+    """Return the image tokens of all IP-Adapters together, where the encoder has ``encoded``."""
+    return sum(encoded if projection.kind == FULL else projection.tokens for projection in projections)
 
 
 def ip_adapter_files(option: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from . import hub
 from .checkpoint import BUNDLED, COMPONENTS, Checkpoint, Part, alone, assembled, known_class, known_pipeline
 from .checks import INDEX, At, one_of
 from .controlnet import ControlNetConfig, controlnet_config
+from .ip_adapter import live_projection
 from .json_file import read_json
 from .traced import bundled_traced
 
@@ -219,13 +220,16 @@ def _live(pipeline: object, scheduler: str | None) -> Checkpoint:
     index = dict(config) if isinstance(config, Mapping) else {}
     name = index.get("_name_or_path") or class_name
     unet = getattr(pipeline, "unet", None)
-    if getattr(getattr(unet, "_orig_mod", unet), "encoder_hid_proj", None) is not None:  # load_ip_adapter
+    projection = getattr(getattr(unet, "_orig_mod", unet), "encoder_hid_proj", None)
+    if projection is not None:  # load_ip_adapter
         index.pop("image_encoder", None)
+    images = getattr(projection, "image_projection_layers", ())
     plain = class_name
     if index.pop("controlnet", None) is not None:
         plain = class_name.replace("ControlNet", "")
     found = assembled(str(name), class_name, f"{class_name}.config", plain, index, parts)
-    return replace(found, controlnets=_live_controlnets(pipeline))
+    adapters = tuple(live_projection(layer, f"{class_name}.unet.encoder_hid_proj") for layer in images)
+    return replace(found, controlnets=_live_controlnets(pipeline), ip_adapters=adapters)
 
 
 def _live_controlnets(pipeline: object) -> tuple[ControlNetConfig, ...]:

@@ -22,7 +22,7 @@ from derivation.config import (
     read_controlnet,
     read_image_encoder,
 )
-from derivation.config.ip_adapter import PLAIN, image_encoder_file, ip_adapter_files, read_ip_adapter
+from derivation.config.ip_adapter import PLAIN, image_encoder_file, ip_adapter_files, read_ip_adapter, tokens_of
 from derivation.errors import DerivationError, shown
 from derivation.options import Options
 from derivation.tape.adapters import NO_ADAPTERS, Adapters
@@ -170,7 +170,7 @@ def controls(checkpoint: Checkpoint, options: Options) -> tuple[ControlNetConfig
 
 
 def projections(checkpoint: Checkpoint, options: Options) -> tuple[ImageProjectionConfig, ...]:
-    """Return the IP-Adapters' image projections: of the files named, else of the plain one that the tokens count.
+    """Return the IP-Adapters' image projections: of the files named, a live pipeline's, else the plain one of tokens.
 
     Raises DerivationError for a file that does not fit the UNet or the image encoder.
     """
@@ -178,6 +178,9 @@ def projections(checkpoint: Checkpoint, options: Options) -> tuple[ImageProjecti
     if unet is None or not options.image_prompted:
         return ()
     encoder, width = read_image_encoder(options.ip_adapter), unet.cross_attention_dim[0]
+    live = checkpoint.ip_adapters
+    if live and options.ip_adapter is None and options.ip_adapter_tokens == tokens_of(live, encoder.tokens):
+        return live
     if options.ip_adapter is None:
         return (ImageProjectionConfig(PLAIN, encoder.projection_dim, width, options.ip_adapter_tokens or 0),)
     return _projections(checkpoint, options, stamps(options))

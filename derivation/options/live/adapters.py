@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from derivation.config import clip_vision_config, read_image_encoder
-from derivation.config.ip_adapter import IMAGE_ENCODER
+from derivation.config.ip_adapter import IMAGE_ENCODER, live_projection, tokens_of
 from derivation.options.live.modules import Models, inner, option, tuners, unsupported
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -81,15 +81,16 @@ def ip_adapter(pipe: Any, models: Models) -> None:
 
 @option
 def ip_adapter_tokens(pipe: Any, models: Models) -> int | None:
-    """How many tokens the one ImageProjection of ``load_ip_adapter`` makes."""
+    """How many tokens the image projections of ``load_ip_adapter`` make of an image, together."""
     projection = getattr(models.get("unet"), "encoder_hid_proj", None)
     if projection is None:
         return None
-    layers = [type(layer).__name__ for layer in getattr(projection, "image_projection_layers", ())]
-    if layers != ["ImageProjection"]:
-        raise unsupported("IP-Adapter", layers or type(projection).__name__, "one ImageProjection")
+    layers = list(getattr(projection, "image_projection_layers", ()))
+    if not layers:
+        raise unsupported("IP-Adapter", type(projection).__name__, "image projections of load_ip_adapter")
     _check_encoder(models.get("image_encoder"))
-    return int(projection.image_projection_layers[0].num_image_text_embeds)
+    configs = [live_projection(layer, "unet.encoder_hid_proj") for layer in layers]
+    return tokens_of(configs, read_image_encoder().tokens)
 
 
 def _check_encoder(encoder: Any) -> None:
