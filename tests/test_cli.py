@@ -282,6 +282,8 @@ def test_a_bad_value_is_one_line_that_names_the_key_and_the_value(
         (f"recommend {SD15} --gpu gtx-nothing", "gtx-nothing"),
         (f"compare {SD15} --with attention", "attention"),
         (f"compare {SD15} --with speed=3", "speed"),
+        (f"compare {SD15} --with atention=eager", "did you mean attention?"),
+        (f"export {SD15} --to tx", "did you mean tex?"),
         (f"compare {SD15} --with safety_checker=maybe", "maybe"),
         (f"export {SD15} --to cobol", "to = 'cobol'"),
         (f"fit {SD15} --vram 8X", "vram = '8X'"),

@@ -13,7 +13,7 @@ from derivation.ask.compare import SIZES, Pair
 from derivation.call import parse_size
 from derivation.cli import output
 from derivation.cli.parameters import Json, Model, Prompt, Revision, Size, call_of, derivation_of, expanded, value_of
-from derivation.errors import DerivationError, unsupported
+from derivation.errors import DerivationError, meant, unsupported
 from derivation.gpu.cards import lookup, memory_bytes
 from derivation.options import Options
 from derivation.text import human
@@ -184,7 +184,7 @@ def changes(given: list[str]) -> dict[str, Any]:
         key = name.strip().replace("-", "_")
         if not separator or key not in hints:
             supported = ", ".join(field.name for field in fields(Options))
-            raise unsupported("with", text, f"KEY=VALUE with {supported}")
+            raise unsupported("with", text, f"KEY=VALUE with {supported}{meant(key, hints)}")
         found[key] = value_of(key, hints[key], value)
     return found
 

@@ -115,7 +115,7 @@ def _written(target: Target, equation: Equation, notes: bool, device: bool, whic
 
 
 def _target(name: str) -> Target:
-    one_of("to", found := ALIASES.get(name, name), TARGETS)
+    one_of("to", found := ALIASES.get(name, name), TARGETS, ALIASES)
     return TARGETS[found]
 
 
