@@ -213,7 +213,11 @@ def test_fit_recommend_and_compare_print_json_and_tables(capsys: pytest.CaptureF
         ("fit", SD15, "--gpu", "t4", "--num-inference-steps", "5"): ("image", "aligned", "sure"),
         ("fit", SD15, "--vram", "8GiB", "--height", "512", "--width", "512"): ("largest_batch",),
         ("recommend", SD15, "--vram", "4GiB", "--attention", "eager", "--height", "768"): ("steps", "fits"),
-        ("compare", SD15, "--with", "attention=eager", "--size", "512x768"): ("weights", "stages", "numbers"),
+        ("compare", SD15, "--with", "attention=eager", "--size", "512x768"): (
+            "weights_bytes",
+            "stages",
+            "numbers_bytes",
+        ),
     }
     for arguments, keys in requests.items():
         assert run([*arguments, "--json"]) == 0

@@ -236,7 +236,7 @@ def test_comparison_names_what_differs() -> None:
     unet = next(stage for stage in found.stages if stage.name == "unet")
     changes = {change.monomial: (change.a, change.b) for change in unet.changes}
     assert changes["B*H**2*W**2"] == ("0", "1/64")
-    numbers = {pair.name: pair for pair in found.numbers["1024x1024"]}
+    numbers = {pair.name: pair for pair in found.numbers_bytes["1024x1024"]}
     assert numbers["peak"].a == peak(derived(), 1024, 1024)
     assert numbers["peak"].difference == peak(derived(attention="eager"), 1024, 1024) - numbers["peak"].a
 
@@ -244,8 +244,8 @@ def test_comparison_names_what_differs() -> None:
 def test_a_comparison_is_of_the_sizes_given() -> None:
     a, b = derived(), derived(attention="eager")
     found = compare(a, b, ((512, 768), (256, 256)))
-    assert list(found.numbers) == ["512x768", "256x256"]
-    peaks = {pair.name: (pair.a, pair.b) for pair in found.numbers["512x768"]}["peak"]
+    assert list(found.numbers_bytes) == ["512x768", "256x256"]
+    peaks = {pair.name: (pair.a, pair.b) for pair in found.numbers_bytes["512x768"]}["peak"]
     assert peaks == (peak(a, 512, 768), peak(b, 512, 768))
 
 

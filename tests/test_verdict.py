@@ -185,7 +185,7 @@ def test_everything_gives_one_verdict(seed: int, monkeypatch: pytest.MonkeyPatch
     draw = random.Random(1000 + seed)
     largest = TILED_SIDE if options["vae_tiling"] else LARGEST_SIDE
     sides = [8 * draw.randint(16, largest // 8) for _ in range(CALLS)]
-    compared = compare(d, d, tuple((side, side) for side in sides), **shared).numbers
+    compared = compare(d, d, tuple((side, side) for side in sides), **shared)
     for side in sides:
         call = Call(side, side, **shared)
         found = Verdict.read(d.estimate(call))
@@ -194,8 +194,9 @@ def test_everything_gives_one_verdict(seed: int, monkeypatch: pytest.MonkeyPatch
         assert Request(d, None).verdict(call) == found, said
         assert Request(d, None).image(call).verdict == found, said
         assert recommend(d, None, call).as_asked.verdict == found, said
-        numbers = {pair.name: pair for pair in compared[f"{side}x{side}"]}
-        assert numbers["verdict"].a == numbers["verdict"].b == found.verdict, said
+        numbers = {pair.name: pair for pair in compared.numbers_bytes[f"{side}x{side}"]}
+        verdict = compared.verdicts[f"{side}x{side}"]
+        assert verdict.a == verdict.b == found.verdict, said
         assert numbers["needs"].a == found.needs_bytes, said
         assert will_fit(pipe, side, side, **shared, **live).verdict == found, said
         SEEN.append(found.verdict)

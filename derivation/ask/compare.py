@@ -69,22 +69,23 @@ class StageDifference:
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """Two derivations side by side; ``numbers`` maps a size, "HxW", to its stages and peak, in bytes.
+    """Two derivations side by side; ``numbers_bytes`` maps a size, "HxW", to its stages and peak.
 
-    Of a derivation with a GPU they also have what it needs there and the verdict.
+    Of a derivation with a GPU it has what that needs there, too, and ``verdicts`` has its verdict.
     """
 
     a: str
     b: str
     options: tuple[Pair, ...]
-    weights: tuple[Pair, ...]
+    weights_bytes: tuple[Pair, ...]
     stages: tuple[StageDifference, ...]
-    numbers: Mapping[str, tuple[Pair, ...]] = field(default_factory=dict)
+    numbers_bytes: Mapping[str, tuple[Pair, ...]] = field(default_factory=dict)
+    verdicts: Mapping[str, Pair] = field(default_factory=dict)
 
     @property
     def same(self) -> bool:
         """Whether no formula and no weight differs."""
-        return all(stage.same for stage in self.stages) and all(pair.same for pair in self.weights)
+        return all(stage.same for stage in self.stages) and all(pair.same for pair in self.weights_bytes)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the comparison, ready for JSON."""
@@ -107,13 +108,16 @@ def compare(
     call = {"batch_size": batch_size, "prompt_length": prompt_length, "guidance": guidance, "num_frames": num_frames}
     height, width = max(sizes, key=math.prod)
     at = {H: height, W: width, L: prompt_length or a.prompt_length, B: batch_size}
+    numbers = {size_text(*size): _numbers(a, b, size, call) for size in sizes}
+    on_cards = a.options.gpu is not None or b.options.gpu is not None
     return Differences(
         a.name,
         b.name,
         tuple(p for p in _pairs(a.options.as_dict(), b.options.as_dict()) if not p.same),
         _pairs({**a.weights, "all": a.weights_bytes}, {**b.weights, "all": b.weights_bytes}),
         _stages(a.equation.stages(guidance), b.equation.stages(guidance), at),
-        {size_text(*size): _numbers(a, b, size, call) for size in sizes},
+        {size: pairs for size, (pairs, _) in numbers.items()},
+        {size: verdict for size, (_, verdict) in numbers.items() if on_cards},
     )
 
 
@@ -121,16 +125,23 @@ def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Pair, ...]:
     return tuple(Pair(name, a.get(name), b.get(name)) for name in dict.fromkeys([*a, *b]))
 
 
-def _numbers(a: Derivation, b: Derivation, size: tuple[int, int], call: Mapping[str, Any]) -> tuple[Pair, ...]:
-    def bytes_of(derivation: Derivation) -> dict[str, int | str | None]:
-        peaks = derivation.stage_peaks(*size, **call)
-        tensors = {**peaks, "peak": derivation.weights_bytes + max(peaks.values())}
-        if derivation.options.gpu is None:
-            return dict(tensors)
-        found = derivation.verdict(*size, **call)
-        return {**tensors, "needs": found.needs_bytes, "verdict": found.verdict}
+def _numbers(
+    a: Derivation, b: Derivation, size: tuple[int, int], call: Mapping[str, Any]
+) -> tuple[tuple[Pair, ...], Pair]:
+    """Return bytes and the verdicts of both sides at one size."""
+    (left, says), (right, answers) = (_bytes_of(derivation, size, call) for derivation in (a, b))
+    return _pairs(left, right), Pair("verdict", says, answers)
 
-    return _pairs(bytes_of(a), bytes_of(b))
+
+def _bytes_of(
+    d: Derivation, size: tuple[int, int], call: Mapping[str, Any]
+) -> tuple[dict[str, int | None], str | None]:
+    peaks = d.stage_peaks(*size, **call)
+    tensors: dict[str, int | None] = {**peaks, "peak": d.weights_bytes + max(peaks.values())}
+    if d.options.gpu is None:
+        return tensors, None
+    found = d.verdict(*size, **call)
+    return {**tensors, "needs": found.needs_bytes}, found.verdict
 
 
 def _stages(a: Mapping[str, Stage], b: Mapping[str, Stage], at: Values) -> tuple[StageDifference, ...]:

@@ -194,7 +194,7 @@ def _show_comparison(result: Mapping[str, Any]) -> None:
     output.line(f"B: {result['b']}", style="bold")
     if result["options"]:
         output.table("Options", ("option", "A", "B"), ((p["name"], p["a"], p["b"]) for p in result["options"]))
-    _show_pairs("Weights, bytes", result["weights"])
+    _show_pairs("Weights, bytes", result["weights_bytes"])
     output.line("H, W: the image's height and width in pixels; B: prompts in one call; L: tokens of a prompt")
     for stage in result["stages"]:
         if stage["only_a"] or stage["only_b"]:
@@ -206,13 +206,14 @@ def _show_comparison(result: Mapping[str, Any]) -> None:
             output.table(f"{stage['name']}: Max of", ("", "bytes"), rows)
             changed = [(change["monomial"], change["a"], change["b"]) for change in stage["changes"]]
             if changed:
-                size = max(result["numbers"], key=lambda size: math.prod(parse_size(size)))
+                size = max(result["numbers_bytes"], key=lambda size: math.prod(parse_size(size)))
                 output.line(f"{stage['name']}, term by term, of the polynomials that win at {size}")
                 output.table("", ("term", ">A", ">B"), changed)
         else:
             output.line(f"{stage['name']}: the same")
-    for size, pairs in result["numbers"].items():
-        _show_pairs(f"{size}, bytes (height x width)", pairs)
+    for size, pairs in result["numbers_bytes"].items():
+        verdicts = [result["verdicts"][size]] if size in result["verdicts"] else []
+        _show_pairs(f"{size}, bytes (height x width)", [*pairs, *verdicts])
 
 
 def _show_pairs(title: str, pairs: list[dict[str, Any]]) -> None:
