@@ -131,9 +131,10 @@ def build(description: Description, dtype: str) -> Any:
 
 def _assembled(cls: Any, arguments: Mapping[str, Any]) -> Any:
     try:
-        return cls(**arguments)
+        with no_init_weights():
+            return cls(**arguments)
     except (RuntimeError, NotImplementedError):  # a model that is made of others' weights (AnimateDiff)
-        with torch.device("meta"):
+        with no_init_weights(), torch.device("meta"):
             return cls(**arguments)
 
 
@@ -189,7 +190,8 @@ def model(cls: Any, config: Mapping[str, Any], dtype: str) -> Any:
         with no_init_weights(), torch.device("meta"):
             made = _constructed(cls, config)
     except (RuntimeError, NotImplementedError):  # a model that copies weights while it is built
-        made = _constructed(cls, config)
+        with no_init_weights():
+            made = _constructed(cls, config)
     made.requires_grad_(False).eval()
     made = _cast(made, getattr(torch, dtype))
     quantize(made, given)
