@@ -83,3 +83,11 @@ def test_kolors_is_exact_where_held_out() -> None:
     document["parts"]["text_encoder"][2].update({"hidden_size": 8, "num_attention_heads": 4, "kv_channels": 2})
     row = checked(document)
     assert row.exact, row
+
+
+def test_dpm_sde_is_exact_where_held_out() -> None:
+    pytest.importorskip("torchsde")
+    document = json.loads(json.dumps(DOCUMENTS["StableDiffusionPipeline"]))
+    document["parts"]["scheduler"] = ["diffusers", "DPMSolverSDEScheduler", {"beta_schedule": "scaled_linear"}]
+    row = checked(document)
+    assert row.exact, row

@@ -123,7 +123,9 @@ DEFAULTS: dict[str, dict[str, object]] = {
     },
 }
 # Why a class of diffusers is not among them.
-UNWALKED = {"DPMSolverSDEScheduler": "it keeps a tree of noise in torchsde, which is not walked"}
+UNWALKED = {
+    "DPMSolverSDEScheduler": "it keeps a tree of noise in torchsde, which is not walked; method = 'trace' takes it"
+}
 # diffusers drops a key that another scheduler class wrote, so published configs are full of them
 KNOWN = sorted({name for keys in DEFAULTS.values() for name in keys})
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
@@ -26,10 +27,18 @@ def meta_world(attention: str, emptied: Callable[[], None]) -> Iterator[None]:
             (scheduling_euler_discrete, "torch", _TorchOfLists()),
         ):
             scope.enter_context(patch.object(module, name, value))
+        with suppress(ImportError):
+            intervals = import_module("torchsde._brownian.brownian_interval")
+            scope.enter_context(patch.object(intervals, "_randn", _drawn))
         scope.enter_context(meta_as_gpu(emptied))
         scope.enter_context(torch.no_grad())
         scope.enter_context(SdpaMode(attention))
         yield
+
+
+def _drawn(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
+    """torchsde's ``_randn`` without its generator, which ``meta`` has none of: DPM++ SDE's tree of noise."""
+    return torch.randn(size, dtype=dtype, device=device)
 
 
 class _Autocast(torch.autocast):
