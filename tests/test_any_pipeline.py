@@ -665,8 +665,8 @@ def test_a_live_pipeline_is_traced_from_its_configs(flux, live, monkeypatch, tmp
     ("change", "said"),
     [
         (
-            lambda pipe: pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
-            "transformer's hooks = group_offloading",
+            lambda pipe: pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.2)),
+            "transformer's hooks = ",
         ),
         (lambda pipe: pipe.transformer.set_attention_backend("_native_math"), "transformer's attention = "),
         (lambda pipe: pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"])), r"to_q = an adapter's layer"),
