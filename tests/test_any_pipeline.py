@@ -292,7 +292,7 @@ def test_frames_that_a_loop_decodes_repeat_its_pass() -> None:
 # on a card
 
 
-def test_what_no_profile_has_is_told_on_a_card() -> None:
+def test_what_was_not_measured_is_told_on_a_card() -> None:
     """Qwen-Image's VAE convolves videos of one frame."""
     for model, told in ((FLUX, False), ("Qwen/Qwen-Image", True)):
         for gpu in (None, "h100"):
@@ -532,7 +532,8 @@ def test_when_conv3d_leaves_cudnn(torch_version: str, dtype: str, kernel: int, c
     """Convolution.cpp: use_cudnn, of torch 2.9."""
     out = Allocation("", "convolution", (1, 8, 4, 16, 16), dtype, 8, Category.ACTIVATION)
     shapes = ((1, 8, 4, 16, 16), (8, 8, kernel, kernel, kernel))
-    assert bool(buffers(out, shapes, hardware("h100", torch=torch_version)).inside) == counted
+    [inside] = buffers(out, shapes, hardware("h100", torch=torch_version)).inside
+    assert inside.op == ("convolution columns" if counted else "convolution workspace")
     grouped = ((1, 16, 4, 16, 16), (8, 8, kernel, kernel, kernel))
     assert not buffers(out, grouped, hardware("h100", torch=torch_version)).inside
 

@@ -53,12 +53,20 @@ def wheel() -> Cudnn:
 
 def test_a_convolution_as_torch_runs_it() -> None:
     torch = pytest.importorskip("torch")
-    for image, weight, stride, padding in [*SHAPES, POINTWISE, ((3, 8, 20, 31), (16, 8, 3, 3), (2, 1), (1, 0))]:
+    odd, video = (
+        ((3, 8, 20, 31), (16, 8, 3, 3), (2, 1), (1, 0)),
+        ((3, 8, 5, 20, 31), (16, 8, 3, 3, 1), (1, 2, 1), (0, 1, 0)),
+    )
+    for image, weight, stride, padding in [*SHAPES, POINTWISE, odd, video]:
         x = torch.empty(image, device="meta")
-        y = torch.nn.functional.conv2d(x, torch.empty(weight, device="meta"), stride=stride, padding=padding)
+        convolve, last = {
+            4: (torch.nn.functional.conv2d, torch.channels_last),
+            5: (torch.nn.functional.conv3d, torch.channels_last_3d),
+        }[len(image)]
+        y = convolve(x, torch.empty(weight, device="meta"), stride=stride, padding=padding)
         asked_of = Convolution(image, weight, stride, padding, "float16", True)
         assert asked_of.output == tuple(y.shape)
-        assert asked_of.strides(image) == x.to(memory_format=torch.channels_last).stride()
+        assert asked_of.strides(image) == x.to(memory_format=last).stride()
         assert Convolution(image, weight, stride, padding, "float16", False).strides(image) == x.stride()
 
 
@@ -184,6 +192,25 @@ def test_a_column_is_what_the_library_answers(wheel: Cudnn, tmp_path: Path, monk
             plans = wheel.plans(properties(lookup("t4")), convolution)
             assert nbytes == (plans[0].workspace_bytes if plans else None)
             assert (nbytes is None) == (question.dtype == "bfloat16")
+
+
+@pytest.mark.parametrize("card", ["a100-80gb", "rtx-4090", "h200", "rtx-5090"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_convolutions_of_videos_follow_the_rules_of_images(wheel: Cudnn, card: str, dtype: str) -> None:
+    """Shapes of CogVideoX, Wan and AnimateDiff with large images: within 2 %."""
+    profile = hardware(card)
+    for image, k, kernel in (
+        ((1, 192, 6, 240, 416), 192, (3, 3, 3)),
+        ((1, 256, 19, 240, 360), 256, (3, 3, 3)),
+        ((1, 128, 13, 256, 256), 512, (3, 3, 3)),
+        ((1, 320, 16, 128, 128), 320, (3, 1, 1)),
+    ):
+        padding = (0, kernel[1] // 2, kernel[2] // 2)
+        question = Convolution(image, (k, image[1], *kernel), (1, 1, 1), padding, dtype, False)
+        workspace = profile.convolution_workspace(dtype, False, *profile.video_kind(dtype, 3, image[1]))
+        expected = workspace.nbytes(image, question.output, question.weight, 2)
+        [plan] = wheel.plans(properties(lookup(card)), question)
+        assert plan.workspace_bytes == pytest.approx(expected, rel=0.02)
 
 
 def test_profiles_that_were_asked_of_cudnn_are_its_answers() -> None:

@@ -249,6 +249,29 @@ def test_bfloat16_before_ampere_convolves_in_columns(scratch: str) -> None:
     assert buffers(out, ((2, 64, 16, 12), (16, 64, 1, 1)), card).inside == ()
 
 
+def video(card: Hardware, dtype: str, out_channels: int, kernel: int) -> list[tuple[str, int]]:
+    """What a convolution [1, 96, 4, 64, 48] -> [1, K, 2, 64, 48] allocates inside."""
+    nbytes = out_channels * 2 * 64 * 48 * {"float32": 4}.get(dtype, 2)
+    out = Allocation(("conv",), "convolution", (1, out_channels, 2, 64, 48), dtype, nbytes, Category.ACTIVATION)
+    shapes = ((1, 96, 4, 64, 48), (out_channels, 96, *(kernel,) * 3))
+    return [(a.op, a.nbytes) for a in buffers(out, shapes, card).inside]
+
+
+def test_convolutions_of_videos() -> None:
+    """cuDNN's rules are those of images; torch 2.9 unfolds half precision."""
+    given, out, weight = 96 * 4 * 64 * 48, 32 * 2 * 64 * 48, 32 * 96 * 27
+    half, single = 2 * (given + out + weight), 4 * (given + weight)
+    for torch, dtype, expected in (
+        ("2.8", "float16", ("convolution workspace", half)),
+        ("2.9", "float16", ("convolution columns", 96 * 27 * 2 * 64 * 48 * 2)),
+        ("2.10", "bfloat16", ("convolution workspace", half)),
+        ("2.9", "float32", ("convolution workspace", single)),
+    ):
+        assert video(hardware("a100-80gb", torch=torch), dtype, 32, 3) == [expected]
+    assert video(hardware("h200", torch="2.13"), "float16", 32, 3) == [("convolution workspace", half + 147)]
+    assert video(hardware("h200", torch="2.13"), "float16", 32, 1) == [("convolution workspace", 0)]
+
+
 @pytest.mark.parametrize(("batch", "planes"), [(1, 2), (2, 1), (BATCH, 2), (2 * BATCH, 1)])
 def test_volta_transposes_the_output_of_one_image_alone(batch: Size, planes: int) -> None:
     """256 to 256 channels: a batch whose size is not known counts as one image, which asks for more."""

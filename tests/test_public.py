@@ -17,7 +17,7 @@ def test_each_row_is_close_or_says_why() -> None:
         close = row.error is not None and abs(row.error) <= CLOSE
         assert close or row.reason, row.what
         assert row.versions and row.source
-    assert sum(row.error is not None and abs(row.error) <= CLOSE for row in found) == 4
+    assert sum(row.error is not None and abs(row.error) <= CLOSE for row in found) == 5
 
 
 @pytest.mark.parametrize("row", [row for row in rows() if row.bundled], ids=lambda row: f"{row.gpu} {row.what[:30]}")
@@ -26,6 +26,13 @@ def test_what_bundled_checkpoints_predict_is_recorded(row) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert predict(row.prediction) == row.prediction["predicted"]
+
+
+def test_hunyuan_video_is_predicted_with_the_workspaces_of_conv3d() -> None:
+    [row] = [row for row in rows() if row.prediction is not None and "HunyuanVideo" in row.what]
+    assert row.prediction is not None and row.error is not None
+    assert predict(row.prediction) == row.prediction["predicted"]
+    assert abs(row.error) < 0.001
 
 
 def test_each_call_that_is_further_off_says_why_and_no_other() -> None:

@@ -47,13 +47,16 @@ class Workspace:
     pair: int = 0
     filter: int = 0
 
-    def nbytes(self, given: Shape, out: Shape, weight: Shape, item_bytes: int) -> Any:
-        """Return the bytes for an input [N, C, H, W], an output [N, K, P, Q] and a weight [K, C, R, S]."""
-        tensors = ((self.input, given), (self.output, out), (self.weight, weight))
-        elements = sum((factor * reduce(mul, shape, 1) for factor, shape in tensors if factor), start=0)
-        own = self.pixel * out[2] * out[3] if self.pixel else 0
-        channels = self.pair * weight[0] * weight[1] + self.filter * weight[0] if self.pair or self.filter else 0
-        return elements * item_bytes + own + channels + self.constant
+    def nbytes(self, given: Shape, out: Shape, weight: Shape, item_bytes: int, out_bytes: Any = None) -> Any:
+        """Return the bytes for an input [N, C, (T,) H, W], an output [N, K, ...] and a weight [K, C, ...].
+
+        ``out_bytes`` are the output's where its sides are no polynomials.
+        """
+        output = reduce(mul, out, item_bytes) if out_bytes is None else out_bytes
+        tensors = self.input * reduce(mul, given, item_bytes) + self.output * output
+        own = reduce(mul, out[2:], self.pixel) if self.pixel else 0
+        channels = self.pair * weight[0] * weight[1] + self.filter * weight[0]
+        return tensors + self.weight * reduce(mul, weight, item_bytes) + own + channels + self.constant
 
 
 NO_WORKSPACE = Workspace(0, 0, 0)
@@ -108,6 +111,14 @@ class Hardware:
     def runs_cudnn_on_videos(self, dtype: str) -> bool:
         """Return whether cuDNN convolves videos of a type with kernels above 1; those of 1 are as ``runs_cudnn``."""
         return self.runs_cudnn(dtype) and (dtype == "float32" or not self.libraries.follows("conv3d_columns"))
+
+    def video_kind(self, dtype: str, kernel: int, in_channels: int) -> tuple[int, int, int, bool, bool]:
+        """Return the kind of a conv3d, as ``convolution_workspace`` takes it.
+
+        Half precision follows the rules of images on any number of channels; in float32, whose Winograd kernels are of
+        two dimensions, some engines transpose the output as well: cuDNN 9.10.2 and 9.19.0, asked without a card.
+        """
+        return kernel, in_channels if dtype == "float32" else CHANNEL_ALIGNMENT, 0, True, False
 
     def cublas_workspace_bytes(self) -> int:
         """Bytes that the first use of a cuBLAS handle allocates for good: ``:4096:2:16:8``, or 32 MiB.

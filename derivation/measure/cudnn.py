@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ Attributes = Mapping[int, tuple[int, Sequence[Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Convolution:
-    """A 2-d convolution: input [N, C, H, W], weight [K, C, R, S]."""
+    """A convolution in 2 or 3 dimensions: input [N, C, (T,) H, W], weight [K, C, (U,) R, S]."""
 
     input: tuple[int, ...]
     weight: tuple[int, ...]
@@ -58,17 +60,21 @@ class Convolution:
 
     @property
     def output(self) -> tuple[int, ...]:
-        """[N, K, P, Q]."""
-        p, q = (
-            (size + 2 * pad - kernel) // step + 1
-            for size, pad, kernel, step in zip(self.input[2:], self.padding, self.weight[2:], self.stride, strict=True)
+        """[N, K, (V,) P, Q]."""
+        sides = zip(self.input[2:], self.padding, self.weight[2:], self.stride, strict=True)
+        return (
+            self.input[0],
+            self.weight[0],
+            *((size + 2 * pad - kernel) // step + 1 for size, pad, kernel, step in sides),
         )
-        return self.input[0], self.weight[0], p, q
 
     def strides(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the strides of a tensor [N, C, H, W] in the convolution's memory format."""
-        _, c, h, w = shape
-        return (c * h * w, 1, w * c, c) if self.channels_last else (c * h * w, h * w, w, 1)
+        """Return the strides of a tensor [N, C, (T,) H, W] in the convolution's memory format."""
+        order = (0, *range(2, len(shape)), 1) if self.channels_last else range(len(shape))
+        inner = dict(
+            zip(reversed(order), accumulate((shape[dim] for dim in reversed(order)), mul, initial=1), strict=False)
+        )
+        return tuple(inner[dim] for dim in range(len(shape)))
 
 
 def properties(card: Gpu) -> dict[str, Any]:
@@ -186,11 +192,11 @@ class Cudnn:
             {
                 100: (DATA_TYPE, [DATA_TYPES["float32"]]),
                 101: (MODE, [CROSS_CORRELATION]),
-                102: (INT64, (1, 1)),
+                102: (INT64, [1] * len(convolution.stride)),
                 103: (INT64, convolution.stride),
                 104: (INT64, convolution.padding),
                 105: (INT64, convolution.padding),
-                106: (INT64, [2]),
+                106: (INT64, [len(convolution.stride)]),
             },
         )
         operands = {number: (DESCRIPTOR, [value]) for number, value in ((702, described), (703, w), (704, x), (705, y))}

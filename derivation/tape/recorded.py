@@ -20,8 +20,8 @@ from derivation.tape.tape import Tape
 
 FORMAT = "derivation-recorded-1"
 # Said with a card (derivation.trace.scratch), where a convolution's output is [N, C, F, H, W].
-UNCOUNTED = "cuDNN's workspaces of conv3d are not counted on a card: no profile has them"
-COLUMNS, VIDEO_RANK = f"conv3d takes columns, as torch 2.9 in half precision; of kernels of 1, {UNCOUNTED}", 5
+UNMEASURED = "workspaces of conv3d are what cuDNN answers without a card: none was measured"
+COLUMNS, VIDEO_RANK = "conv3d takes columns, as torch 2.9 in half precision", 5
 # The arguments of a call that give each symbol.
 ARGUMENTS = {"h": "height", "w": "width", "B": "batch_size", "L": "prompt_length", "F": "num_frames"}
 
@@ -124,7 +124,7 @@ class RecordedSubject:
     def _conv3d(self) -> str:
         """What is counted of convolutions of videos."""
         half = self.options.dtype != "float32"
-        return COLUMNS if half and libraries(self.options.torch).follows("conv3d_columns") else UNCOUNTED
+        return COLUMNS if half and libraries(self.options.torch).follows("conv3d_columns") else UNMEASURED
 
     @property
     def _convolves_videos(self) -> bool:

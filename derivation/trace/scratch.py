@@ -1,7 +1,7 @@
 """What CUDA operators allocate inside themselves, put onto a traced tape: operators and shapes tell (no torch needed).
 
-As ``derivation.walk.scratch`` does for walked ones, with the same profile. Not modelled: cuDNN's workspaces of conv3d,
-of which no profile has coefficients, and the copies of a pipeline that is switched to another memory format.
+As ``derivation.walk.scratch`` does for walked ones, with the same profile. Not modelled: the copies of a pipeline that
+is switched to another memory format.
 """
 
 from __future__ import annotations
@@ -116,17 +116,21 @@ def _convolution(out: Allocation, shapes: Shapes, hardware: Hardware) -> Iterato
         return
     kind = (kernel, channels, filters, out.shape[2:] != given[2:], nonnegative_from_one(given[0] - 2))
     workspace = hardware.convolution_workspace(out.dtype, False, *kind)
-    nbytes = workspace.nbytes(given, out.shape, weight, DTYPE_BYTES[out.dtype])
+    nbytes = workspace.nbytes(given, out.shape, weight, DTYPE_BYTES[out.dtype], out.nbytes)
     yield _buffer(out, nbytes, "convolution workspace")
 
 
 def _video(out: Allocation, shapes: Shapes, hardware: Hardware) -> Buffers:
-    """Columns [C T R S, F P Q] of one video where cuDNN is left (cuda/NaiveDilatedConvolution.cu); none elsewhere."""
+    """cuDNN's workspace, or columns [C T R S, F P Q] of one video without it (cuda/NaiveDilatedConvolution.cu)."""
     given, weight = shapes
-    pointwise = all(side == 1 for side in weight[2:])
-    runs = hardware.runs_cudnn(out.dtype) if pointwise else hardware.runs_cudnn_on_videos(out.dtype)
-    if runs or given[1] != weight[1]:  # groups have kernels of their own
+    channels, widest = weight[1], max(side for side in weight[2:] if isinstance(side, int))
+    assert isinstance(channels, int)
+    if given[1] != channels:  # groups have kernels of their own
         return Buffers()
+    if hardware.runs_cudnn(out.dtype) if widest == 1 else hardware.runs_cudnn_on_videos(out.dtype):
+        workspace = hardware.convolution_workspace(out.dtype, False, *hardware.video_kind(out.dtype, widest, channels))
+        nbytes = workspace.nbytes(given, out.shape, weight, DTYPE_BYTES[out.dtype], out.nbytes)
+        return Buffers((_buffer(out, nbytes, "convolution workspace"),))
     columns = reduce(mul, (*weight[1:], *out.shape[2:]), DTYPE_BYTES[out.dtype])
     cublas = _buffer(out, hardware.cublas_workspace_bytes(), CUBLAS)
     return Buffers((_buffer(out, columns, "convolution columns"),), (cublas,))
