@@ -683,3 +683,17 @@ def test_fewer_steps_never_take_more(module):
         d = derive(SD15, pipeline="img2img", num_inference_steps=steps, strength=1.0)
         for guidance in (True, False):
             assert truth(d, 512, 512, 77, 1, guidance) <= module.peak_vram(512, 512, guidance=guidance)
+
+
+def test_a_stage_is_defined_as_what_it_needs_beyond_the_weights():
+    d = derive(SD15)
+    text = d.latex("vae_decode")
+    assert r"where $M_{\text{vae\_decode}}$ is the peak of this stage beyond the weights" in text
+    assert "The weights are" not in text and "The weights are" in d.latex()
+
+
+def test_a_traced_header_says_what_its_numbers_are():
+    traced = derive("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    header = export(traced.equation, "python").split('"""')[1]
+    assert "(WanPipeline)" in header and "txt2img" not in header and "safety_checker" not in header
+    assert "exact for every size" not in header and "between them interpolated" in header

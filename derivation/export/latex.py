@@ -59,12 +59,21 @@ def _peak(equation: Equation, which: str, guidance: bool) -> dict[str, Any]:
     weights = grouped(equation.weights_bytes, "{,}")
     left = f"M = \\underbrace{{{weights}}}_{{\\text{{weights}}}} +"
     stages = [term.point.stage for term in terms]
-    return {"label": _label(equation, guidance, PEAK), "left": left, "terms": terms, "stages": stages}
+    return {
+        "label": _label(equation, guidance, PEAK),
+        "left": left,
+        "terms": terms,
+        "stages": stages,
+        "meaning": "$M$ is the peak GPU memory",
+        "weights": equation.weights,
+    }
 
 
 def _stage(equation: Equation, name: str, guidance: bool) -> dict[str, Any]:
-    left, terms = f"M_{{\\text{{{text(name)}}}}} =", equation.stages(guidance)[name].terms
-    return {"label": _label(equation, guidance, name), "left": left, "terms": terms, "stages": []}
+    symbol, terms = f"M_{{\\text{{{text(name)}}}}}", equation.stages(guidance)[name].terms
+    meaning = f"${symbol}$ is the peak of this stage beyond the weights,"
+    label = _label(equation, guidance, name)
+    return {"label": label, "left": f"{symbol} =", "terms": terms, "stages": [], "meaning": meaning, "weights": {}}
 
 
 def _terms(equation: Equation) -> str:

@@ -38,7 +38,7 @@ def device(equation: Equation, label: str) -> str:
     return render(
         "device.tex.j2",
         equation,
-        label=label,
+        label=f"{label}:{form.card.key}",
         card=form.card.name,
         context=grouped(form.context_bytes, "{,}"),
         usual=[_pages(last)] if pages else _rows(last),
@@ -72,7 +72,7 @@ def _counted(form: DeviceForm) -> str:
         return bound(found)
     ends = [*(i - 1 for i in starts[1:]), len(found) - 1]
     each = [f"${found[i][1]}$ up to ${grouped(found[i][0], '{,}')}$" for i in ends[:-1]]
-    return f"by $H W$ {', '.join(each)}, and ${found[-1][1]}$ beyond"
+    return f"by $H W$: {', '.join(each)}, and ${found[-1][1]}$ beyond"
 
 
 def bound(found: Sequence[tuple[int, int]]) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from derivation.equation.record import Equation
 from derivation.export.templates import environment
 from derivation.options import TABLE, Options
+from derivation.tape.recorded import RecordedSubject
 from derivation.version import __version__
 
 # Where the models are during a call, by Options.offload.
@@ -30,6 +32,10 @@ EXCLUSIONS = (
 LIBRARY_SCRATCH = "scratch memory of cuDNN, cuBLAS and the attention kernels"
 # diffusers' retrieve_timesteps puts them on the GPU, where a card's answer counts them.
 TIMESTEPS = "the scheduler's timesteps, at most 8 bytes a step"
+EXACT = "exact for every size that the pipeline accepts"
+INTERPOLATED = "equal at the sizes that were traced and checked; between them interpolated, others are refused"
+# What is told of a traced pipeline, whose other options are those that it was traced with, where they are chosen.
+EVERYWHERE = ("dtype", "attention", "gpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,7 @@ class Facts:
 
     title: str
     generator: str
+    units: str
     options: tuple[str, ...]
     versions: tuple[str, ...]
     assumptions: tuple[str, ...]
@@ -46,16 +53,25 @@ class Facts:
 
 def facts(equation: Equation) -> Facts:
     """Return the header of an equation's files."""
-    d = equation
+    d, walked = equation, not isinstance(equation.subject, RecordedSubject)
     without = () if d.options.gpu else (LIBRARY_SCRATCH, *((TIMESTEPS,) if d.subject.method == "walk" else ()))
+    kind = d.subject.class_name if isinstance(d.subject, RecordedSubject) else d.options.pipeline
     return Facts(
-        title=f"Peak GPU memory of {printable(d.name)} ({d.options.pipeline}), in bytes.",
+        title=f"Peak GPU memory of {printable(d.name)} ({kind}), in bytes.",
         generator=f"diffusion-vram-derivation {__version__}, from the checkpoint's config files",
-        options=tuple(f"{key}={printable(str(value))}" for key, value in d.options.told().items()),
+        units=f"bytes, {EXACT if walked else INTERPOLATED}",
+        options=tuple(f"{key}={printable(str(value))}" for key, value in _shown(d.options, walked)),
         versions=tuple(f"{name} {version}" for name, version in asdict(d.options.libraries).items()),
         assumptions=(*assumptions(d.options), *d.subject.remarks),
         exclusions=(*without, *exclusions(d.options)),
     )
+
+
+def _shown(options: Options, walked: bool) -> Iterator[tuple[str, object]]:
+    """Yield the options that a header tells; a traced class is one pipeline."""
+    for name, value in options.told().items():
+        if walked or name in EVERYWHERE or (options.chosen(name) and name != "pipeline"):
+            yield name, value
 
 
 def assumptions(options: Options) -> tuple[str, ...]:
