@@ -40,6 +40,7 @@ PROBE = """<script>
     window.dispatchEvent(new Event("hashchange"));
     found.push({
       ...document.getElementById("answer-verdict").dataset, said: text("answer-verdict"),
+      total: text("answer-needs"), old: text("answer-box").trim() + text("curve") + text("device-latex"),
       error: document.getElementById("ask-error").hidden ? "" : text("ask-error"),
       gone: document.getElementById("answer-box").hidden, command: text("answer-command"),
       latex: document.getElementById("answer-device").hidden ? "" : text("device-latex"),
@@ -92,7 +93,8 @@ def settings(count):
             state |= usual | {"num_images_per_prompt": images, "vae_tiling": tiled}
         sides = [chosen.choice((512, 768, 1024, 8 * chosen.randint(16, 256))) for _ in "hw"]
         state |= {"size": "x".join(map(str, sides)), "batch": str(chosen.choice((1, 1, 2, 3, 7)))}
-        found.append(state | {"card": chosen.choice(CARDS), "free": chosen.choice(("", "", "", "6GiB"))})
+        card, free = chosen.choice(CARDS), chosen.choice(("", "", "", "6GiB"))
+        found.append(state | {"card": card, "free": "" if card[0].isdigit() else free})
     return found
 
 
@@ -112,7 +114,8 @@ def expected(state):
     """Return the verdict of a state in Python."""
     height, width = map(int, state["size"].split("x"))
     gpu = None if state["card"][0].isdigit() else state["card"]
-    free = (6 << 30 if state["free"] else None) if gpu else int(state["card"].split()[0]) << 30
+    room = state["free"] if gpu else state["card"]
+    free = memory_bytes(room) if room else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         d = derived(tuple({**options(state), "gpu": gpu}.items()))
@@ -139,9 +142,10 @@ def test_random_settings_are_the_estimate_s_to_the_byte_and_in_verdict(page, tmp
     assert len(held) >= drawn * 5 / 8
     for state, each in held:
         verdict = expected(state)
+        sentence = f"{each['total']}: {each['said'].partition(';')[0]}"
+        assert sentence.replace("Needs", "needs").replace(" for tensors alone", "") == str(verdict), state
         assert (int(each["needs"]), each["verdict"] != "no") == (verdict.needs_bytes, verdict.fits), state
         if not state["card"][0].isdigit():
-            assert each["said"].partition(";")[0] == str(verdict).partition(": ")[2], state
             assert not verdict.fits or each["said"].endswith(verdict.trust), state
             assert not verdict.fits or sum(each["layers"]) == verdict.needs_bytes, state
 
@@ -305,12 +309,99 @@ def test_the_command_below_an_answer_asks_the_same(page, tmp_path):
         ({"card": "no such card"}, "a card"),
         ({"batch": "0"}, "an integer from 1"),
         ({"free": "much"}, "free memory"),
+        ({"card": "12", "free": "2GiB"}, "free memory “2GiB”: a card is needed"),
+        ({"card": "constructor"}, "a card"),
+        ({"card": "__proto__"}, "a card"),
+        ({"card": "12288"}, "did you mean 12288MiB"),
+        ({"card": "gtx 1080 ti"}, "is not supported"),
+        ({"card": "999999999999999999T"}, "memory “999999999999999999T” is not supported"),
+        ({"free": "999999999999999999T"}, "free memory “999999999999999999T” is not supported"),
+        ({"vae_slicing": "perhaps"}, "vae_slicing “perhaps” in the address: True or False is needed"),
+        ({"dtype": "constructor"}, "dtype “constructor” in the address: float16 or "),
     ],
 )
 def test_the_old_answer_goes_on_bad_input(page, tmp_path, change, said):
     good = {**settings(1)[0], "size": "512x512", "num_images_per_prompt": "1", "vae_tiling": "False"}
     first, bad = shown(page, [good, {**good, **change}], tmp_path)
-    assert not first["gone"] and bad["gone"] and said in bad["error"]
+    assert not first["gone"] and first["old"] and bad["gone"] and said in bad["error"]
+    assert (bad["old"], bad["verdict"], bad["needs"]) == ("", "", "")
+
+
+def test_an_address_is_read_in_any_case(page, tmp_path):
+    asked = {**settings(1)[0], "pipeline": "txt2img", "dtype": "float16", "attention": "sdpa", "offload": "None"}
+    asked |= {"card": "rtx-3060", "size": "512x512", "batch": "3", "free": "", "vae_tiling": "False"}
+    asked |= {"num_images_per_prompt": "1", "guidance": "True", "safety_checker": "True", "vae_slicing": "True"}
+    lower = {name: value.lower() for name, value in asked.items()}
+    for state, each in zip((asked, lower), shown(page, [asked, lower], tmp_path), strict=True):
+        assert each["error"] == "" and int(each["needs"]) == expected(asked).needs_bytes, state
+    assert expected(asked).needs_bytes != expected({**asked, "vae_slicing": "False"}).needs_bytes
+
+
+def test_bytes_of_a_memory_are_read_exactly(page, tmp_path):
+    usual = {**settings(1)[0], "num_images_per_prompt": "1", "vae_tiling": "False", "guidance": "True", "free": ""}
+    usual |= {"dtype": "float16", "attention": "sdpa", "offload": "None", "size": "512x512", "batch": "1"}
+    texts = ("1.001GB", "8.000000001 TiB", "8191.999999999TiB", "2.3 gib")
+    found = shown(page, [{**usual, "card": text} for text in texts], tmp_path)
+    for text, each in zip(texts, found, strict=True):
+        assert int(each["of"]) == memory_bytes(text), text
+        if each["verdict"] == "no":
+            assert f"{each['total']}: does not fit" == f"N{str(expected({**usual, 'card': text}))[1:]}"
+    assert "no" in {each["verdict"] for each in found}
+
+
+COPY = """<script>
+(async () => {
+  const pause = () => new Promise((done) => setTimeout(done, 5));
+  while (!document.documentElement.dataset.ready) await pause();
+  const refused = { writeText: () => Promise.reject(new Error("refused")) };
+  const button = document.querySelector("button[data-latex]");
+  const found = [];
+  for (const clipboard of [undefined, refused]) for (const done of [true, false]) {
+    let taken = "";
+    Object.defineProperty(navigator, "clipboard", { value: clipboard, configurable: true });
+    document.execCommand = () => { taken = getSelection().toString() || document.activeElement.value; return done; };
+    button.click();
+    await pause();
+    const left = document.querySelector("textarea")?.value ?? "";
+    found.push({ taken, left, label: button.textContent });
+  }
+  const out = document.createElement("pre");
+  out.id = "collected";
+  out.textContent = JSON.stringify(found);
+  document.body.append(out);
+})();
+</script></body>"""
+
+
+def test_latex_is_copied_without_a_clipboard_or_left_selected(page, tmp_path):
+    copy = tmp_path / "page.html"
+    copy.write_text(page.read_text().replace("</body>", COPY))
+    [text] = re.findall(r'<pre id="collected">(.*?)</pre>', browse(copy, tmp_path), re.S)
+    found = json.loads(html.unescape(text))
+    assert [each["label"] for each in found] == ["Copied", "Copy failed: select it below"] * 2
+    for each in found:
+        assert r"\begin{" in each["taken"]
+        assert each["left"] == (each["taken"] if each["label"].startswith("Copy failed") else "")
+
+
+LARGEST = (
+    r"(?:Every square|Squares) up to (\d+) . \d+ at batch 1(?: \(the largest: (.*?)\))?; "
+    r"at 512 . 512 a batch up to (\d+)( and more)?(?: \(the largest: (.*?)\))?\."
+)
+
+
+def test_the_largest_that_fits_is_named_with_its_trouble(page, tmp_path):
+    usual = {**settings(1)[0], "pipeline": "txt2img", "dtype": "float16", "attention": "sdpa", "offload": "None"}
+    usual |= {"size": "512x512", "batch": "1", "free": "", "vae_slicing": "False", "safety_checker": "True"}
+    usual |= {"num_images_per_prompt": "1", "vae_tiling": "False", "guidance": "True"}
+    states = [{**usual, "card": card} for card in ("rtx 2060", "h100", "4")]
+    for state, each in zip(states, shown(page, states, tmp_path, searched=len(states)), strict=True):
+        side, of_side, batch, _, of_batch = re.fullmatch(LARGEST, each["largest"]).groups()
+        for change, said in (({"size": f"{side}x{side}"}, of_side), ({"batch": batch}, of_batch)):
+            verdict = expected(state | change)
+            spare = "" if verdict.sure else verdict.trust.partition(" (")[0]
+            words = ["" if verdict.verdict == "fits" else verdict.verdict, spare]
+            assert (said or "") == "; ".join(filter(None, words)), (state, change)
 
 
 @pytest.mark.parametrize("offload", [None, "model", "sequential"])

@@ -152,7 +152,7 @@ class Options:
             Remedy(
                 "VAE slicing",
                 {"vae_slicing": True},
-                "none at batch 1; slightly slower",
+                "slightly slower with several images",
                 "pipe.vae.enable_slicing()",
                 3,
             ),
