@@ -65,7 +65,8 @@ class Pipeline:
         self._check_clip_skip()
         self._check_vae_dtype()
         guidance = self.unet.doubled(self.guidance)
-        FAMILIES[self.family](replace(self, guidance=guidance, _models=Models(self.checkpoint, self.options)))
+        models = Models(self.checkpoint, self.options, self.family)
+        FAMILIES[self.family](replace(self, guidance=guidance, _models=models))
 
     def _check_clip_skip(self) -> None:
         """encode_prompt: SD takes hidden_states[-(clip_skip + 1)] of the n layers' n + 1, SDXL [-(clip_skip + 2)]."""

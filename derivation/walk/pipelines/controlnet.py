@@ -5,6 +5,8 @@ B control images are given for each ControlNet, one for each prompt.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from derivation.errors import DerivationError
 from derivation.tape.events import Category
 from derivation.tape.tensor import SymTensor
@@ -50,17 +52,17 @@ class Control:
 
     def __call__(
         self,
-        timestep: SymTensor,
+        timestep: Callable[[], SymTensor],
         prompt_embeds: SymTensor,
         added_cond: tuple[SymTensor, SymTensor] | None,
     ) -> Residuals:
-        """The ControlNets on what ``take`` took."""
+        """The ControlNets on what ``take`` took; a moved timestep dies with their call."""
         assert self.control_model_input is not None
         if self.conditional_alone:
             prompt_embeds = prompt_embeds.chunk(2, 0)[1]
             added_cond = None if added_cond is None else (added_cond[0].chunk(2, 0)[1], added_cond[1].chunk(2, 0)[1])
         self.down_block_res_samples, self.mid_block_res_sample = controlnet(
-            self.control_model_input, timestep, prompt_embeds, self.images, added_cond, configs=self.configs
+            self.control_model_input, timestep(), prompt_embeds, self.images, added_cond, configs=self.configs
         )
         if self.conditional_alone:
             self.down_block_res_samples = tuple(with_zeros(sample) for sample in self.down_block_res_samples)

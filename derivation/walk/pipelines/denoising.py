@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 from derivation.tape.events import Category
 from derivation.tape.symbols import Size
@@ -103,7 +104,7 @@ class Denoising:
         if self.control is not None:
             self.control.take(self.latent_model_input, self.latents, self.scheduler)
             moved = self.pipeline.models.pre_forward("controlnet")
-            residuals = self.control(self.timestep(moved), prompt_embeds, added_cond)
+            residuals = self.control(partial(self.timestep, moved), prompt_embeds, added_cond)
         if self.inpainting is not None and self.inpainting.nine_channels:
             masked = [self.latent_model_input, self.inpainting.mask, self.inpainting.masked_image_latents]
             self.latent_model_input = cat(masked, 1)

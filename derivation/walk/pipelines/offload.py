@@ -17,18 +17,23 @@ from derivation.walk.pipelines.weights import Entries, ModelWeights
 
 # model_cpu_offload_seq of both families' pipelines: a model's call sends the one before it to the CPU
 MODEL_CPU_OFFLOAD_SEQ = ("text_encoder", "text_encoder_2", "image_encoder", "unet", "vae")
+# pipeline_controlnet_img2img.py, pipeline_controlnet_inpaint_sd_xl.py: no image_encoder in their sequences, where it
+# waits for the call's end as a ControlNet does
+WITHOUT_IMAGE_ENCODER = (("StableDiffusion", "img2img"), ("StableDiffusionXL", "inpaint"))
 
 
 class Models:
     """The weights of a pipeline's models in one call."""
 
-    def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
+    def __init__(self, checkpoint: Checkpoint, options: Options, family: str) -> None:
         self.hooked = options.offload == "model"
         self.weights = {
             name: ModelWeights(name, entries, options.dtype_of(name), stays(name, options))
             for name, entries in parameters(checkpoint, options).items()
         }
-        chain = [name for name in MODEL_CPU_OFFLOAD_SEQ if name in self.weights]
+        alone = options.controlled and (family, options.pipeline) in WITHOUT_IMAGE_ENCODER
+        left_out = "image_encoder" if alone else ""
+        chain = [name for name in MODEL_CPU_OFFLOAD_SEQ if name in self.weights and name != left_out]
         self.previous = dict(zip(chain[1:], chain, strict=False))
 
     def pre_forward(self, name: str) -> bool:
