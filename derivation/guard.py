@@ -77,6 +77,11 @@ class Forecast:
         return self.verdict.sure
 
     @property
+    def needs_more(self) -> bool:
+        """Whether the call ran out of memory there, so that ``needed_bytes`` is less than it needs."""
+        return self.verdict.needs_more
+
+    @property
     def needed_bytes(self) -> int:
         """What the call needs beyond the weights that are on the GPU already."""
         return (self.verdict.needs_bytes or 0) - self.resident_bytes

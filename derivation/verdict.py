@@ -69,6 +69,11 @@ class Verdict:
         """Whether what is left is at least the margin."""
         return self.left_bytes is not None and self.margin_bytes is not None and self.left_bytes >= self.margin_bytes
 
+    @property
+    def needs_more(self) -> bool:
+        """Whether the call ran out of memory at ``needs_bytes``, which is then less than it needs."""
+        return self.failed is not None
+
     def beats(self, other: Verdict) -> bool:
         """Return whether a call runs with less trouble than by another verdict on a card."""
         ease = (FITS, RELEASED, SLOWER, NO_FIT)
@@ -76,13 +81,13 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name, ready for JSON."""
-        return {**asdict(self), "fits": self.fits, "sure": self.sure}
+        return {**asdict(self), "fits": self.fits, "sure": self.sure, "needs_more": self.needs_more}
 
     def __str__(self) -> str:
         """Return the verdict in one line."""
         if self.of_bytes is None or self.needs_bytes is None:
             return self.verdict
-        more = "needs more than" if self.failed else "needs"
+        more = "needs more than" if self.needs_more else "needs"
         said = f"{more} {human(self.needs_bytes)} of {human(self.of_bytes)}: {self.verdict}"
         return f"{said}, {_out_of_memory(self.failed)}" if self.failed else said
 

@@ -11,7 +11,7 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -252,6 +252,7 @@ BAD = {
     "--pipeline img3img": "pipeline = 'img3img'",
     "--alloc-conf foo": "alloc_conf = 'foo' is not supported: ",
     "--gpu t4 --snapshot no/such/folder": "snapshot = 'no/such/folder' cannot be written (no/such is not a folder)",
+    "--snapshot replay.pickle": "snapshot = 'replay.pickle' needs --gpu",
     "--no-such-option": "--no-such-option",
     "extra": "extra",
 }
@@ -402,10 +403,12 @@ def test_an_unexpected_error_is_one_line_and_debug_raises(
         run(["estimate", SD15])
 
 
-def test_a_closed_pipe_is_quiet() -> None:
-    script = f"{sys.executable} -m derivation estimate {SD15} --json | head -c 1 > /dev/null"
+@pytest.mark.parametrize("form", ["--json", ""])
+def test_a_closed_pipe_is_quiet_and_no_verdict(form: str) -> None:
+    # the reader is gone before anything is written; 141 is bash's 128 + SIGPIPE, 1 would be "does not fit"
+    script = f"{sys.executable} -m derivation estimate {SD15} {form} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
-    assert done.stderr == ""
+    assert (done.stderr, done.returncode) == ("", 141)
 
 
 def test_interrupting_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -548,6 +551,25 @@ def test_long_work_writes_a_line_a_step_to_a_pipe_and_short_work_none(capsys, mo
     assert said.out == ""
     counted = [f"counting: {n} of 25" for n in (3, 5, 8, 10, 13, 15, 18, 20, 23, 25)]
     assert said.err.splitlines() == [*counted, r"work: two\nlines"]
+
+
+def test_a_report_says_its_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def build(models: list[str], folder: Path, command: str, progress: Callable[[str], None], **_: object) -> list[str]:
+        progress(f"deriving {models[0]}")
+        return []
+
+    monkeypatch.setattr(output, "QUIET_S", 0)
+    monkeypatch.setattr("derivation.report.build", build)
+    assert run(["report", SD15]) == 0
+    assert capsys.readouterr().err == f"report: deriving {SD15}\n"
+
+
+def test_recommend_ends_with_what_is_left_against_the_margin(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [SD15, "--size", "1024", "--batch-size", "2", "--gpu", "rtx-3060"]
+    assert run(["recommend", *asked]) == 0
+    verdict, trust = capsys.readouterr().out.splitlines()[-2:]
+    assert verdict.startswith("needs ") and verdict.endswith("GiB: fits")
+    assert trust.startswith("left: ") and " the margin of " in trust
 
 
 def test_a_report_of_no_model_is_the_one_of_build_report(monkeypatch, capsys):

@@ -88,6 +88,9 @@ def test_the_words_of_a_verdict() -> None:
     assert (none.verdict, none.fits, none.left_bytes, none.trust) == (NO_FIT, False, None, "")
     assert none.failed is not None and none.short_bytes == none.failed["short_bytes"] > 0
     assert "does not fit, out of memory at vae.decoder." in str(none) and str(none).endswith(" short")
+    # what it had reached is less than the card has
+    assert none.needs_bytes < none.of_bytes and none.needs_more and none.as_dict()["needs_more"] is True
+    assert str(none).startswith("needs more than ") and not fits.needs_more
     unknown = derive(SD15, gpu="sm89").verdict(512, 512)
     assert (unknown.verdict, unknown.fits, str(unknown)) == (NO_CARD, False, NO_CARD)
 

@@ -21,7 +21,8 @@ DEBUG = "DERIVATION_DEBUG"
 # a full disk, a quota, a device that fails
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 MAX_MESSAGE = 1000
-EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 2, 70, 130
+# The last two as a shell says of SIGINT and SIGPIPE: 128 + signal.
+EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 2, 70, 130, 141
 
 # click's own class, which typer has vendored since 0.26 and re-exports only as a base of BadParameter
 _ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -89,7 +90,11 @@ def run(arguments: list[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        return _abandoned(1)
+        return _abandoned(EXIT_CLOSED_PIPE)
+    except SystemExit as error:  # what click and rich's console make of a BrokenPipeError
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return _abandoned(EXIT_CLOSED_PIPE)
     except Exception as error:
         if isinstance(error, OSError) and error.filename is None and error.errno in UNWRITABLE:
             return _abandoned(_fail(f"the output cannot be written ({error.strerror})"))

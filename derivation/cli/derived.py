@@ -29,7 +29,7 @@ from derivation.cli.parameters import (
     typed,
 )
 from derivation.config import bundled, bundled_traced, load, traced_folder
-from derivation.errors import DerivationError
+from derivation.errors import DerivationError, shown
 from derivation.export.latex import PEAK
 from derivation.files import check_file, check_folder, write_file
 from derivation.options import Options
@@ -79,6 +79,8 @@ def estimate(
 
     if snapshot is not None:
         check_file("snapshot", snapshot)
+        if options.gpu is None:
+            raise DerivationError(f"snapshot = {shown(str(snapshot))} needs --gpu: a replay is on a card")
     derivation = derivation_of(model, options, revision)
     call = call_of(size, prompt, derivation.default_sides)
     if snapshot is not None:
@@ -102,9 +104,7 @@ def show_estimate(result: Mapping[str, Any], options: Options) -> None:
     if result.get("method") == "trace" and result["guidance_scale"] == DEFAULT_GUIDANCE_SCALE:
         said.remove("guidance_scale")  # each pipeline class has its own
     if verdict := Verdict.read(result):
-        output.line(str(verdict), style="bold")
-        if verdict.trust:
-            output.line(verdict.trust)
+        output.verdict_lines("", verdict)
     output.line(f"{result['model']}, {result['height']} x {result['width']} pixels (height x width)", style="bold")
     output.line(", ".join(f"{name}={asked[name]}" for name in said))
     output.line("")
@@ -335,5 +335,8 @@ def report(
 
     asked = [name for name in sys.argv[1:] if name.isprintable()]
     models, chosen = reported(model, typed(options))
-    for path in build(models, output_path, " ".join(["derivation", *asked]), revision=revision, **chosen):
+    with output.telling("report") as progress:
+        command = " ".join(["derivation", *asked])
+        paths = build(models, output_path, command, progress, revision=revision, **chosen)
+    for path in paths:
         output.line(f"wrote {path}")

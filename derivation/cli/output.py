@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from derivation.errors import one_line, unsupported
 from derivation.text import human
+from derivation.verdict import Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,6 +72,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 def line(text: str, style: str | None = None) -> None:
     """Print one line."""
     console().print(one_line(text), style=style, soft_wrap=True)
+
+
+def verdict_lines(before: str, verdict: Verdict) -> None:
+    """Print a verdict after some words, and what is left against the margin."""
+    line(f"{before}{verdict}", style="bold")
+    if verdict.trust:
+        line(verdict.trust)
 
 
 def warned(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -127,8 +127,6 @@ def _show_recommendation(result: Mapping[str, Any]) -> None:
         output.table("What helps, cheapest first", columns, rows)
     for step in (step for step in result["steps"] if step["needed"]):
         output.line(f"{step['name']}: {step['call']}")
-    if final != asked:
-        output.line(f"with what is needed: {final}", style="bold")
     for name, verdict in result["quantized"].items():
         output.line(f"with quantised weights, {name}: {Verdict.read(verdict)}")
     for size in result["cheaper_sizes"]:
@@ -137,6 +135,8 @@ def _show_recommendation(result: Mapping[str, Any]) -> None:
     if (expandable := Verdict.read(result["expandable"] or {})) is not None:
         output.line(f"with {EXPANDABLE.call}: {expandable}")
     output.line(result["counted"])
+    if final is not None:
+        output.verdict_lines("" if final == asked else "with what is needed: ", final)
 
 
 BESIDES = "what cuDNN, cuBLAS and attention kernels take for themselves, the allocator's rounding, the CUDA context"
