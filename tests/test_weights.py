@@ -252,6 +252,7 @@ def test_weights_of_a_file_are_those_that_from_single_file_loads(tmp_path: Path)
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        (header({}, struct.pack("<Q1sI", 1, b"k", 9) + struct.pack("<IQ", 9, 1) * 5000, 1), "cannot be read"),
         (b"", "does not begin with GGUF"),
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "GGUF version 1"),
         (header({"img_in.weight": (8, (64, 64))})[:-9], "its header ends early"),
@@ -259,7 +260,7 @@ def test_weights_of_a_file_are_those_that_from_single_file_loads(tmp_path: Path)
         (header({"img_in.weight": (8, (64, 64))}), r"tensors = \['img_in.weight'\] .* those of FluxTran"),
         (header({"img_in.weight": (99, (64, 64))}), r"img_in.weight = 99 is not supported"),
     ],
-    ids=["nothing", "version", "short", "metadata", "another model", "another type"],
+    ids=["arrays in arrays", "nothing", "version", "short", "metadata", "another model", "another type"],
 )
 def test_a_broken_or_other_file_is_one_line(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "other.gguf"

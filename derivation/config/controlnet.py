@@ -8,14 +8,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import DerivationError, shown
+from ..errors import shown
 from .checks import At, expect_class, flag, key, layers, listed, one_of, read, same_for_all, size
 from .json_file import read_json
 from .models import ACCEPTED, UNet2DConditionConfig, block_count, check_unet, spread_depths
-from .safetensors import stamp
+from .named_files import names, stamp
 
 CONFIG = "config.json"
-MAX_FILES = 8
+# the most layers of the conditioning embedding
+MAX_EMBEDDING = 8
 IMAGE_CHANNELS = 3
 EMBEDDING = (16, 32, 96, 256)
 # What ControlNetModel.__init__ has no argument for, and the UNet's walk reads.
@@ -40,7 +41,7 @@ class ControlNetConfig(UNet2DConditionConfig):
     cross_attention_dim: tuple[int, ...] = key(same_for_all(size), 1280)
     mid_block_type: str | None = key(one_of("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"), "UNetMidBlock2DCrossAttn")
     conditioning_channels: int = key(one_of(IMAGE_CHANNELS), IMAGE_CHANNELS)
-    conditioning_embedding_out_channels: tuple[int, ...] = key(listed(size, MAX_FILES), EMBEDDING)
+    conditioning_embedding_out_channels: tuple[int, ...] = key(listed(size, MAX_EMBEDDING), EMBEDDING)
     controlnet_conditioning_channel_order: str = key(one_of("rgb", "bgr"), "rgb")
     global_pool_conditions: bool = key(flag, False)
 
@@ -90,9 +91,7 @@ def controlnet_config(mapping: object, file: str = "controlnet/config.json") -> 
 
 def controlnet_files(option: str) -> tuple[str, ...]:
     """Return the config files that the option names, itself or by their folders; raises DerivationError."""
-    named = tuple(name.strip() for name in option.split(","))
-    if not all(named) or len(named) > MAX_FILES:
-        raise DerivationError(f"controlnet = {shown(option)}: expected 1 to {MAX_FILES} folders, separated by commas")
+    named = names("controlnet", option, "folders")
     return tuple(str(Path(name, CONFIG)) if Path(name).is_dir() else name for name in named)
 
 

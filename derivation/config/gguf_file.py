@@ -24,7 +24,7 @@ def gguf_tensors(path: Path) -> Tensors:
     try:
         with path.open("rb") as stream:
             return _read(path, stream)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last of arrays in arrays
         said = getattr(error, "strerror", None) or error
         raise DerivationError(f"{path}: cannot be read ({said})") from None
     except struct.error:

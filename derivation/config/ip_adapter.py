@@ -13,11 +13,11 @@ from ..errors import DerivationError, shown
 from .checks import MAX_SIZE, At, one_of
 from .clip import CLIPVisionConfig, clip_vision_config
 from .json_file import read_json
-from .safetensors import stamp, tensor_shapes
+from .named_files import names, stamp
+from .safetensors import tensor_shapes
 
 # h94/IP-Adapter: models/image_encoder, OpenCLIP ViT-H/14, which ip-adapter_sd15 and ip-adapter_sdxl_vit-h read
 IMAGE_ENCODER = Path(__file__).resolve().parent / "configs" / "h94" / "IP-Adapter" / "image_encoder" / "config.json"
-MAX_FILES = 8
 PLAIN, FULL, PLUS = "ImageProjection", "IPAdapterFullImageProjection", "IPAdapterPlusImageProjection"
 # loaders/unet.py (_convert_ip_adapter_image_proj_to_diffusers): tokens of an ImageProjection, channels of a head
 TOKENS, DIM_HEAD = 4, 64
@@ -112,10 +112,7 @@ def tokens_of(projections: Iterable[ImageProjectionConfig], encoded: int) -> int
 
 def ip_adapter_files(option: str) -> tuple[str, ...]:
     """Return the files that the option names; raises DerivationError for none, or for too many."""
-    files = tuple(name.strip() for name in option.split(","))
-    if not all(files) or len(files) > MAX_FILES:
-        raise DerivationError(f"ip_adapter = {shown(option)}: expected 1 to {MAX_FILES} files, separated by commas")
-    return files
+    return names("ip_adapter", option)
 
 
 def image_encoder_file(option: str | None) -> Path:

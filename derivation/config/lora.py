@@ -1,4 +1,4 @@
-"""LoRA files: the layers that its keys name in kohya's and diffusers' formats."""
+"""LoRA files: the layers that their keys name in kohya's and diffusers' formats."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..errors import DerivationError, shown
-from .safetensors import stamp, tensor_shapes
+from .named_files import names, stamp
+from .safetensors import tensor_shapes
 
-MAX_FILES = 8
 # kohya's sd-scripts name the models so (networks/lora.py), diffusers as a pipeline's attributes
 KOHYA = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
 KOHYA_KEY = re.compile(r"lora_(unet|te1|te2|te)_(.+)\.(lora_down\.weight|lora_up\.weight|alpha|dora_scale)")
@@ -40,10 +40,7 @@ class Factor:
 
 def lora_files(option: str) -> tuple[str, ...]:
     """Return the files that the option names; raises DerivationError for none, or for too many."""
-    files = tuple(name.strip() for name in option.split(","))
-    if not all(files) or len(files) > MAX_FILES:
-        raise DerivationError(f"lora = {shown(option)}: expected 1 to {MAX_FILES} files, separated by commas")
-    return files
+    return names("lora", option)
 
 
 def read_lora(file: str) -> tuple[Factor, ...]:

@@ -13,16 +13,6 @@ LENGTH_BYTES = 8
 DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-def stamp(file: str) -> tuple[int, int]:
-    """Return when a file was written, in ns, and its bytes; raises DerivationError naming it."""
-    try:
-        state = Path(file).stat()
-    except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise DerivationError(f"{file}: cannot be read ({said})") from None
-    return state.st_mtime_ns, state.st_size
-
-
 def tensor_shapes(file: str, size: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a file of ``size`` bytes; raises DerivationError naming the file and the key."""
     header = _header(file, size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,25 +52,26 @@ class Facts:
 
 def facts(equation: Equation) -> Facts:
     """Return the header of an equation's files."""
-    d, walked = equation, not isinstance(equation.subject, RecordedSubject)
-    without = () if d.options.gpu else (LIBRARY_SCRATCH, *((TIMESTEPS,) if d.subject.method == "walk" else ()))
-    kind = d.subject.class_name if isinstance(d.subject, RecordedSubject) else d.options.pipeline
+    d, subject = equation, equation.subject
+    kind, units, told = d.options.pipeline, EXACT, d.options.told()
+    if isinstance(subject, RecordedSubject):
+        kind, units = subject.class_name, INTERPOLATED
+        told = {name: value for name, value in told.items() if name in EVERYWHERE or _is_told(d.options, name)}
+    without = () if d.options.gpu else (LIBRARY_SCRATCH, *((TIMESTEPS,) if subject.method == "walk" else ()))
     return Facts(
         title=f"Peak GPU memory of {printable(d.name)} ({kind}), in bytes.",
         generator=f"diffusion-vram-derivation {__version__}, from the checkpoint's config files",
-        units=f"bytes, {EXACT if walked else INTERPOLATED}",
-        options=tuple(f"{key}={printable(str(value))}" for key, value in _shown(d.options, walked)),
+        units=f"bytes, {units}",
+        options=tuple(f"{key}={printable(str(value))}" for key, value in told.items()),
         versions=tuple(f"{name} {version}" for name, version in asdict(d.options.libraries).items()),
-        assumptions=(*assumptions(d.options), *d.subject.remarks),
+        assumptions=(*assumptions(d.options), *subject.remarks),
         exclusions=(*without, *exclusions(d.options)),
     )
 
 
-def _shown(options: Options, walked: bool) -> Iterator[tuple[str, object]]:
-    """Yield the options that a header tells; a traced class is one pipeline."""
-    for name, value in options.told().items():
-        if walked or name in EVERYWHERE or (options.chosen(name) and name != "pipeline"):
-            yield name, value
+def _is_told(options: Options, name: str) -> bool:
+    """Return whether a traced class's header tells an option: a class is one pipeline."""
+    return name != "pipeline" and options.chosen(name)
 
 
 def assumptions(options: Options) -> tuple[str, ...]:

@@ -208,10 +208,8 @@ class Tapes:
         return np.concatenate([*found, self._kinds_of(tape.allocations[last:])])
 
     def _kinds_of(self, allocations: Sequence[Allocation]) -> Integers:
-        for a in allocations:
-            if id(a) not in self._numbers:
-                self._kind(a)
-        return np.array([self._numbers[id(a)] for a in allocations], dtype=np.int64)
+        known = self._numbers
+        return np.array([known[id(a)] if id(a) in known else self._kind(a) for a in allocations], dtype=np.int64)
 
 
 def _zigzag(steps: Integers) -> Integers:

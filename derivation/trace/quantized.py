@@ -209,16 +209,17 @@ def _kept(model: Any, skipped: Any, suffix: str) -> Callable[[str], bool]:
     (check_if_quantized_param).
     """
     keys = list(skipped or ()) + list(getattr(model, "_keep_in_fp32_modules", None) or ())
-    if not isinstance(model, transformers.PreTrainedModel):
-        return lambda name: (
-            f"{name}{suffix}".rpartition(".")[2] in keys
-            or any(f"{key}." in f"{name}{suffix}" or key == f"{name}{suffix}" for key in keys)
-        )
-    keys += [] if skipped else get_keys_to_not_convert(model)
-    return lambda name: any(
-        re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", f"{name}{suffix}") or f"{name}{suffix}".endswith(key)
-        for key in keys
-    )
+    if isinstance(model, transformers.PreTrainedModel):
+        keys += [] if skipped else get_keys_to_not_convert(model)
+
+        def keeps(name: str) -> bool:
+            return any(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(key) for key in keys)
+    else:
+
+        def keeps(name: str) -> bool:
+            return name.rpartition(".")[2] in keys or any(f"{key}." in name or key == name for key in keys)
+
+    return lambda name: keeps(f"{name}{suffix}")
 
 
 def parameter_count(model: torch.nn.Module) -> int:

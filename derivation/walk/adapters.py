@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from derivation.config import Checkpoint, UNet2DConditionConfig, controlnet_files
 from derivation.config.ip_adapter import ip_adapter_files
 from derivation.config.lora import Factor, lora_files, read_lora
-from derivation.config.safetensors import stamp
+from derivation.config.named_files import stamp
 from derivation.errors import DerivationError
 from derivation.options import Options
 from derivation.tape.adapters import Adapters, Ranks

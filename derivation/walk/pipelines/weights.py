@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
-from derivation.config.lora import MAX_FILES
+from derivation.config.named_files import MAX_FILES
 from derivation.tape.tape import Storage, tape
 
 # The order in which the models and their submodules register what they contain; Module._apply follows it.
