@@ -12,10 +12,10 @@ from derivation.api import Derivation
 from derivation.errors import DerivationError
 from derivation.gpu.cards import lookup, on_pages
 from derivation.options import TABLE
-from derivation.options.choices import SDPA
 from derivation.options.row import flag
 from derivation.report.answer import SIZES
 from derivation.report.document import Code, Text, prose
+from derivation.report.kernels import as_asked
 from derivation.verdict import Verdict
 from derivation.walk.subject import WalkedSubject
 
@@ -45,23 +45,18 @@ def _common(d: Derivation) -> tuple[str, list[Verdict]] | None:
     for key in on_pages() if d.subject.whole else ():
         with suppress(DerivationError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            on = Derivation(d.subject.changed(gpu=key, attention=_attention(d)), d.fixed)
+            on = Derivation(d.subject.changed(gpu=key, attention=as_asked(d.options.attention)), d.fixed)
             found = key, [on.verdict(side, side) for side in SHOWN]
             if all(verdict.fits for verdict in found[1]):
                 return found
     return found
 
 
-def _attention(d: Derivation) -> str:
-    """Return the attention on a card: SDPA's, for what it comes to without one."""
-    return SDPA if d.options.attention == "efficient" else d.options.attention
-
-
 def _command(d: Derivation) -> str:
     """Return the command that estimates the report's calls: its pipeline, and each option that is not the default."""
     walked = isinstance(d.subject, WalkedSubject)
     chosen = {name: getattr(d.options, name) for name in sorted(TABLE) if name != "gpu" and d.options.chosen(name)}
-    own = {"pipeline": d.options.pipeline, "attention": _attention(d)} if walked else {}
+    own = {"pipeline": d.options.pipeline, "attention": as_asked(d.options.attention)} if walked else {}
     without = {} if walked else {"pipeline", "dtype"}
     flags = (flag(name, value) for name, value in {**chosen, **own}.items() if name not in without)
     return " ".join(["derivation estimate", shlex.quote(d.name), *flags])

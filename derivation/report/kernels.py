@@ -42,6 +42,11 @@ class Kernel:
         return tuple(dtype for dtype in self.dtypes if not lacks_fused_attention(gpu, dtype))
 
 
+def as_asked(attention: str) -> str:
+    """Return the attention to ask for on a card: SDPA for what it comes to without one."""
+    return SDPA if attention == "efficient" else attention
+
+
 def kernels_of(d: Derivation) -> tuple[Kernel, ...]:
     """Return what the page holds: half precision with SDPA on each kind of card and on none, others on the first."""
     own, walked = d.options, isinstance(d.subject, WalkedSubject)
@@ -56,7 +61,7 @@ def kernels_of(d: Derivation) -> tuple[Kernel, ...]:
     rarer = () if own.vae_tiling else ((dtypes, EAGER), (("float32",), SDPA), (("float32",), EAGER))
     found += [Kernel(types, name, _kinds(d, types[0], name, 1)) for types, name in rarer]
     known_already = [(dtype, kernel.attention) for kernel in found for dtype in kernel.dtypes]
-    if (own.dtype, SDPA if own.attention == "efficient" else own.attention) not in known_already:
+    if (own.dtype, as_asked(own.attention)) not in known_already:
         found.append(Kernel((own.dtype,), own.attention, {None: None, **_kinds(d, own.dtype, own.attention, 1)}))
     return tuple(found)
 
